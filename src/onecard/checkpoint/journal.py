@@ -1,0 +1,188 @@
+"""The journal of a long job: every finished part is a file plus one line that names its hash.
+
+A job writes into `.OUT.partial` beside OUT. A part (the stem, a block, the tail) is a safetensors file
+written by rename, then a line {"part", "sha256", "rows"} is appended to `journal.jsonl`. Killed at any
+moment, the job goes on behind the last line whose file has the named hash; anything after it is
+thrown away. The first line is the job's key: what it reads and does. Another job's leftovers are never
+mixed in. When all parts are there the folder is completed and renamed to OUT.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from onecard.checkpoint.shards import Array, Checkpoint, sha256_of, write_file
+from onecard.core.errors import BadRequest, FailedWork
+from onecard.core.settings import format_size
+
+Key = Mapping[str, Any]
+
+
+class Journal:
+    """The working folder of one job; at most one process holds it."""
+
+    def __init__(self, out: Path, key: Key, force: bool = False) -> None:
+        self.out, self.folder = out, partial_of(out)
+        self.key = json.loads(json.dumps(key, sort_keys=True))
+        self.lines: list[dict[str, Any]] = []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadRequest(f"another process is working on {out}") from error
+        self._recover(force)
+
+    def _recover(self, force: bool) -> None:
+        """Keep the lines whose parts are whole; start anew where the job is another one."""
+        path = self.folder / "journal.jsonl"
+        lines = _whole_lines(path)
+        if lines and lines[0] != {"key": self.key}:
+            if not force:
+                differing = sorted(
+                    k for k in {*self.key, *lines[0].get("key", {})}
+                    if self.key.get(k) != lines[0].get("key", {}).get(k)
+                )  # fmt: skip
+                raise BadRequest(
+                    f"{self.folder} holds unfinished work of another job",
+                    seen="it differs in: " + ", ".join(differing),
+                    do="--force throws it away; or finish it with the settings it was begun with",
+                )
+            lines = []
+        for line in lines[1:]:
+            file = self.folder / f"{line['part']}.safetensors"
+            if not file.is_file() or sha256_of(file) != line["sha256"]:
+                break
+            self.lines.append(line)
+        kept = {f"{line['part']}.safetensors" for line in self.lines} | {"lock"}
+        kept |= {f"{line['state']}.safetensors" for line in self.lines[-1:] if line.get("state")}
+        for file in self.folder.iterdir():
+            if file.name not in kept:
+                file.unlink()
+        text = "".join(json.dumps(line) + "\n" for line in ({"key": self.key}, *self.lines))
+        temporary = self.folder / "journal.part"
+        temporary.write_text(text)
+        os.replace(temporary, path)
+
+    def __contains__(self, part: str) -> bool:
+        return any(line["part"] == part for line in self.lines)
+
+    def rows(self, part: str) -> list[dict[str, Any]]:
+        """The rows that were noted with a finished part."""
+        return next(line["rows"] for line in self.lines if line["part"] == part)
+
+    def add(
+        self,
+        part: str,
+        arrays: Mapping[str, Array],
+        rows: list[dict[str, Any]],
+        state: Mapping[str, Array] | None = None,
+    ) -> None:
+        """Write a part, and the state that the next one starts from, then say so in one line."""
+        line = {"part": part, "rows": rows, "state": None, "state_sha256": None}
+        if state is not None:
+            line["state"] = f"state-{part}"
+            line["state_sha256"] = write_file(self.folder / f"state-{part}.safetensors", state)
+        line["sha256"] = write_file(self.folder / f"{part}.safetensors", arrays)
+        with (self.folder / "journal.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        old = self.lines[-1].get("state") if self.lines else None
+        self.lines.append(line)
+        if old:
+            (self.folder / f"{old}.safetensors").unlink(missing_ok=True)
+
+    def state(self) -> Path | None:
+        """The file of the state behind the last part; FailedWork where it was damaged."""
+        line = self.lines[-1] if self.lines else {}
+        if not line.get("state"):
+            return None
+        file = self.folder / f"{line['state']}.safetensors"
+        if not file.is_file() or sha256_of(file) != line["state_sha256"]:
+            raise FailedWork(
+                f"{file} is damaged, so the work cannot go on from there", do="start anew: --force"
+            )
+        return file
+
+    def publish(self, replace: bool) -> None:
+        """The completed folder gets its final name, in one step."""
+        for name in ("journal.jsonl", "lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        for file in self.folder.glob("state-*"):
+            file.unlink()
+        old = self.out.with_name(f".{self.out.name}.replaced")
+        if self.out.is_dir() and any(self.out.iterdir()):
+            if not replace:
+                raise FailedWork(f"{self.out} is no longer empty", do=f"the result is in {self.folder}")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self.out, old)
+        os.replace(self.folder, self.out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def partial_of(out: Path) -> Path:
+    """The working folder beside OUT."""
+    return out.parent / f".{out.name}.partial"
+
+
+def check_target(out: Path, source: Path, force: bool) -> None:
+    """OUT can be written: not the source, not a file, empty or to be replaced."""
+    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+        raise BadRequest(f"the output {out} lies in the source", do="give another folder")
+    if out.exists() and not out.is_dir():
+        raise BadRequest(f"{out} is a file", do="give a folder")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise BadRequest(
+            f"{out} is not empty", do="give a new folder, or --force to replace what is there"
+        )
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK) or not parent.is_dir():
+        raise BadRequest(f"{parent} cannot be written to")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """There is room for `needed` more bytes where OUT goes."""
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    done = sum(f.stat().st_size for f in partial_of(out).glob("*")) if partial_of(out).is_dir() else 0
+    free = shutil.disk_usage(parent).free + done
+    if needed > free:
+        raise BadRequest(
+            f"{out} needs {format_size(needed)}", f"{format_size(free)} are free on its disk",
+            "free some space or give a folder on another disk",
+        )  # fmt: skip
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """What identifies a source cheaply: its headers, and each file's size and time."""
+    digest = hashlib.sha256()
+    for path in checkpoint.files:
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for name, entry in sorted(checkpoint.entries.items()):
+        digest.update(f"{name} {entry.dtype} {entry.shape} {entry.begin}\n".encode())
+    return digest.hexdigest()
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal up to the first that is torn."""
+    lines: list[dict[str, Any]] = []
+    if path.is_file():
+        for text in path.read_text().splitlines(keepends=True):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                break
+            if not text.endswith("\n") or not isinstance(line, dict):
+                break
+            lines.append(line)
+    return lines

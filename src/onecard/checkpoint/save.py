@@ -1,0 +1,177 @@
+"""The last steps of a result: one file or shards, config.json, tokenizer, manifest.
+
+Parts become `model.safetensors` when they are small together, else one shard each with an index. The
+manifest names the sha256 of every file, of the source's files and all settings, so that a result says
+where it came from and a damaged copy is noticed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from onecard import __version__
+from onecard.checkpoint.load import Source, stored_arrays
+from onecard.checkpoint.packed import quantization_config
+from onecard.checkpoint.shards import (
+    copy_range,
+    header_of,
+    read_header,
+    read_json,
+    sha256_of,
+    write_chunks,
+    write_file,
+)
+from onecard.core.errors import BadRequest
+from onecard.core.format import Format
+from onecard.core.report import write_text
+from onecard.nn.model import Model
+from onecard.nn.transformer import Stem, Tail
+
+SINGLE_FILE = 256 << 20
+MANIFEST = "manifest.json"
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+           "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
+           "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")  # fmt: skip
+
+
+def assemble(folder: Path, parts: list[str]) -> None:
+    """Part files of a working folder become one model file, or shards with an index."""
+    files = [folder / f"{part}.safetensors" for part in parts]
+    files = [file for file in files if file.exists()]
+    if sum(file.stat().st_size for file in files) <= SINGLE_FILE:
+        entries = {name: entry for file in files for name, entry in read_header(file).items()}
+        header, order = header_of({name: (e.dtype, e.shape) for name, e in entries.items()})
+        data = itertools.chain.from_iterable(copy_range(entries[name]) for name in order)
+        write_chunks(folder / "model.safetensors", itertools.chain((header,), data))
+        for file in files:
+            file.unlink()
+        return
+    weight_map, total = {}, 0
+    for number, file in enumerate(files):
+        final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        for name, entry in read_header(file).items():
+            weight_map[name] = final
+            total += entry.nbytes
+        os.replace(file, folder / final)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+
+
+def complete(
+    folder: Path, source: Source, config: Mapping[str, Any], made: Mapping[str, Any]
+) -> None:
+    """config.json, what is carried over from the source, and the manifest, into a folder with weights."""
+    write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False))
+    for name in CARRIED:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    write_manifest(folder, {"source": source_hashes(source), **made})
+
+
+def write_manifest(folder: Path, made: Mapping[str, Any]) -> None:
+    """What the folder holds and how it came about, with the sha256 of each file."""
+    inside = sorted(
+        f for f in folder.iterdir() if f.is_file() and f.suffix in (".safetensors", ".json", ".yaml")
+    )
+    files = {
+        f.name: sha256_of(f)
+        for f in inside
+        if f.name not in (MANIFEST, "report.json") and not f.name.startswith("state-")
+    }
+    manifest = {"onecard": __version__, "files": files, **made}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+
+
+def source_hashes(source: Source) -> dict[str, str]:
+    """sha256 of the source's weights and config."""
+    files = [*source.checkpoint.files, source.folder / "config.json"]
+    return {file.name: sha256_of(file) for file in files}
+
+
+def verify(folder: Path) -> None:
+    """The files of a result are those its manifest names. BadRequest where one was damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    for name, expected in (read_json(path).get("files") or {}).items():
+        file = folder / Path(str(name)).name
+        if not file.is_file():
+            raise BadRequest(f"{folder} lacks {name}, which its manifest names")
+        if sha256_of(file) != expected:
+            raise BadRequest(
+                f"{file} is not what was written: its sha256 differs from the manifest's",
+                do="copy the result again, or delete manifest.json if you changed it yourself",
+            )
+
+
+def config_with(source: Source, formats: Mapping[str, Format]) -> dict[str, Any]:
+    """The source's config.json with the `quantization_config` of packed modules (stored names)."""
+    config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    if formats:
+        linears, transposed = linear_names(source)
+        standard = not transposed & set(formats)
+        config["quantization_config"] = quantization_config(formats, linears, standard)
+    return config
+
+
+def linear_names(source: Source) -> tuple[list[str], set[str]]:
+    """Stored names of all linears, and of those that are stored transposed."""
+    names, transposed = [source.name("lm_head")], set()
+    for root, index in source.roots():
+        if index is None:
+            continue
+        for path, module, stored in source.modules(root, index):
+            if hasattr(module, "format"):
+                names.append(stored.name)
+                if stored.transposed:
+                    transposed.add(stored.name)
+    return sorted(set(names)), transposed
+
+
+def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = None) -> Path:
+    """Save a model from memory, in the layout and under the names of the folder it came from.
+
+    OUT appears by rename when it is complete. Raises BadRequest when it is not empty.
+    """
+    from onecard.checkpoint.journal import check_target, partial_of
+
+    if model.source is None:
+        raise BadRequest("the model has no source folder to take names and tokenizer from")
+    source, out = Source(model.source), Path(out)
+    check_target(out, source.folder, force=False)
+    folder = partial_of(out)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    roots = [("stem", model.network.stem, None)]
+    roots += [(f"block-{i:05d}", block, i) for i, block in enumerate(model.blocks())]
+    roots += [("tail", model.network.tail, None)]
+    formats: dict[str, Format] = {}
+    for part, root, index in roots:
+        assert isinstance(root, (Stem, Tail)) or index is not None
+        arrays = stored_arrays(source, root, index)
+        formats |= packed_formats(source, root, index)
+        if arrays:
+            write_file(folder / f"{part}.safetensors", arrays)
+    assemble(folder, [part for part, _, _ in roots])
+    complete(folder, source, config_with(source, formats), made or {})
+    if out.is_dir():
+        out.rmdir()
+    os.replace(folder, out)
+    return out
+
+
+def packed_formats(source: Source, root: Any, index: int | None) -> dict[str, Format]:
+    """stored name -> Format of the packed modules of a part of the network."""
+    return {
+        stored.name: module.format
+        for _, module, stored in source.modules(root, index)
+        if hasattr(module, "format") and not module.format.dense
+    }
+
+

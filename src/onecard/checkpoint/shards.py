@@ -1,0 +1,231 @@
+"""safetensors read lazily and written by rename. No torch here.
+
+A file is: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
+the data. Every number of the header is checked against the file before it is believed, because a
+header may claim anything. Tensors are read by position (pread), not mapped, so that what is resident
+is what was asked for and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onecard.core.errors import BadRequest
+from onecard.core.format import DTYPE_BYTES
+
+HEADER_LIMIT = 100 << 20
+SAFETENSORS = {
+    "F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+CODES = {name: code for code, name in SAFETENSORS.items()}
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: where its bytes lie."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """name -> Entry of one file. Raises BadRequest for anything that does not add up."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise _broken(path, f"the header claims {length} bytes, the file has {size}")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(path, row, 8 + length, size) for name, row in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _broken(path, f"the header cannot be read ({error})") from error
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            raise _broken(path, f"{name} begins at byte {entry.begin}, not at {end}")
+        end = entry.end
+    if end != size:
+        raise _broken(path, f"tensors end at byte {end}, the file at {size}")
+    return entries
+
+
+def _entry(path: Path, row: Mapping[str, Any], base: int, size: int) -> Entry:
+    if row["dtype"] not in SAFETENSORS:
+        raise ValueError(f"unknown dtype {row['dtype']!r}")
+    dtype, shape = SAFETENSORS[row["dtype"]], tuple(row["shape"])
+    begin, end = row["data_offsets"]
+    for number in (*shape, begin, end):
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= size:
+            raise ValueError(f"impossible number {number!r}")
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise ValueError(f"{end - begin} bytes for {dtype} {list(shape)}")
+    return Entry(path, dtype, shape, base + begin, base + end)
+
+
+def _broken(path: Path, seen: str) -> BadRequest:
+    return BadRequest(f"{path} is not a whole safetensors file", seen, "fetch or copy it again")
+
+
+class Checkpoint:
+    """The tensors of a model folder, single file or sharded; nothing is read before it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = _files(folder)
+        self.entries: dict[str, Entry] = {}
+        for path in self.files:
+            for name, entry in read_header(path).items():
+                if name in self.entries:
+                    raise _broken(path, f"{name} is also in {self.entries[name].path.name}")
+                self.entries[name] = entry
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def read(self, name: str) -> tuple[Entry, bytearray]:
+        """The raw bytes of a tensor."""
+        entry = self.entries[name]
+        return entry, pread(entry.path, entry.begin, entry.nbytes)
+
+
+def pread(path: Path, offset: int, count: int) -> bytearray:
+    """`count` bytes from `offset`; a short file is an error, never a short answer."""
+    data = bytearray(count)
+    view, done = memoryview(data), 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while done < count:
+            got = file.readinto(view[done:])
+            if not got:
+                raise _broken(path, f"it ends {count - done} bytes early")
+            done += got
+    return data
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a folder's model."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickled = [path.name for pattern in PICKLED for path in folder.glob(pattern)]
+        if pickled:
+            raise BadRequest(
+                f"{folder} holds pickled weights ({pickled[0]}), which can run code when loaded",
+                do="convert them once where you trust them: load with transformers and "
+                "model.save_pretrained(DIR), which writes safetensors",
+            )
+        raise BadRequest(
+            f"{folder} holds no model", seen="neither model.safetensors nor an index of shards"
+        )
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadRequest(f"{index} cannot be read", seen=str(error)) from error
+    paths = []
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise BadRequest(f"{index} names a file outside its folder: {name!r}")
+        paths.append(folder / name)
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise BadRequest(
+            f"{folder} lacks {len(missing)} of {len(paths)} shards", seen=", ".join(missing[:4]),
+            do="fetch the missing files",
+        )  # fmt: skip
+    return paths
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of modest size."""
+    try:
+        if path.stat().st_size > HEADER_LIMIT:
+            raise ValueError("it is too large")
+        data = json.loads(path.read_bytes())
+        if not isinstance(data, dict):
+            raise ValueError("it is not an object")
+        return data
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadRequest(f"{path} cannot be read", seen=str(error)) from error
+
+
+Array = tuple[str, tuple[int, ...], Any]
+"""(dtype name, shape, bytes-like) of one tensor on its way to a file."""
+
+
+def header_of(arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
+    """The header for tensors of known dtype and shape, and the order their bytes follow in."""
+    order = sorted(arrays, key=lambda name: (-DTYPE_BYTES[arrays[name][0]], name))
+    rows: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        dtype, shape = arrays[name]
+        end = offset + math.prod(shape) * DTYPE_BYTES[dtype]
+        rows[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(rows, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def write_file(path: Path, arrays: Mapping[str, Array]) -> str:
+    """Write tensors under `path` at once or not at all; returns the sha256 of the file."""
+    header, order = header_of({name: (a[0], a[1]) for name, a in arrays.items()})
+    chunks: Iterable[Any] = (arrays[name][2] for name in order)
+    return write_chunks(path, (header, *chunks))
+
+
+def write_chunks(path: Path, chunks: Iterable[Any]) -> str:
+    """Bytes-like chunks under `path` by temporary name, flush to disk and rename; their sha256."""
+    temporary = path.with_name(f".{path.name}.part")
+    digest = hashlib.sha256()
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            for chunk in chunks:
+                view = memoryview(chunk).cast("B")
+                digest.update(view)
+                while len(view):
+                    view = view[file.write(view) :]
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()
+
+
+def copy_range(entry: Entry, chunk: int = 8 << 20) -> Iterable[bytearray]:
+    """The bytes of a tensor in pieces, for copying without holding it."""
+    for offset in range(entry.begin, entry.end, chunk):
+        yield pread(entry.path, offset, min(chunk, entry.end - offset))
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

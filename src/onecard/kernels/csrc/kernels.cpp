@@ -1,0 +1,470 @@
+// The kernels of one instruction-set class: this file is compiled once per class, with that class's
+// flags and OC_CLASS set to the name of its table.
+//
+// Everything here has internal linkage, and no header with inline code of its own is used: a function
+// shared between classes would be merged by the linker, and could leave AVX-512 code in the plain class.
+//
+// Loops over data are written so that compilers vectorize them without -ffast-math, which would break
+// the promise that every class gives the same bits:
+//   - the extremes of a group are found on the integer patterns, whose order is that of the magnitudes;
+//   - rint(x) for |x| < 2^22 is x + 1.5 * 2^23, whose low bits then hold the integer;
+//   - clamping to integers commutes with rint, so it comes first and NaN never reaches an integer.
+
+#include "kernels.h"
+
+#include <cstring>
+
+#include "onecard.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "packed words are little-endian");
+
+namespace {
+
+using oc::Peak;
+using oc::RoundPack;
+
+// ---------------------------------------------------------------------------------- number formats
+
+typedef uint16_t unaligned16 __attribute__((aligned(1), may_alias));
+typedef uint32_t unaligned32 __attribute__((aligned(1), may_alias));
+
+inline uint32_t pattern(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float number(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+struct Fp32 {
+  typedef unaligned32 Stored;
+  typedef int32_t Signed;
+  static constexpr Signed infinity = 0x7f800000, sign = INT32_MIN;
+  static float read(uint32_t bits) { return number(bits); }
+  static uint32_t round(float x) { return pattern(x); }
+};
+
+struct Bf16 {
+  typedef unaligned16 Stored;
+  typedef int16_t Signed;
+  static constexpr Signed infinity = 0x7f80, sign = INT16_MIN;
+  static float read(uint16_t bits) { return number(uint32_t(bits) << 16); }
+  static uint16_t round(float x) {
+    const uint32_t bits = pattern(x);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+};
+
+// Infinity and NaN are not read or rounded faithfully: round_rows counts them before that matters.
+struct Fp16 {
+  typedef unaligned16 Stored;
+  typedef int16_t Signed;
+  static constexpr Signed infinity = 0x7c00, sign = INT16_MIN;
+  static float read(uint16_t bits) {
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
+    const uint32_t normal = (rest << 13) + (112u << 23);
+    const uint32_t tiny = pattern(float(int32_t(rest)) * 0x1p-24f);
+    return number(sign | (rest < 0x0400 ? tiny : normal));
+  }
+  static uint16_t round(float x) {  // x >= 0
+    const uint32_t bits = pattern(x);
+    if (bits >= pattern(0x1p16f)) return infinity;
+    if (bits < pattern(0x1p-14f)) return uint16_t(pattern(x + 0.5f) - pattern(0.5f));
+    return uint16_t((bits - (112u << 23) + 0x0fff + (bits >> 13 & 1)) >> 13);
+  }
+};
+
+template <class Scale>
+float scale_read(uint16_t bits) {
+  return bits == uint16_t(Scale::infinity) ? __builtin_inff() : Scale::read(bits);
+}
+
+// ------------------------------------------------------------------------------- rounding, packing
+
+// Stores scale[index] in its dtype and returns the value that will be read back.
+float store_scale(void *scale, int dtype, int64_t index, float x) {
+  float kept = x;
+  uint16_t bits = 0;
+  if (dtype != OC_FP32) {
+    bits = dtype == OC_BF16 ? Bf16::round(x) : Fp16::round(x);
+    kept = dtype == OC_BF16 ? scale_read<Bf16>(bits) : scale_read<Fp16>(bits);
+  }
+  if (kept < 0x1p-126f) {
+    kept = 1.0f;
+    bits = dtype == OC_BF16 ? Bf16::round(kept) : Fp16::round(kept);
+  }
+  if (dtype == OC_FP32)
+    memcpy(static_cast<char *>(scale) + 4 * index, &kept, 4);
+  else
+    memcpy(static_cast<char *>(scale) + 2 * index, &bits, 2);
+  return kept;
+}
+
+// The patterns of the largest magnitudes above and below zero (0 where there are none).
+template <class T>
+struct Extremes {
+  typename T::Signed above = 0, below = 0;
+
+  void see(const typename T::Stored *w, int64_t count) {
+    typedef typename T::Signed Signed;
+    Signed up = above, down = below;
+    for (int64_t i = 0; i < count; i++) {
+      const Signed plus = Signed(w[i]), minus = Signed(w[i] ^ T::sign);
+      up = plus > up ? plus : up;
+      down = minus > down ? minus : down;
+    }
+    above = up;
+    below = down;
+  }
+};
+
+template <class T>
+int64_t count_not_finite(const typename T::Stored *w, int64_t count) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i++) found += (w[i] & T::infinity) == T::infinity;
+  return found;
+}
+
+struct Grid {
+  float scale, low, high;  // clamp w / scale to [low, high]
+  uint32_t shift;          // then add this to get the stored code
+};
+
+// q + 2^(bits-1) as bytes.
+template <class T>
+void encode(const typename T::Stored *w, int count, Grid grid, uint8_t *code) {
+  for (int i = 0; i < count; i++) {
+    float x = T::read(w[i]) / grid.scale;
+    x = x > grid.low ? x : grid.low;
+    x = x < grid.high ? x : grid.high;
+    code[i] = uint8_t(pattern(x + 0x1.8p23f) + grid.shift);
+  }
+}
+
+// Eight codes of one byte each become `bits` bytes: neighbours are joined, then pairs, then fours.
+template <int bits>
+uint64_t squeeze(const uint8_t *code) {
+  constexpr uint64_t one = (1u << bits) - 1, two = (1u << 2 * bits) - 1, four = (1ull << 4 * bits) - 1;
+  uint64_t x;
+  memcpy(&x, code, 8);
+  x = (x & one * 0x0001000100010001) | (x >> (8 - bits) & (one << bits) * 0x0001000100010001);
+  x = (x & two * 0x0000000100000001) | (x >> (16 - 2 * bits) & (two << 2 * bits) * 0x0000000100000001);
+  return (x & four) | (x >> (32 - 4 * bits) & four << 4 * bits);
+}
+
+// `count` is a multiple of eight.
+template <int bits>
+void pack(const uint8_t *code, int count, uint8_t *out) {
+  for (int i = 0; i < count / 8; i++) {
+    const uint64_t x = squeeze<bits>(code + 8 * i);
+    memcpy(out + bits * i, &x, bits);
+  }
+}
+
+typedef void Pack(const uint8_t *code, int count, uint8_t *out);
+constexpr Pack *packers[] = {pack<2>, pack<3>, pack<4>, pack<5>, pack<6>, pack<7>, pack<8>};
+constexpr int chunk = 256;
+
+// Codes of one group into `out`, which has `room` bytes; whole octets but for the last of a row.
+template <class T>
+void encode_group(const typename T::Stored *w, int64_t count, Grid grid, int bits, uint8_t *out,
+                  int64_t room) {
+  alignas(64) uint8_t code[chunk];
+  Pack *const packer = packers[bits - 2];
+  const int64_t whole = count & ~int64_t(7);
+  for (int64_t i = 0; i < whole; i += chunk) {
+    const int size = int(whole - i < chunk ? whole - i : chunk);
+    encode<T>(w + i, size, grid, code);
+    packer(code, size, out + i / 8 * bits);
+  }
+  if (count == whole) return;
+  uint8_t last[8] = {};
+  memset(code, 0, 8);
+  encode<T>(w + whole, int(count - whole), grid, code);
+  packer(code, 8, last);
+  const int64_t left = room - whole / 8 * bits;
+  memcpy(out + whole / 8 * bits, last, size_t(left < bits ? left : bits));
+}
+
+template <class T>
+Grid fit_group(const RoundPack &job, const Extremes<T> &seen, int64_t index) {
+  const float top = float((1 << job.bits) - 1), half = float(1 << (job.bits - 1));
+  const float above = T::read(seen.above), below = T::read(seen.below);
+  if (!job.zero) {
+    const float most = above > below ? above : below;
+    const float scale = store_scale(job.scale, job.scale_dtype, index, most / (top * 0.5f));
+    return {scale, -half, half - 1, uint32_t(half)};
+  }
+  const float scale = store_scale(job.scale, job.scale_dtype, index, (above + below) / top);
+  float zero = below / scale - half;
+  zero = zero > -half ? zero : -half;
+  zero = zero < half - 1 ? zero : half - 1;
+  const int32_t whole = int32_t(pattern(zero + 0x1.8p23f) - pattern(0x1.8p23f));
+  job.zero[index] = int8_t(whole);
+  const float rounded = float(whole);
+  return {scale, -half - rounded, half - 1 - rounded, uint32_t(whole + int32_t(half))};
+}
+
+template <class T>
+int64_t round_rows(const RoundPack &job, int64_t begin, int64_t end) {
+  const int64_t groups = job.columns / job.group;
+  const int64_t row_bytes = (job.columns * job.bits + 31) / 32 * 4;
+  int64_t not_finite = 0;
+  for (int64_t row = begin; row < end; row++) {
+    const auto *w = static_cast<const typename T::Stored *>(job.weight) + row * job.columns;
+    uint8_t *out = reinterpret_cast<uint8_t *>(job.packed) + row * row_bytes;
+    memset(out + row_bytes - 4, 0, 4);
+    for (int64_t group = 0; group < groups; group++) {
+      const int64_t first = group * job.group, byte = first / 8 * job.bits;
+      Extremes<T> seen;
+      seen.see(w + first, job.group);
+      if (seen.above >= T::infinity || seen.below >= T::infinity) {
+        not_finite += count_not_finite<T>(w + first, job.group);
+        continue;
+      }
+      const Grid grid = fit_group(job, seen, row * groups + group);
+      encode_group<T>(w + first, job.group, grid, job.bits, out + byte, row_bytes - byte);
+    }
+  }
+  return not_finite;
+}
+
+int64_t round_pack(const RoundPack &job, int64_t begin, int64_t end) {
+  if (job.weight_dtype == OC_FP32) return round_rows<Fp32>(job, begin, end);
+  if (job.weight_dtype == OC_FP16) return round_rows<Fp16>(job, begin, end);
+  return round_rows<Bf16>(job, begin, end);
+}
+
+// --------------------------------------------------------------------------------------- bandwidth
+
+uint64_t sum(const uint64_t *words, size_t count) {
+  uint64_t lane[64] = {};
+  for (size_t i = 0; i < count; i += 64)
+    for (size_t j = 0; j < 64; j++) lane[j] += words[i + j];
+  uint64_t total = 0;
+  for (uint64_t x : lane) total += x;
+  return total;
+}
+
+// ------------------------------------------------------------------------------------------- peaks
+
+// A unit names a register, the multiply-adds of one step and the step itself. The empty asm makes an
+// operand look changed, so that no part of a step is moved out of the loop.
+#if defined(__aarch64__)
+template <class V>
+inline void touch(V &x) { asm volatile("" : "+w"(x)); }
+#elif defined(__AVX512F__)
+template <class V>
+inline void touch(V &x) { asm volatile("" : "+v"(x)); }
+#elif defined(__x86_64__)
+template <class V>
+inline void touch(V &x) { asm volatile("" : "+x"(x)); }
+#else
+template <class V>
+inline void touch(V &x) { asm volatile("" : "+m"(x)); }
+#endif
+
+// A byte that makes a usual number in every dtype: 0.75 as a float, 63 as an integer.
+constexpr int operand = 0x3f;
+
+template <class Unit>
+double run(int64_t turns) {
+  typename Unit::Register sums[12] = {}, a, b;
+  memset(&a, operand, sizeof a);
+  memset(&b, operand, sizeof b);
+  touch(a);
+  touch(b);
+  for (int64_t turn = 0; turn < turns; turn++) {
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; i++) {
+      Unit::step(sums[i], a, b);
+      touch(sums[i]);
+    }
+  }
+  return 2.0 * Unit::multiplies * 12 * double(turns);
+}
+
+typedef float floats __attribute__((vector_size(16)));
+typedef uint32_t ints __attribute__((vector_size(16)));
+
+#if defined(__AVX512F__)
+struct Fp32Unit {
+  typedef __m512 Register;
+  static constexpr int multiplies = 16;
+  static constexpr const char *name = "avx512 fma";
+  static void step(__m512 &s, __m512 &a, __m512 &b) { s = _mm512_fmadd_ps(s, a, b); }
+};
+#elif defined(__FMA__)
+struct Fp32Unit {
+  typedef __m256 Register;
+  static constexpr int multiplies = 8;
+  static constexpr const char *name = "avx2 fma";
+  static void step(__m256 &s, __m256 &a, __m256 &b) { s = _mm256_fmadd_ps(s, a, b); }
+};
+#elif defined(__ARM_NEON)
+struct Fp32Unit {
+  typedef float32x4_t Register;
+  static constexpr int multiplies = 4;
+  static constexpr const char *name = "neon fma";
+  static void step(float32x4_t &s, float32x4_t &a, float32x4_t &b) { s = vfmaq_f32(s, a, b); }
+};
+#else
+struct Fp32Unit {
+  typedef floats Register;
+  static constexpr int multiplies = 4;
+  static constexpr const char *name = "multiply, add";
+  static void step(floats &s, floats &a, floats &b) { s = s * a + b; }
+};
+#endif
+
+#if defined(__AVX512VNNI__)
+struct Int8Unit {
+  typedef __m512i Register;
+  static constexpr int multiplies = 64;
+  static constexpr const char *name = "avx512 vpdpbusd";
+  static void step(__m512i &s, __m512i &a, __m512i &b) { s = _mm512_dpbusd_epi32(s, a, b); }
+};
+#elif defined(__AVXVNNI__)
+struct Int8Unit {
+  typedef __m256i Register;
+  static constexpr int multiplies = 32;
+  static constexpr const char *name = "avx vpdpbusd";
+  static void step(__m256i &s, __m256i &a, __m256i &b) { s = _mm256_dpbusd_avx_epi32(s, a, b); }
+};
+#elif defined(__AVX2__)
+struct Int8Unit {
+  typedef __m256i Register;
+  static constexpr int multiplies = 32;
+  static constexpr const char *name = "avx2 vpmaddubsw";
+  static void step(__m256i &s, __m256i &a, __m256i &b) {
+    touch(a);
+    const __m256i pairs = _mm256_maddubs_epi16(a, b);
+    s = _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+};
+#elif defined(__SSE2__)
+struct Int8Unit {
+  typedef __m128i Register;
+  static constexpr int multiplies = 8;
+  static constexpr const char *name = "sse2 pmaddwd";
+  static void step(__m128i &s, __m128i &a, __m128i &b) {
+    touch(a);
+    s = _mm_add_epi32(s, _mm_madd_epi16(a, b));
+  }
+};
+#elif defined(__ARM_FEATURE_DOTPROD)
+struct Int8Unit {
+  typedef int32x4_t Register;
+  static constexpr int multiplies = 16;
+  static constexpr const char *name = "neon sdot";
+  static void step(int32x4_t &s, int32x4_t &a, int32x4_t &b) {
+    s = vdotq_s32(s, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
+  }
+};
+#elif defined(__ARM_NEON)
+struct Int8Unit {
+  typedef int32x4_t Register;
+  static constexpr int multiplies = 8;
+  static constexpr const char *name = "neon smull, sadalp";
+  static void step(int32x4_t &s, int32x4_t &a, int32x4_t &b) {
+    touch(a);
+    const int8x16_t x = vreinterpretq_s8_s32(a), y = vreinterpretq_s8_s32(b);
+    s = vpadalq_s16(s, vmull_s8(vget_low_s8(x), vget_low_s8(y)));
+  }
+};
+#else
+struct Int8Unit {
+  typedef ints Register;
+  static constexpr int multiplies = 4;
+  static constexpr const char *name = "multiply, add";
+  static void step(ints &s, ints &a, ints &b) {
+    touch(a);
+    s += a * b;
+  }
+};
+#endif
+
+#if defined(__AVX512BF16__)
+struct Bf16Unit {
+  typedef __m512 Register;
+  static constexpr int multiplies = 32;
+  static constexpr const char *name = "avx512 vdpbf16ps";
+  static void step(__m512 &s, __m512 &a, __m512 &b) {
+    s = _mm512_dpbf16_ps(s, (__m512bh)a, (__m512bh)b);
+  }
+};
+#else
+typedef Fp32Unit Bf16Unit;
+#endif
+
+template <class Unit>
+constexpr Peak peak_of() {
+  return {Unit::name, run<Unit>};
+}
+
+#if defined(__AMX_TILE__)
+// Six sums, two operands: 16 rows of 64 bytes each, so one step is 16 x 16 x 64 bytes of operands.
+struct Tiles {
+  alignas(64) uint8_t config[64] = {1};
+  alignas(64) uint8_t data[1024];
+  Tiles() {
+    for (int tile = 0; tile < 8; tile++) {
+      config[16 + 2 * tile] = 64;
+      config[48 + tile] = 16;
+    }
+    memset(data, operand, sizeof data);
+    _tile_loadconfig(config);
+    _tile_loadd(6, data, 64);
+    _tile_loadd(7, data, 64);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+double run_amx_int8(int64_t turns) {
+  const Tiles tiles;
+  for (int64_t turn = 0; turn < turns; turn++) {
+    _tile_dpbssd(0, 6, 7);
+    _tile_dpbssd(1, 6, 7);
+    _tile_dpbssd(2, 6, 7);
+    _tile_dpbssd(3, 6, 7);
+    _tile_dpbssd(4, 6, 7);
+    _tile_dpbssd(5, 6, 7);
+  }
+  return 2.0 * 16 * 16 * 64 * 6 * double(turns);
+}
+
+double run_amx_bf16(int64_t turns) {
+  const Tiles tiles;
+  for (int64_t turn = 0; turn < turns; turn++) {
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_dpbf16ps(1, 6, 7);
+    _tile_dpbf16ps(2, 6, 7);
+    _tile_dpbf16ps(3, 6, 7);
+    _tile_dpbf16ps(4, 6, 7);
+    _tile_dpbf16ps(5, 6, 7);
+  }
+  return 2.0 * 16 * 16 * 32 * 6 * double(turns);
+}
+
+constexpr Peak bf16_peak = {"amx tdpbf16ps", run_amx_bf16}, int8_peak = {"amx tdpbssd", run_amx_int8};
+#else
+constexpr Peak bf16_peak = peak_of<Bf16Unit>(), int8_peak = peak_of<Int8Unit>();
+#endif
+
+}  // namespace
+
+namespace oc {
+
+const Kernels OC_CLASS = {sum, peak_of<Fp32Unit>(), bf16_peak, int8_peak, round_pack};
+
+}  // namespace oc

@@ -1,0 +1,264 @@
+// The C interface: checks, the choice of the instruction-set class, threads and clocks. Compiled for the
+// plainest processor; what needs more lives in kernels.cpp behind a table of functions.
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <exception>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include <sys/mman.h>
+
+#include "kernels.h"
+#include "onecard.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
+namespace {
+
+// ---------------------------------------------------------------------- instruction-set classes
+
+struct Class {
+  const char *name;
+  const oc::Kernels *kernels;
+  bool supported;
+};
+
+#if defined(__x86_64__)
+
+// Whether one cpuid leaf has all the given bits.
+bool cpuid_has(unsigned leaf, unsigned sub, unsigned eax, unsigned ebx, unsigned ecx, unsigned edx) {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(leaf, sub, &a, &b, &c, &d) && (a & eax) == eax && (b & ebx) == ebx &&
+         (c & ecx) == ecx && (d & edx) == edx;
+}
+
+// The register states that the system saves for us (XCR0).
+bool system_saves(unsigned states) {
+  if (!cpuid_has(1, 0, 0, 0, 1u << 27, 0)) return false;
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & states) == states;
+}
+
+// Linux hands out the tile registers on request, once per process.
+bool tiles_granted() {
+#if defined(__linux__)
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+std::vector<Class> find_classes() {
+  constexpr unsigned f16c_fma = 1u << 29 | 1u << 12, f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+  constexpr unsigned vnni = 1u << 11, vbmi_vbmi2 = 1u << 1 | 1u << 6;
+  constexpr unsigned tile_int8_bf16 = 1u << 24 | 1u << 25 | 1u << 22;
+  const bool avx2 = system_saves(0x6) && cpuid_has(1, 0, 0, 0, f16c_fma, 0) &&
+                    cpuid_has(7, 0, 0, 1u << 5, 0, 0);
+  const bool avxvnni = avx2 && cpuid_has(7, 1, 1u << 4, 0, 0, 0);
+  const bool avx512 = avx2 && system_saves(0xe6) && cpuid_has(7, 0, 0, f_dq_bw_vl, vnni, 0);
+  const bool avx512bf16 =
+      avx512 && cpuid_has(7, 0, 0, 0, vbmi_vbmi2, 0) && cpuid_has(7, 1, 1u << 5, 0, 0, 0);
+  const bool amx = avx512bf16 && system_saves(0x60000) &&
+                   cpuid_has(7, 0, 0, 0, 0, tile_int8_bf16) && tiles_granted();
+  return {{"plain", &oc::plain, true},
+          {"avx2", &oc::avx2, avx2},
+          {"avxvnni", &oc::avxvnni, avxvnni},
+          {"avx512", &oc::avx512, avx512},
+          {"avx512bf16", &oc::avx512bf16, avx512bf16},
+          {"amx", &oc::amx, amx}};
+}
+
+#elif defined(__aarch64__)
+
+std::vector<Class> find_classes() {
+#if defined(__linux__)
+  constexpr unsigned long asimddp = 1ul << 20;
+  const bool dotprod = getauxval(AT_HWCAP) & asimddp;
+#else
+  const bool dotprod = true;  // every Apple processor with this architecture
+#endif
+  return {{"plain", &oc::plain, true}, {"dotprod", &oc::dotprod, dotprod}};
+}
+
+#else
+
+std::vector<Class> find_classes() { return {{"plain", &oc::plain, true}}; }
+
+#endif
+
+const std::vector<Class> &classes() {
+  static const std::vector<Class> found = find_classes();
+  return found;
+}
+
+bool known(int isa) { return isa >= 0 && isa < int(classes().size()); }
+
+int best_class() {
+  int best = int(classes().size()) - 1;
+  while (!classes()[size_t(best)].supported) best--;
+  return best;
+}
+
+std::atomic<int> &chosen() {
+  static std::atomic<int> isa{best_class()};
+  return isa;
+}
+
+const oc::Kernels &kernels() { return *classes()[size_t(chosen().load())].kernels; }
+
+// --------------------------------------------------------------------------------------- threads
+
+constexpr int most_threads = 1024;
+
+// Calls work(0) ... work(count - 1), each on its own thread where the system grants one, and waits.
+void in_parallel(int count, const std::function<void(int)> &work) {
+  std::vector<std::thread> threads;
+  int started = 1;
+  try {
+    threads.reserve(size_t(count));
+    for (; started < count; started++) threads.emplace_back(work, started);
+  } catch (const std::exception &) {
+    // What could not be started is done here, after our own share.
+  }
+  work(0);
+  for (; started < count; started++) work(started);
+  for (auto &thread : threads) thread.join();
+}
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// The best rate of at least three sweeps within about `seconds`. One sweep is work(thread) -> amount on
+// every thread; its time runs from the first start to the last end.
+double best_rate(int threads, double seconds, const std::function<double(int)> &work) {
+  struct alignas(64) Lap {
+    double amount, start, end;
+  };
+  std::vector<Lap> laps{size_t(threads)};
+  double best = 0;
+  const double deadline = now() + seconds;
+  for (int sweep = 0; sweep < 3 || now() < deadline; sweep++) {
+    in_parallel(threads, [&](int thread) {
+      const double start = now();
+      const double amount = work(thread);
+      laps[size_t(thread)] = {amount, start, now()};
+    });
+    Lap all = laps[0];
+    for (int thread = 1; thread < threads; thread++) {
+      const Lap &lap = laps[size_t(thread)];
+      all = {all.amount + lap.amount, std::fmin(all.start, lap.start), std::fmax(all.end, lap.end)};
+    }
+    best = std::fmax(best, all.amount / (all.end - all.start));
+  }
+  return best;
+}
+
+bool sane(int threads, double seconds) {
+  return threads >= 1 && threads <= most_threads && seconds > 0 && seconds <= 60;
+}
+
+const oc::Peak *peak_of(int dtype) {
+  if (dtype == OC_FP32) return &kernels().fp32;
+  if (dtype == OC_BF16) return &kernels().bf16;
+  if (dtype == OC_INT8) return &kernels().int8;
+  return nullptr;
+}
+
+bool is_float(int dtype) { return dtype == OC_FP32 || dtype == OC_FP16 || dtype == OC_BF16; }
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------- interface
+
+int oc_abi(void) { return OC_ABI; }
+
+int oc_isa_count(void) { return int(classes().size()); }
+
+const char *oc_isa_name(int isa) { return known(isa) ? classes()[size_t(isa)].name : nullptr; }
+
+int oc_isa_supported(int isa) { return known(isa) && classes()[size_t(isa)].supported; }
+
+int oc_isa(void) { return chosen(); }
+
+int oc_isa_force(int isa) {
+  const int wanted = isa == -1 ? best_class() : isa;
+  if (!oc_isa_supported(wanted)) return OC_BAD_ARGUMENT;
+  chosen() = wanted;
+  return wanted;
+}
+
+double oc_read_bandwidth(int64_t bytes, int threads, double seconds) {
+  constexpr int64_t step = 512;  // the granule of Kernels::sum
+  if (!sane(threads, seconds) || bytes > int64_t(1) << 46 || bytes < threads * step)
+    return OC_BAD_ARGUMENT;
+  void *memory =
+      mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return OC_NO_MEMORY;
+#if defined(MADV_HUGEPAGE)
+  madvise(memory, size_t(bytes), MADV_HUGEPAGE);
+#endif
+  uint64_t *const words = static_cast<uint64_t *>(memory);
+  const size_t share = size_t(bytes / threads / step * step / 8);
+  in_parallel(threads, [=](int thread) {
+    uint64_t *const mine = words + size_t(thread) * share;
+    for (size_t i = 0; i < share; i++) mine[i] = i;
+  });
+  std::atomic<uint64_t> sink{0};
+  const double rate = best_rate(threads, seconds, [&, read = kernels().sum](int thread) {
+    sink += read(words + size_t(thread) * share, share);
+    return 8.0 * double(share);
+  });
+  munmap(memory, size_t(bytes));
+  return rate;
+}
+
+double oc_peak(int dtype, int threads, double seconds) {
+  const oc::Peak *const peak = peak_of(dtype);
+  if (!peak || !sane(threads, seconds)) return OC_BAD_ARGUMENT;
+  const double lap = std::fmin(0.05, seconds / 3);
+  return best_rate(threads, seconds, [=](int) {
+    double done = 0;
+    for (const double end = now() + lap; now() < end;) done += peak->run(20000);
+    return done;
+  });
+}
+
+const char *oc_peak_unit(int dtype) {
+  const oc::Peak *const peak = peak_of(dtype);
+  return peak ? peak->unit : nullptr;
+}
+
+int64_t oc_round_pack(const void *weight, int weight_dtype, int64_t rows, int64_t columns, int bits,
+                      int64_t group, int scale_dtype, int threads, int32_t *packed, void *scale,
+                      int8_t *zero) {
+  constexpr int64_t most = int64_t(1) << 30, weights_per_thread = 1 << 16;
+  const bool sizes = rows >= 1 && rows <= most && columns >= 1 && columns <= most && bits >= 2 &&
+                     bits <= 8 && threads >= 1 && threads <= most_threads;
+  if (!sizes || group < 1 || columns % group || (group % 8 && group != columns)) return OC_BAD_ARGUMENT;
+  if (!is_float(weight_dtype) || !is_float(scale_dtype) || !weight || !packed || !scale)
+    return OC_BAD_ARGUMENT;
+  const oc::RoundPack job{weight, weight_dtype, columns, bits, group, scale_dtype, packed, scale, zero};
+  const int64_t useful = std::min(rows, 1 + rows * columns / weights_per_thread);
+  const int count = int(std::min<int64_t>(threads, useful));
+  std::atomic<int64_t> not_finite{0};
+  in_parallel(count, [&, run = kernels().round_pack](int part) {
+    not_finite += run(job, rows * part / count, rows * (part + 1) / count);
+  });
+  return not_finite;
+}

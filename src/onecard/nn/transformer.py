@@ -1,0 +1,348 @@
+"""One decoder-only transformer for every family, built from a Spec and driven by it.
+
+A block's forward is a generator: it stops at every *site* (an input that linears are about to read)
+and yields (site name, input). Running a model drains it; calibration drives the generators of all
+batches in lock step, so that a site's statistics are complete before its linears are compressed and
+everything after sees the compressed outputs. One forward per block does both.
+
+Shapes: B batch, T new tokens, S tokens seen, H heads, G key/value heads, D head size, N = B*T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+from torch import Tensor, nn
+
+from onecard.core.spec import Attention, FeedForward, LayerSpec, Rope, Spec, linear_shapes
+from onecard.kernels import reference
+from onecard.nn.layers import Embedding, Linear, Normalize
+
+Sites = Generator[tuple[str, Tensor], None, Tensor]
+
+
+class Cache:
+    """Keys and values of every layer, [B, G, capacity, D], allocated once."""
+
+    def __init__(self, spec: Spec, batch: int, capacity: int, dtype: torch.dtype,
+                 device: torch.device | str = "cpu") -> None:  # fmt: skip
+        self.capacity, self.length = capacity, 0
+        self.valid = torch.ones(batch, capacity, dtype=torch.bool, device=device)
+        shapes = [
+            (batch, layer.attention.num_kv_heads, capacity, layer.attention.head_dim)
+            for layer in spec.layers
+        ]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [B, G, T, D] behind `length`; returns all keys and values seen so far."""
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Context:
+    """What one forward shares between its layers: positions, masks, rope tables, the cache."""
+
+    def __init__(self, spec: Spec, positions: Tensor, valid: Tensor | None = None,
+                 cache: Cache | None = None) -> None:  # fmt: skip
+        self.spec, self.positions, self.cache = spec, positions, cache
+        self.new = positions.shape[1]
+        self.seen = self.new + (cache.length if cache else 0)
+        self.valid = valid
+        self._ropes: dict[Rope, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def rope(self, rope: Rope) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, 1, T, dims / 2] in float32."""
+        if rope not in self._ropes:
+            length = int(self.positions.max()) + 1 if rope.kind in ("dynamic", "longrope") else 0
+            inverse, scale = reference.rope_frequencies(rope, length, self.spec.max_context)
+            angle = self.positions[:, None, :, None].float() * inverse.to(self.positions.device)
+            self._ropes[rope] = angle.cos() * scale, angle.sin() * scale
+        return self._ropes[rope]
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """bool [B or 1, 1, T, S]; None when plain causal attention says it all."""
+        if window is not None and window >= self.seen:
+            window = None
+        if window not in self._masks:
+            plain = self.valid is None and window is None and self.new in (1, self.seen)
+            mask = None
+            if not plain:
+                device = self.positions.device
+                mask = reference.causal_mask(self.new, self.seen, window, device)
+                if self.valid is not None:
+                    mask = mask & self.valid[:, None, None, :]
+            self._masks[window] = mask
+        return self._masks[window]
+
+
+class AttentionBlock(nn.Module):
+    """Grouped-query attention with its four linears."""
+
+    def __init__(self, spec: Spec, layer: LayerSpec, index: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        a = self.spec = layer.attention
+        self.index = index
+        shapes = linear_shapes(spec, layer)
+        self.q = Linear(shapes["attention.q"], a.bias, dtype)
+        self.k = Linear(shapes["attention.k"], a.bias, dtype)
+        self.v = Linear(shapes["attention.v"], a.bias, dtype)
+        self.o = Linear(shapes["attention.o"], a.out_bias, dtype)
+        self.q_norm = Normalize(a.head_dim, spec.norm, dtype) if a.head_norm else None
+        self.k_norm = Normalize(a.head_dim, spec.norm, dtype) if a.head_norm else None
+
+    def stages(self, x: Tensor, context: Context) -> Sites:
+        a: Attention = self.spec
+        yield "attention.in", x
+        q = self.q(x).unflatten(-1, (a.num_heads, a.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        k = self.k(x).unflatten(-1, (a.num_kv_heads, a.head_dim)).transpose(1, 2)
+        v = self.v(x).unflatten(-1, (a.num_kv_heads, a.head_dim)).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if a.rope is not None:
+            cos, sin = (table.to(q.dtype) for table in context.rope(a.rope))
+            q, k = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
+        if context.cache is not None:
+            k, v = context.cache.extend(self.index, k, v)
+        y = reference.attend(q, k, v, context.mask(a.window), a.scale, a.soft_cap)
+        y = y.transpose(1, 2).flatten(2)  # [B, T, H * D]
+        yield "attention.out", y
+        return self.o(y)
+
+
+class Mlp(nn.Module):
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
+
+    def __init__(self, name: str, width: int, spec: Spec, f: FeedForward, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.name = name
+        self.activation = reference.ACTIVATIONS[f.activation]
+        self.gate = Linear((width, spec.hidden), f.bias, dtype) if f.gated else None
+        self.up = Linear((width, spec.hidden), f.bias, dtype)
+        self.down = Linear((spec.hidden, width), f.bias, dtype)
+
+    def stages(self, x: Tensor) -> Sites:
+        yield f"{self.name}.in", x
+        if self.gate is None:
+            y = self.activation(self.up(x))
+        else:
+            y = self.activation(self.gate(x)) * self.up(x)
+        yield f"{self.name}.out", y
+        return self.down(y)
+
+
+class MoE(nn.Module):
+    """A router, its experts, and perhaps a shared expert behind a sigmoid gate."""
+
+    def __init__(self, spec: Spec, f: FeedForward, dtype: torch.dtype) -> None:
+        super().__init__()
+        assert f.experts is not None
+        self.experts = f.experts
+        self.router = Linear((f.experts.count, spec.hidden), False, dtype)
+        for i in range(f.experts.count):
+            expert = Mlp(f"feed_forward.expert{i}", f.width, spec, f, dtype)
+            self.add_module(f"expert{i}", expert)
+        self.shared = self.shared_gate = None
+        if f.experts.shared_width:
+            width = f.experts.shared_width
+            self.shared = Mlp("feed_forward.shared", width, spec, f, dtype)
+            if f.experts.shared_gate:
+                self.shared_gate = Linear((1, spec.hidden), False, dtype)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and indices [N, top] of the experts that each token goes to."""
+        chances = torch.softmax(self.router(x).float(), -1)
+        weights, chosen = chances.topk(self.experts.top, -1)
+        if self.experts.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights, chosen
+
+    def stages(self, x: Tensor) -> Sites:
+        flat = x.flatten(0, -2)  # [N, hidden]
+        weights, chosen = self.route(flat)
+        y = torch.zeros_like(flat)
+        for i in range(self.experts.count):
+            token, slot = torch.where(chosen == i)
+            out = yield from self.get_submodule(f"expert{i}").stages(flat[token])  # type: ignore[operator]
+            y.index_add_(0, token, (out * weights[token, slot, None]).to(y.dtype))
+        if self.shared is not None:
+            out = yield from self.shared.stages(flat)
+            if self.shared_gate is not None:
+                out = out * torch.sigmoid(self.shared_gate(flat))
+            y = y + out
+        return y.view_as(x)
+
+
+class Block(nn.Module):
+    """One layer: attention, feed-forward, and norms where the layer's `order` puts them."""
+
+    def __init__(self, spec: Spec, index: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        layer = self.layer = spec.layers[index]
+        self.index = index
+
+        def normalize(needed: bool) -> Normalize | None:
+            return Normalize(spec.hidden, spec.norm, dtype) if needed else None
+
+        before, after = layer.order != "post", layer.order in ("post", "sandwich")
+        self.norm_attention_in = normalize(before)
+        self.attention = AttentionBlock(spec, layer, index, dtype)
+        self.norm_attention_out = normalize(after)
+        self.norm_feed_forward_in = normalize(before)
+        f = layer.feed_forward
+        self.feed_forward: Mlp | MoE = (
+            MoE(spec, f, dtype) if f.experts else Mlp("feed_forward", f.width, spec, f, dtype)
+        )
+        self.norm_feed_forward_out = normalize(after)
+
+    def stages(self, h: Tensor, context: Context) -> Sites:
+        """Yields (site, input) before each set of linears; returns the block's output [B, T, hidden]."""
+        order = self.layer.order
+        x = _maybe(self.norm_attention_in, h)
+        y = yield from self.attention.stages(x, context)
+        if order == "parallel":
+            z = yield from self.feed_forward.stages(_maybe(self.norm_feed_forward_in, h))
+            return h + y + z
+        h = _join(h, y, self.norm_attention_out, order)
+        x = _maybe(self.norm_feed_forward_in, h)
+        y = yield from self.feed_forward.stages(x)
+        return _join(h, y, self.norm_feed_forward_out, order)
+
+    def forward(self, h: Tensor, context: Context) -> Tensor:
+        stages = self.stages(h, context)
+        while True:
+            try:
+                next(stages)
+            except StopIteration as end:
+                return end.value
+
+    def linear(self, name: str) -> Linear:
+        """The linear of a name such as `attention.q`."""
+        module = self.get_submodule(name)
+        assert isinstance(module, Linear)
+        return module
+
+
+def _maybe(norm: Normalize | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+def _join(h: Tensor, y: Tensor, norm: Normalize | None, order: str) -> Tensor:
+    """The residual sum, with the outer norm on the branch (sandwich) or on the sum (post)."""
+    if norm is None:
+        return h + y
+    return norm(h + y) if order == "post" else h + norm(y)
+
+
+class Stem(nn.Module):
+    """Token ids to the first hidden state: embedding, learned positions, input projection."""
+
+    def __init__(self, spec: Spec, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = Embedding(spec.vocab_size, spec.embed_size, dtype)
+        self.positions = (
+            Embedding(spec.learned_positions, spec.hidden, dtype) if spec.learned_positions else None
+        )
+        projected = spec.embed_size != spec.hidden
+        shape = (spec.hidden, spec.embed_size)
+        self.project = Linear(shape, False, dtype) if projected else None
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        h = self.embedding(ids)
+        if self.spec.embed_scale != 1.0:
+            h = h * torch.tensor(self.spec.embed_scale, dtype=h.dtype)
+        if self.project is not None:
+            h = self.project(h)
+        if self.positions is not None:
+            h = h + self.positions(positions + self.spec.position_offset)
+        return h
+
+
+class Tail(nn.Module):
+    """The last hidden state to logits: norm, output projection, head, soft cap."""
+
+    def __init__(self, spec: Spec, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.spec = spec
+        self.norm = Normalize(spec.hidden, spec.norm, dtype) if spec.final_norm else None
+        projected = spec.embed_size != spec.hidden
+        shape = (spec.embed_size, spec.hidden)
+        self.project = Linear(shape, False, dtype) if projected else None
+        self.head = Linear((spec.vocab_size, spec.embed_size), spec.head_bias, dtype)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = _maybe(self.norm, h)
+        if self.project is not None:
+            h = self.project(h)
+        logits = self.head(h)
+        cap = self.spec.final_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class Transformer(nn.Module):
+    """Stem, blocks, tail. `forward(ids)` gives logits [B, T, vocabulary]."""
+
+    def __init__(self, spec: Spec, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.spec = spec
+        self.stem = Stem(spec, dtype)
+        self.blocks = nn.ModuleList(Block(spec, i, dtype) for i in range(spec.num_layers))
+        self.tail = Tail(spec, dtype)
+        if spec.tied:
+            self.tail.head.weight = self.stem.embedding.weight
+
+    def forward(self, ids: Tensor, valid: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Logits of ids [B, T]. `valid` bool [B, T] marks tokens that are not padding.
+
+        With a cache the tokens follow the ones it holds and are added to it.
+        """
+        h, context = self.start(ids, valid, cache)
+        for block in self.blocks:
+            h = block(h, context)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return self.tail(h)
+
+    def start(
+        self, ids: Tensor, valid: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Context]:
+        """The first hidden state [B, T, hidden] and the context of this forward."""
+        past = cache.length if cache else 0
+        if past + ids.shape[1] > (cache.capacity if cache else past + ids.shape[1]):
+            raise ValueError(f"{past + ids.shape[1]} tokens do not fit a cache of {cache.capacity}")  # type: ignore[union-attr]
+        if cache is not None:
+            if valid is not None:
+                cache.valid[:, past : past + ids.shape[1]] = valid
+            seen = cache.valid[:, : past + ids.shape[1]]
+            valid = None if bool(seen.all()) else seen
+        context = Context(self.spec, positions_of(ids, valid, past), valid, cache)
+        return self.stem(ids, context.positions), context
+
+
+def positions_of(ids: Tensor, valid: Tensor | None, past: int) -> Tensor:
+    """Positions [B, T] of new tokens behind `past` others; padding does not count."""
+    if valid is None:
+        new = torch.arange(past, past + ids.shape[1], device=ids.device)
+        return new.expand(ids.shape)
+    return (valid.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+
+
+def initialize(network: Transformer, seed: int, std: float = 0.02) -> None:
+    """Normal weights for training from nothing; norms do nothing, residual outputs start small."""
+    generator = torch.Generator().manual_seed(seed)
+    depth = (2 * network.spec.num_layers) ** -0.5
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0 - network.spec.norm.offset)
+            else:
+                small = name.endswith(("attention.o.weight", "down.weight"))
+                parameter.normal_(0, std * (depth if small else 1.0), generator=generator)
