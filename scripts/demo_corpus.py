@@ -1,20 +1,21 @@
 """The corpus of the demo model: plain English prose out of permissively licensed Python packages.
 
 A language model of a few million parameters can learn one thing well. Here that thing is running
-English sentences, so the corpus is not "everything in the packages" but only paragraphs that a person
-would read as prose. The road of a page:
+English sentences, so the corpus is not "everything in the packages" but only paragraphs that a
+person would read as prose. The road of a page:
 
     package (pip download, pinned) -> page (a module, a documentation file, a service description)
       -> texts (docstrings, the file itself, description fields) -> paragraphs without markup
       -> those that are prose -> those not seen before -> one document per text
 
-`is_prose` is the filter that matters: at least 8 words, a capital letter first, a full stop last, most
-words plain and lower case, some of them function words, no code. A paragraph is "seen before" when its
-letters were met already or when half of a sample of its runs of 6 words were (a quarter of all runs,
-chosen by their hash, so that the sample is the same wherever the run appears).
+`is_prose` is the filter that matters: at least 8 words, a capital letter first, a full stop last,
+most words plain and lower case, some of them function words, no code. A paragraph is "seen before"
+when its letters were met already, or when half of a sample of its runs of 6 words were (a quarter
+of all runs, chosen by their hash, so that the sample is the same wherever the run appears).
 
-Whole pages are held out, chosen by the hash of their name, and are read first: a training paragraph that
-resembles a held-out one is dropped, not the other way round. Same pins and same Python, same bytes.
+Whole pages are held out, chosen by the hash of their name, and are read first: a training paragraph
+that resembles a held-out one is dropped, not the other way round. Same pins and same Python, same
+bytes.
 
     python scripts/demo_corpus.py OUT
 
@@ -37,7 +38,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import textwrap
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +46,7 @@ from pathlib import Path, PurePosixPath
 from zlib import crc32
 
 SEPARATOR = "<|endoftext|>"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -109,7 +110,6 @@ kubernetes 37.0.2 Apache-2.0
 bokeh 3.9.2 BSD-3-Clause
 dask 2026.8.0 BSD-3-Clause
 distributed 2026.8.0 BSD-3-Clause
-sagemaker 3.27.0 Apache-2.0
 """
 SDISTS = """
 Django 5.2.19 BSD-3-Clause
@@ -147,7 +147,12 @@ Werkzeug 3.1.9 BSD-3-Clause
 xarray 2026.9.0 Apache-2.0
 """
 # Whose licence file stands in NOTICE for all of its kind.
-LICENCE_TEXTS = {"Apache-2.0": "keras", "BSD-3-Clause": "Django", "BSD-2-Clause": "Sphinx", "MIT": "SQLAlchemy"}
+LICENCE_TEXTS = {
+    "Apache-2.0": "keras",
+    "BSD-3-Clause": "Django",
+    "BSD-2-Clause": "Sphinx",
+    "MIT": "SQLAlchemy",
+}
 
 
 def table() -> list[Source]:
@@ -199,6 +204,7 @@ SKIP = re.compile(
     r"|(^|/)(test_|changelog|changes|release|migration_)[^/]*$",
     re.IGNORECASE,
 )
+BLOCK_TAG = re.compile(r"</?(p|li|ul|ol|note|important|dl|dt|dd|br)\b[^>]*>")
 SERVICE = re.compile(r"service-2\.json(\.gz)?$|discovery_cache/documents/.*\.json$")
 
 
@@ -220,7 +226,7 @@ def descriptions(node: object) -> Iterator[str]:
     if isinstance(node, dict):
         for key, value in node.items():
             if key in ("documentation", "description") and isinstance(value, str):
-                blocks = re.sub(r"</?(p|li|ul|ol|note|important|dl|dt|dd|br)\b[^>]*>", "\n\n", value)
+                blocks = BLOCK_TAG.sub("\n\n", value)
                 yield html.unescape(re.sub(r"<[^>]*>", "", blocks))
             else:
                 yield from descriptions(value)
@@ -271,9 +277,12 @@ MARKUP = (
     (re.compile(r"!\[[^\]]*\]\([^)]*\)"), ""),  # markdown image
     (re.compile(r"\[([^\]]+)\]\([^)]*\)"), r"\1"),  # markdown link
     (re.compile(r"\[([^\]]+)\]\[[^\]]*\]"), r"\1"),
-    (re.compile(r"(:[\w+-]+)?:[\w+-]+:`+!?~?([^`<]+?)\s*<[^`>]*>`+"), r"\2"),  # rst role, title <target>
-    (re.compile(r"(:[\w+-]+)?:[\w+-]+:`+!?~([\w.]+\.)?([^`.]+)`+"), r"\3"),  # rst role, short name
-    (re.compile(r"(:[\w+-]+)?:[\w+-]+:`+!?([^`]+)`+"), r"\2"),  # rst role
+    (
+        re.compile(r"(:[\w+-]+)?:[\w+-]+:`+!?~?([^`<]+?)\s*<[^`>]*>`+"),
+        r"\2",
+    ),  # role, title <target>
+    (re.compile(r"(:[\w+-]+)?:[\w+-]+:`+!?~([\w.]+\.)?([^`.]+)`+"), r"\3"),  # role, short name
+    (re.compile(r"(:[\w+-]+)?:[\w+-]+:`+!?([^`]+)`+"), r"\2"),  # role
     (re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?"), r"\1"),  # rst link
     (re.compile(r"`+([^`]+)`+_{0,2}"), r"\1"),  # literal
     (re.compile(r"\*{1,3}(\S(?:[^*]*\S)?)\*{1,3}"), r"\1"),  # emphasis
@@ -289,28 +298,31 @@ MARKUP = (
 BULLET = re.compile(r"^(\s*)([-*+•]|\(?\d{1,2}[.)]|#\.)\s+")
 RULE = re.compile(r"^\s*([=\-~^\"'`#*+.:_])\1{2,}\s*$")
 WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
-COMMON = frozenset(
-    "the a an of to in is and for be this that it as with on are by or if not can from will which you we "
-    "when has have was at but its they than should must may one all use used so only any no more".split()
+FUNCTION_WORDS = (
+    "the a an of to in is and for be this that it as with on are by or if not can from will which "
+    "you we when has have was at but its they than should must may one all use used so only any no "
+    "more"
 )
+COMMON = frozenset(FUNCTION_WORDS.split())
 BOILERPLATE = re.compile(
     r"licen[cs]e|copyright|warrant|deprecated|auto-?generated|(?<!\w)(TODO|FIXME|XXX)(?!\w)|https?:|www\.",
     re.IGNORECASE,
 )
+SENTENCE = re.compile(r"[.?!][)\"]?$")
 CODE = re.compile(r">>>|[{}|\\=@$^~<>#]|::|\w\(|\(\)|--|\.\.|__|`|\*|�|[^\x00-\x7f–—é…]")
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Blocks of lines at one depth, joined; a blank line, a bullet, a heading rule or a new depth ends one."""
+    """Blocks of lines at one depth, joined; a blank line, bullet, rule or new depth ends one."""
     block: list[str] = []
     depth = 0
     for line in [*text.expandtabs().splitlines(), ""]:
         bullet = BULLET.match(line)
         indent = bullet.end() if bullet else len(line) - len(line.lstrip())
         if not line.strip() or bullet or RULE.match(line) or (block and indent != depth):
-            if block and not RULE.match(line):  # a line that is underlined is a heading
-                if len(block) > 1 or len(block[0]) > 40:
-                    yield " ".join(block)
+            short = len(block) < 2 and len("".join(block)) <= 40
+            if not short and not RULE.match(line):  # a line that is underlined is a heading
+                yield " ".join(block)
             block = []
         if line.strip() and not RULE.match(line):
             block.append(line[bullet.end() :] if bullet else line.strip())
@@ -326,16 +338,18 @@ def clean(paragraph: str) -> str:
 def is_prose(paragraph: str) -> bool:
     """Whether a person would read this as running English."""
     tokens = paragraph.split()
-    if len(tokens) < 8 or len(tokens) > 400 or not paragraph[0].isupper() or paragraph[-1] not in '.?!)"':
+    if not 8 <= len(tokens) <= 400 or not (paragraph[0].isupper() and SENTENCE.search(paragraph)):
         return False
-    if not re.search(r"[.?!][)\"]?$", paragraph) or CODE.search(paragraph) or BOILERPLATE.search(paragraph):
+    if CODE.search(paragraph) or BOILERPLATE.search(paragraph):
         return False
     words = [t.strip(".,;:?!()\"'") for t in tokens]
     plain = sum(bool(WORD.fullmatch(w)) for w in words)
     lower = sum(w.islower() and bool(WORD.fullmatch(w)) for w in words)
     common = sum(w.lower() in COMMON for w in words)
     n = len(tokens)
-    return plain >= 0.9 * n and lower >= 0.75 * n and common >= 0.22 * n and max(map(len, words)) <= 24
+    if max(map(len, words)) > 24:
+        return False
+    return plain >= 0.9 * n and lower >= 0.75 * n and common >= 0.22 * n
 
 
 class Seen:
@@ -374,11 +388,14 @@ def documents(page: Page, seen: Seen, settings: Settings) -> Iterator[str]:
 # ---- the corpus --------------------------------------------------------------------------------
 
 
-def split(pages: list[Page], settings: Settings) -> tuple[dict[Source, list[str]], dict[Source, list[str]]]:
-    """(train, held out), documents by source. Order is by hash: a cap then samples the whole package."""
+Documents = dict[Source, list[str]]
+
+
+def split(pages: list[Page], settings: Settings) -> tuple[Documents, Documents]:
+    """(train, held out). The order is by hash, so that a cap samples all of a package."""
     seen = Seen()
     order = sorted(pages, key=lambda p: digest(f"{p.source.name}/{p.path}"))
-    held: dict[Source, list[str]] = {}
+    held: Documents = {}
     size = 0
     rest = iter(order)
     while size < settings.held_out:
@@ -389,7 +406,7 @@ def split(pages: list[Page], settings: Settings) -> tuple[dict[Source, list[str]
         if sum(map(len, found)) <= 2 * settings.held_out_page:
             held.setdefault(page.source, []).extend(found)
             size += sum(map(len, found))
-    train: dict[Source, list[str]] = {}
+    train: Documents = {}
     sizes: dict[Source, int] = {}
     for page in rest:
         if sizes.get(page.source, 0) >= settings.cap:
@@ -421,40 +438,50 @@ def sample(found: list[str], size: int) -> list[str]:
 
 
 def licence_file(archive: Path) -> str:
-    """What a package says about its licence: the shallowest file of that name."""
-    name = re.compile(r"(^|/)(LICEN[CS]E|COPYING)[^/]*$", re.IGNORECASE)
-    found = [(path.count("/"), path, c) for path, c in members(archive, lambda p: bool(name.search(p)))]
-    return min(found)[2].decode("utf-8", errors="replace") if found else ""
+    """What a package says about its licence: a file of that name at its root or in its metadata."""
+    name = re.compile(
+        r"^([^/]*\.dist-info/(licen[cs]es/)?)?(LICEN[CS]E|COPYING)[^/]*$", re.IGNORECASE
+    )
+    found = [
+        (len(path), content) for path, content in members(archive, lambda p: bool(name.search(p)))
+    ]
+    return min(found)[1].decode("utf-8", errors="replace") if found else ""
 
 
 def copyrights(text: str) -> list[str]:
+    """The first three claims of a licence file."""
     lines = (line.strip(" #*\t") for line in text.splitlines())
-    found = [line for line in lines if re.match(r"(Copyright|©)\s.*(\d{4}|\(c\)|©)", line, re.IGNORECASE)]
-    return list(dict.fromkeys(line for line in found if "[yyyy]" not in line))[:4]
+    claim = re.compile(r"(Copyright|©)\s.*(\d{4}|\(c\)|©)", re.IGNORECASE)
+    found = (line for line in lines if claim.match(line) and "yyyy" not in line)
+    return list(dict.fromkeys(found))[:3]
+
+
+NOTICE = """\
+The model in this folder was trained on the documentation and docstrings of the packages below,
+each under the licence named beside it; held_out.txt and calibration.txt are excerpts from them.
+Markup was removed and only paragraphs of prose were kept."""
+PSF = re.compile(r"PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2\n.*?(?=\n\n\n?BEOPEN)", re.DOTALL)
 
 
 def notice(sources: list[Source], archives: dict[Source, Path]) -> str:
     """Who wrote the text, under which licence, and the licences themselves."""
-    head = (
-        "The model in this folder was trained on the documentation and docstrings of the packages below, "
-        "each under the licence named beside it; held_out.txt and calibration.txt are excerpts from them. "
-        "Markup was removed and only paragraphs of prose were kept."
-    )
-    blocks = [textwrap.fill(head, 96)]
     texts = {s.name: licence_file(archives[s]) for s in sources if s in archives}
-    texts["Python"] = (Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt").read_text(encoding="utf-8")
+    python = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
+    found = PSF.search(python.read_text(encoding="utf-8"))
+    texts["Python"] = found.group(0) if found else ""
+    blocks = [NOTICE]
     for source in sources:
-        lines = [f"{source.name} {source.version}: {source.licence}", *copyrights(texts[source.name])]
-        blocks.append("\n    ".join(lines))
-    for licence, name in LICENCE_TEXTS.items():
+        title = f"{source.name} {source.version}: {source.licence}"
+        blocks.append("\n    ".join([title, *copyrights(texts[source.name])]))
+    for licence, name in (LICENCE_TEXTS | {"PSF-2.0": "Python"}).items():
         blocks.append(f"{'-' * 20} {licence}, as in {name}\n\n{texts[name].strip()}")
-    psf = re.search(r"PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2\n.*?(?=\n\n\n?BEOPEN)", texts["Python"], re.DOTALL)
-    blocks.append(f"{'-' * 20} PSF-2.0\n\n{psf.group(0).strip()}")
     return "\n\n".join(blocks) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="folder to write; packages are kept in OUT/packages")
     out = parser.parse_args().out
     packages = out / "packages"
@@ -464,8 +491,8 @@ def main() -> None:
     archives = {s: download(s, packages) for s in sources if s.kind != "python"}
     pages: list[Page] = []
     for source in sources:
-        found = package_pages(source, archives[source]) if source in archives else python_pages(source)
-        pages += found
+        archive = archives.get(source)
+        pages += package_pages(source, archive) if archive else python_pages(source)
     train, held = split(pages, settings)
     documents_ = shuffled(train.values())
     write(out / "train.txt", documents_)

@@ -1,7 +1,7 @@
 """One evaluator for every result: runs inside llm-compressor's environment, started by gptq.py.
 
-    python perplexity.py tokens MODEL TEXT OUT.json --length 512 [--samples 16]     text -> ids, cut into windows
-    python perplexity.py score FOLDER WINDOWS.json                                  -> mean nats per token
+    python perplexity.py tokens MODEL SOURCE OUT.json --length 512 [--samples 16]    text or ids -> windows of ids
+    python perplexity.py score FOLDER WINDOWS.json                                    -> mean nats per token
 
 `score` loads the folder with transformers, a compressed-tensors one too, whoever wrote it: its weights are
 decompressed by the compressed-tensors library itself, in float32, so 3 bits run where no kernel exists. Windows do
@@ -17,16 +17,22 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 
-def cut(model: str, text: Path, out: Path, length: int, samples: int | None) -> dict[str, int]:
-    """Whole windows of the text, or `samples` of them spread evenly over it."""
-    ids = AutoTokenizer.from_pretrained(model)(
-        text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False
-    )["input_ids"]
-    windows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+def cut(model: str, source: Path, out: Path, length: int, samples: int | None) -> dict[str, int]:
+    """Whole windows of the text, or `samples` of them spread evenly over it. Ids are windows already."""
+    if source.suffix == ".npy":
+        windows = np.load(source).tolist()
+    elif source.suffix == ".json":
+        windows = json.loads(source.read_text())
+    else:
+        text = source.read_text(encoding="utf-8")
+        encoded = AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False, verbose=False)
+        ids = encoded["input_ids"]
+        windows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     if samples and samples < len(windows):
         windows = [windows[i * len(windows) // samples] for i in range(samples)]
     out.write_text(json.dumps(windows))
@@ -58,7 +64,7 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     tokens = verbs.add_parser("tokens")
     tokens.add_argument("model")
-    tokens.add_argument("text", type=Path)
+    tokens.add_argument("source", type=Path)
     tokens.add_argument("out", type=Path)
     tokens.add_argument("--length", type=int, required=True)
     tokens.add_argument("--samples", type=int)
@@ -67,7 +73,7 @@ def main() -> None:
     scoring.add_argument("windows", type=Path)
     asked = parser.parse_args()
     if asked.verb == "tokens":
-        found = cut(asked.model, asked.text, asked.out, asked.length, asked.samples)
+        found = cut(asked.model, asked.source, asked.out, asked.length, asked.samples)
     else:
         found = score(asked.folder, asked.windows)
     print(json.dumps(found))

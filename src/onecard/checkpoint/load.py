@@ -67,6 +67,12 @@ class Source:
     def compressed(self) -> bool:
         return any(name.endswith(".weight_packed") for name in self.checkpoint.entries)
 
+    def format_names(self) -> list[str]:
+        """Names of the packed formats in the folder."""
+        packed = (n.removesuffix(".weight_packed") for n in self.checkpoint.entries if n.endswith(".weight_packed"))
+        formats = (self.format_of(Stored(name)) for name in packed)
+        return sorted({format.name for format in formats if format})
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.folder)
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 Array = tuple[str, tuple[int, ...], Any]
-"""(dtype name, shape, bytes-like) of one tensor on its way to a file."""
+"""(dtype name, shape, bytes-like or the Entry to copy from) of one tensor on its way to a file."""
 
 
 def header_of(arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
@@ -196,12 +196,21 @@ def header_of(arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes,
 def write_file(path: Path, arrays: Mapping[str, Array]) -> str:
     """Write tensors under `path` at once or not at all; returns the sha256 of the file."""
     header, order = header_of({name: (a[0], a[1]) for name, a in arrays.items()})
-    chunks: Iterable[Any] = (arrays[name][2] for name in order)
-    return write_chunks(path, (header, *chunks))
+
+    def chunks() -> Iterator[Any]:
+        yield header
+        for name in order:
+            data = arrays[name][2]
+            if isinstance(data, Entry):
+                yield from copy_range(data)
+            else:
+                yield data
+
+    return write_chunks(path, chunks())
 
 
 def write_chunks(path: Path, chunks: Iterable[Any]) -> str:
-    """Bytes-like chunks under `path` by temporary name, flush to disk and rename; their sha256."""
+    """Bytes-like chunks under `path` by temporary name and rename; their sha256."""
     temporary = path.with_name(f".{path.name}.part")
     digest = hashlib.sha256()
     try:
@@ -211,7 +220,6 @@ def write_chunks(path: Path, chunks: Iterable[Any]) -> str:
                 digest.update(view)
                 while len(view):
                     view = view[file.write(view) :]
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -16,6 +16,8 @@ from onecard.checkpoint.shards import read_json
 from onecard.core.errors import BadRequest
 
 LARGEST_TEXT = 64 << 20
+LARGEST_TEMPLATE = 1 << 20
+"""Characters of a chat template that are read; what renders it refuses far shorter ones."""
 
 
 class Tokenizer:
@@ -36,6 +38,8 @@ class Tokenizer:
             raise BadRequest(f"{path} cannot be read", seen=str(error)[:200]) from error
         self.backend.no_truncation()
         self.backend.no_padding()
+        added = self.backend.get_added_tokens_decoder()
+        self.hidden = frozenset(id for id, token in added.items() if token.special)
         config = _optional(folder / "tokenizer_config.json")
         generation = _optional(folder / "generation_config.json")
         model = _optional(folder / "config.json")
@@ -56,10 +60,20 @@ class Tokenizer:
         """Ids of a text; `special` adds what the tokenizer's own post-processor adds (a BOS ...)."""
         if len(text) > LARGEST_TEXT:
             raise BadRequest(f"a text of {len(text)} characters is too long to tokenize at once")
-        return list(self.backend.encode(text, add_special_tokens=special).ids)
+        try:
+            return list(self.backend.encode(text, add_special_tokens=special).ids)
+        except TypeError as error:
+            raise BadRequest(
+                "the text is not valid Unicode", do="it holds half of a surrogate pair"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        """The text of ids, special tokens and ids beyond the vocabulary left out."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=True))
+
+    def visible(self, token: int) -> bool:
+        """Whether an id stands for text."""
+        return token not in self.hidden and self.backend.id_to_token(token) is not None
 
     def _special(self, config: dict, key: str, *others: dict) -> int | None:
         content = _content(config.get(key))
@@ -79,40 +93,53 @@ class Tokenizer:
 
 
 class Stream:
-    """Incremental decoding: `add(id)` returns the text that became certain."""
+    """Incremental decoding: `add(id)` returns the text that became certain.
 
-    WINDOW = 6
+    The newest ids are decoded together with a few before them, because what an id means depends on
+    its neighbours (bytes of one character, the space in front of a word). Replacement characters at
+    the end may be the first bytes of a character and are withheld; all before them is certain. What
+    is still broken `PATIENCE` ids later never was a character: no character has so many bytes.
+    """
+
+    WINDOW, PATIENCE = 6, 8
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.start = 0  # ids before `start` are settled and only give context
-        self.shown = 0  # characters of decode(ids[start:]) already released
+        self.shown = 0  # characters of decode(ids) already released
+        self.broken = 0  # ids since the text last ended in a whole character
 
     def add(self, token: int) -> str:
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids[self.start :])
-        if text.endswith("\ufffd") and len(self.ids) - self.start < 4 * self.WINDOW:
+        if not self.tokenizer.visible(token):
             return ""
-        piece, self.shown = text[self.shown :], len(text)
-        if len(self.ids) - self.start > 2 * self.WINDOW and not text.endswith("\ufffd"):
-            self._settle()
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        whole = text.rstrip("\ufffd")
+        self.broken = 0 if whole == text else self.broken + 1
+        if self.broken > self.PATIENCE:
+            whole, self.broken = text, 0
+        piece = whole[self.shown :]
+        self.shown = max(self.shown, len(whole))
+        if whole == text:
+            self._settle(text)
         return piece
 
-    def _settle(self) -> None:
-        """Drop old ids, keeping a window whose decoding is a suffix of what was shown."""
-        start = len(self.ids) - self.WINDOW
-        whole = self.tokenizer.decode(self.ids[self.start :])
-        while start > self.start:
+    def _settle(self, text: str) -> None:
+        """Drop old ids, so that decoding stays cheap; `text` is decode(ids), all of it released."""
+        if len(self.ids) <= 2 * self.WINDOW:
+            return
+        for start in range(len(self.ids) - self.WINDOW, 0, -1):
             tail = self.tokenizer.decode(self.ids[start:])
-            if not tail.startswith("\ufffd") and whole.endswith(tail):
-                self.start, self.shown = start, len(tail)
+            if tail and not tail.startswith("\ufffd") and text.endswith(tail):
+                self.ids, self.shown = self.ids[start:], len(tail)
                 return
-            start -= 1
+        if len(self.ids) > 8 * self.WINDOW:
+            self.ids = self.ids[-self.WINDOW :]
+            self.shown = len(self.tokenizer.decode(self.ids))
 
     def finish(self) -> str:
         """What is left, broken bytes included."""
-        text = self.tokenizer.decode(self.ids[self.start :])
+        text = self.tokenizer.decode(self.ids)
         piece, self.shown = text[self.shown :], len(text)
         return piece
 
@@ -128,8 +155,9 @@ def _content(token: Any) -> str | None:
 
 def _template(folder: Path, config: dict) -> str | None:
     file = folder / "chat_template.jinja"
-    if file.is_file() and file.stat().st_size < 1 << 20:
-        return file.read_text(encoding="utf-8")
+    if file.is_file():
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            return opened.read(LARGEST_TEMPLATE + 1)
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}

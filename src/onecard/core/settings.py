@@ -88,8 +88,13 @@ def _check(hint: Any, value: Any, where: str) -> Any:
         options = typing.get_args(hint)
         if value is None and type(None) in options:
             return None
-        inner = next(option for option in options if option is not type(None))
-        return _check(inner, value, where)
+        problems = []
+        for option in (option for option in options if option is not type(None)):
+            try:
+                return _check(option, value, where)
+            except BadRequest as error:
+                problems.append(error.do)
+        raise BadRequest(f"{where} is {value!r}", do=" or ".join(problems))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(value, bool) is not (hint is bool) or not isinstance(value, hint):

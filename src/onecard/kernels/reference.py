@@ -76,6 +76,12 @@ def pack(q: Tensor, bits: int) -> Tensor:
     exactly `bits` words, so rows are padded to 32 and cut afterwards.
     """
     rows, count = q.shape
+    if 8 % bits == 0:  # the same layout, made of whole bytes
+        lanes = F.pad((q.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), (0, -count % 32))
+        out8 = lanes[:, :: 8 // bits].clone()
+        for lane in range(1, 8 // bits):
+            out8 |= lanes[:, lane :: 8 // bits] << (lane * bits)
+        return out8.view(torch.int32)[:, : words(count, bits)].contiguous()
     q = F.pad(q.to(torch.int64) + 2 ** (bits - 1), (0, -count % 32)).view(rows, -1, 32)
     out = q.new_zeros(rows, q.shape[1], bits)
     for i in range(32):
@@ -91,6 +97,11 @@ def pack(q: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """int32 [rows, words] -> codes int8 [rows, count]; the inverse of `pack`."""
     rows = packed.shape[0]
+    if 8 % bits == 0:
+        bytes8 = packed.contiguous().view(torch.uint8)
+        lanes = [(bytes8 >> (lane * bits)) & (2**bits - 1) for lane in range(8 // bits)]
+        q = torch.stack(lanes, -1).flatten(1)[:, :count]
+        return (q.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
     w = packed.to(torch.int64) & 0xFFFFFFFF
     w = F.pad(w, (0, -w.shape[1] % bits)).view(rows, -1, bits)
     out = torch.empty(rows, w.shape[1], 32, dtype=torch.int8, device=packed.device)

@@ -2,7 +2,8 @@
 // flags and OC_CLASS set to the name of its table.
 //
 // Everything here has internal linkage, and no header with inline code of its own is used: a function
-// shared between classes would be merged by the linker, and could leave AVX-512 code in the plain class.
+// shared between classes would be merged by the linker, which could put AVX-512 code
+// into the plain class.
 //
 // Loops over data are written so that compilers vectorize them without -ffast-math, which would break
 // the promise that every class gives the same bits:
@@ -99,7 +100,7 @@ float store_scale(void *scale, int dtype, int64_t index, float x) {
     bits = dtype == OC_BF16 ? Bf16::round(x) : Fp16::round(x);
     kept = dtype == OC_BF16 ? scale_read<Bf16>(bits) : scale_read<Fp16>(bits);
   }
-  if (kept < 0x1p-126f) {
+  if (kept < (dtype == OC_FP16 ? 0x1p-14f : 0x1p-126f)) {
     kept = 1.0f;
     bits = dtype == OC_BF16 ? Bf16::round(kept) : Fp16::round(kept);
   }
@@ -423,6 +424,8 @@ struct Tiles {
       config[48 + tile] = 16;
     }
     memset(data, operand, sizeof data);
+    // gcc 12's tile loads do not say how much memory they read: without this the stores above vanish.
+    asm volatile("" : : "r"(this) : "memory");
     _tile_loadconfig(config);
     _tile_loadd(6, data, 64);
     _tile_loadd(7, data, 64);

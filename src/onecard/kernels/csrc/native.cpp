@@ -1,5 +1,5 @@
-// The C interface: checks, the choice of the instruction-set class, threads and clocks. Compiled for the
-// plainest processor; what needs more lives in kernels.cpp behind a table of functions.
+// The C interface: checks, the choice of the instruction-set class, threads and clocks. Compiled for
+// the plainest processor; what needs more lives in kernels.cpp behind a table of functions.
 
 #include <algorithm>
 #include <atomic>
@@ -64,7 +64,8 @@ bool tiles_granted() {
 }
 
 std::vector<Class> find_classes() {
-  constexpr unsigned f16c_fma = 1u << 29 | 1u << 12, f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+  constexpr unsigned f16c_fma = 1u << 29 | 1u << 12;
+  constexpr unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
   constexpr unsigned vnni = 1u << 11, vbmi_vbmi2 = 1u << 1 | 1u << 6;
   constexpr unsigned tile_int8_bf16 = 1u << 24 | 1u << 25 | 1u << 22;
   const bool avx2 = system_saves(0x6) && cpuid_has(1, 0, 0, 0, f16c_fma, 0) &&

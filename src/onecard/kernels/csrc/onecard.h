@@ -67,7 +67,7 @@ OC_API const char *oc_peak_unit(int dtype);
  *               q     = clamp(rint(w / scale) + zero, lo, hi)
  *
  * A scale is rounded to its dtype before it is used, and is 1 where that gives zero or a number below
- * the smallest normal float32. A scale that overflows its dtype is stored as infinity.
+ * the smallest normal one of the dtype. A scale that overflows its dtype is stored as infinity.
  *
  * Returns how many weights are not finite; unless that is 0, what was written is of no use. */
 OC_API int64_t oc_round_pack(const void *weight, int weight_dtype, int64_t rows, int64_t columns,

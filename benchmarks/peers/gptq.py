@@ -1,0 +1,352 @@
+"""GPTQ here against GPTQ there: the same model, the same token ids, the same evaluator, on this CPU.
+
+    python benchmarks/peers/gptq.py quality --model DIR --text FILE [--calibration FILE] --work DIR
+    python benchmarks/peers/gptq.py speed --model DIR --work DIR
+
+`quality` compresses a trained model and scores every result. `speed` needs no training and no text: it takes
+random token ids (make_llama.py writes a model of any size for it) and scores nothing. What is claimed: perplexity no
+worse than the best peer's, in a third of its time.
+
+Peers run with their own defaults, only the weights' bits and group are set, each in its own environment under
+`--work`, made on first use with the pins below. Times, all on one clock:
+
+    seconds     a peer: its solving call alone, model loaded, nothing saved · ours: the whole command
+    whole       the whole process, start to exit, loading and saving included
+    peak        resident memory of that process at its largest, mapped pages of the checkpoint included
+
+The ratio is a peer's `seconds` over our `whole`, the reading that is worst for us. Perplexity is read by
+transformers in llm-compressor's environment, from windows of `--length` tokens that do not overlap. Nothing heavy
+is imported here, because a child's peak starts from its parent's. Logs of every run stay under `--work`; the numbers go
+to benchmarks/results/gptq-*.json as a report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+TORCH = "torch==2.13.0"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A package that can do GPTQ, and the script that makes it."""
+
+    name: str
+    pins: tuple[str, ...]
+    script: str
+    dense: bool = False  # the evaluator cannot read its folders: the script writes a dense one beside
+
+
+LLMCOMPRESSOR = Peer(
+    "llmcompressor",
+    ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "transformers==5.17.0"),
+    "gptq_llmcompressor.py",
+)
+PEERS = (
+    LLMCOMPRESSOR,
+    Peer("gptqmodel", ("gptqmodel==7.6.0", "transformers==5.23.0"), "gptq_gptqmodel.py", dense=True),
+)
+OURS = "onecard"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one process said and cost."""
+
+    said: dict[str, Any]  # the last line of its output, where that is JSON
+    whole: float
+    peak: int
+
+
+@dataclass
+class Result:
+    method: str
+    bits: int
+    seconds: float
+    whole: float
+    peak: int
+    used: str
+    perplexity: float | None = None
+    nats: float | None = None
+
+
+# ---- environments ------------------------------------------------------------------------------
+
+
+def environment(peer: Peer, work: Path) -> Path:
+    """The Python of the peer's own environment, made on first use."""
+    folder = work / peer.name
+    python = folder / "bin" / "python"
+    done = folder / "pins.txt"
+    wanted = "\n".join((TORCH, *peer.pins)) + "\n"
+    if done.exists() and done.read_text() == wanted:
+        return python
+    print(f"making {folder}: {', '.join((TORCH, *peer.pins))}", file=sys.stderr)
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    install(python, [TORCH])  # first and alone, so that no other package chooses the build
+    install(python, [TORCH, *peer.pins])
+    done.write_text(wanted)
+    return python
+
+
+def install(python: Path, packages: list[str]) -> None:
+    """pip install, refused where it would bring an accelerator's libraries by the gigabyte."""
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    plan = python.parent.parent / "plan.json"
+    subprocess.run([*pip, "--dry-run", "--report", str(plan), *packages], check=True)
+    names = [item["metadata"]["name"].lower() for item in json.loads(plan.read_text())["install"]]
+    heavy = [n for n in names if n.startswith(("nvidia-", "cuda-", "triton")) and n != "nvidia-ml-py"]
+    if heavy:
+        sys.exit(
+            f"{' '.join(packages)} would install {', '.join(heavy)}\n"
+            "point pip at torch's builds for the CPU (its setting `extra-index-url` or `find-links`)"
+        )
+    subprocess.run([*pip, *packages], check=True)
+
+
+# ---- running -----------------------------------------------------------------------------------
+
+
+def run(command: list[str | Path], log: Path, threads: int) -> Run:
+    """Runs to the end; what it says is kept in `log`. Exits with the end of it where the process failed."""
+    setting = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with log.open("w+b") as errors:
+        process = subprocess.Popen(
+            [str(c) for c in command], stdout=subprocess.PIPE, stderr=errors, env=setting
+        )
+        assert process.stdout
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        whole = time.perf_counter() - began
+        errors.write(b"\n---- standard output\n" + output)
+    if process.returncode:
+        tail = log.read_text(errors="replace")[-2000:]
+        sys.exit(f"{tail}\n\n{' '.join(map(str, command))}\nfailed with {process.returncode}; all of it: {log}")
+    last = output.decode(errors="replace").strip().rpartition("\n")[2]
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Run(json.loads(last) if last.startswith("{") else {}, whole, peak)
+
+
+def run_peer(peer: Peer, bits: int, tokens: Path, out: Path, asked: argparse.Namespace) -> Result:
+    command: list[str | Path] = [environment(peer, asked.work), HERE / peer.script, asked.model, tokens, out]
+    command += ["--bits", str(bits), "--group", str(asked.group)]
+    if peer.dense and asked.verb == "quality":
+        command += ["--dense", dense_folder(out)]
+    done = run(command, out.with_suffix(".log"), asked.threads)
+    said = done.said
+    return Result(said["peer"], bits, said["seconds"], done.whole, done.peak, said["used"])
+
+
+def run_ours(bits: int, tokens: Path, out: Path, asked: argparse.Namespace) -> Result:
+    """The command a user types; the recipe says no more than the peers are told."""
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text(f"passes:\n  - gptq: {{bits: {bits}, group: {asked.group or 'null'}}}\n")
+    command: list[str | Path] = [sys.executable, "-m", "onecard", "compress", asked.model, out]
+    command += ["--recipe", recipe, "--data", tokens]
+    done = run(command, out.with_suffix(".log"), asked.threads)
+    return Result(OURS, bits, done.whole, done.whole, done.peak, "")
+
+
+def dense_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}-dense")
+
+
+def score(folder: Path, windows: Path, asked: argparse.Namespace) -> dict[str, float]:
+    python = environment(LLMCOMPRESSOR, asked.work)
+    log = asked.work / "runs" / f"score-{folder.name}.log"
+    return run([python, HERE / "perplexity.py", "score", folder, windows], log, asked.threads).said
+
+
+# ---- token ids ---------------------------------------------------------------------------------
+
+
+def cut(source: Path, out: Path, samples: int | None, asked: argparse.Namespace) -> Path:
+    """Windows of token ids, out of text or of ids in .json or .npy."""
+    python = environment(LLMCOMPRESSOR, asked.work)
+    command: list[str | Path] = [python, HERE / "perplexity.py", "tokens", asked.model, source, out]
+    command += ["--length", str(asked.length)]
+    if samples:
+        command += ["--samples", str(samples)]
+    found = run(command, out.with_suffix(".log"), asked.threads).said
+    print(f"{source}: {found['windows']} windows of {asked.length} tokens", file=sys.stderr)
+    return out
+
+
+def random_ids(out: Path, asked: argparse.Namespace) -> Path:
+    vocabulary = json.loads((asked.model / "config.json").read_text())["vocab_size"]
+    draw = random.Random(0)
+    ids = [[draw.randrange(vocabulary) for _ in range(asked.length)] for _ in range(asked.samples)]
+    out.write_text(json.dumps(ids))
+    return out
+
+
+# ---- the comparison ----------------------------------------------------------------------------
+
+
+def compare(asked: argparse.Namespace) -> tuple[float | None, list[Result]]:
+    """(perplexity of the dense model, a result per method and width)."""
+    runs = asked.work / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    quality = asked.verb == "quality"
+    if quality:
+        tokens = cut(asked.calibration or asked.text, runs / "calibration.json", asked.samples, asked)
+        windows = cut(asked.text, runs / "windows.json", None, asked)
+        dense = score(asked.model, windows, asked)["perplexity"]
+    else:
+        given = asked.calibration
+        ids = runs / "calibration.json"
+        tokens = cut(given, ids, asked.samples, asked) if given else random_ids(ids, asked)
+        windows, dense = None, None
+
+    known = {peer.name: peer for peer in PEERS}
+    for name in asked.methods:
+        if name in known:
+            environment(known[name], asked.work)
+    results = []
+    for bits in asked.bits:
+        repeats: dict[str, list[Result]] = {name: [] for name in asked.methods}
+        for _ in range(asked.repeats):
+            for name in asked.methods:  # in turn, so that a slow quarter of an hour hits all alike
+                out = runs / f"{asked.verb}-{name}-int{bits}"
+                for old in (out, dense_folder(out)):
+                    shutil.rmtree(old, ignore_errors=True)
+                print(f"{name}, {bits} bits ...", file=sys.stderr)
+                one = (
+                    run_peer(known[name], bits, tokens, out, asked)
+                    if name in known
+                    else run_ours(bits, tokens, out, asked)
+                )
+                repeats[name].append(one)
+        for name, all_runs in repeats.items():
+            best = all_runs[0]
+            best.seconds = statistics.median(r.seconds for r in all_runs)
+            best.whole = statistics.median(r.whole for r in all_runs)
+            best.peak = max(r.peak for r in all_runs)
+            if windows:
+                out = runs / f"{asked.verb}-{name}-int{bits}"
+                folder = dense_folder(out) if name in known and known[name].dense else out
+                found = score(folder, windows, asked)
+                best.perplexity, best.nats = found["perplexity"], found["nats_per_token"]
+            results.append(best)
+    return dense, results
+
+
+# ---- what is shown -----------------------------------------------------------------------------
+
+
+def table(dense: float | None, results: list[Result]) -> str:
+    ours = {r.bits: r.whole for r in results if r.method == OURS}
+    lines = [("method", "bits", "perplexity", "seconds", "whole", "peak MiB", "peer/ours")]
+    if dense:
+        lines.append(("dense", "", f"{dense:.4f}", "", "", "", ""))
+    for r in results:
+        ratio = f"{r.seconds / ours[r.bits]:.1f}x" if r.bits in ours and r.method != OURS else ""
+        shown = f"{r.perplexity:.4f}" if r.perplexity else ""
+        peak = f"{r.peak / 2**20:.0f}"
+        lines.append((r.method, f"{r.bits}", shown, f"{r.seconds:.1f}", f"{r.whole:.1f}", peak, ratio))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    used = dict.fromkeys(f"{r.method}: {r.used}" for r in results if r.used)
+    return "\n".join([*text, "", *used])
+
+
+def report(dense: float | None, results: list[Result], asked: argparse.Namespace) -> dict[str, Any]:
+    """The shape of every report of the project: rows and the environment."""
+    rows: list[dict[str, Any]] = []
+
+    def row(where: str, what: str, value: float | None, unit: str, before: float | None = None) -> None:
+        if value is not None:
+            rows.append({"where": where, "what": what, "value": value, "unit": unit, "before": before})
+
+    row("dense", "perplexity", dense, "")
+    for r in results:
+        where = f"{r.method} gptq int{r.bits}-{f'g{asked.group}' if asked.group else 'row'}"
+        row(where, "perplexity", r.perplexity, "", dense)
+        row(where, "nats_per_token", r.nats, "nats")
+        row(where, "seconds", r.seconds, "s")
+        row(where, "whole_seconds", r.whole, "s")
+        row(where, "peak_memory_bytes", r.peak, "B")
+    return {
+        "rows": rows,
+        "environment": {
+            "processor": processor(),
+            "threads": asked.threads,
+            "python": platform.python_version(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "model": asked.model.name,
+            "calibration": f"{asked.samples} samples of {asked.length} tokens",
+            "repeats": asked.repeats,
+            "used": {r.method: r.used for r in results if r.used},
+        },
+    }
+
+
+def processor() -> str:
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verb", choices=("quality", "speed"))
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path, help="what perplexity is read on")
+    parser.add_argument("--calibration", type=Path, help="text, or ids [samples, length] in .json or .npy")
+    parser.add_argument("--work", type=Path, required=True, help="environments, results and logs; gigabytes")
+    parser.add_argument("--methods", nargs="+", default=[*(p.name for p in PEERS), OURS])
+    parser.add_argument("--bits", type=int, nargs="+", help="default: 4 and 3 for quality, 4 for speed")
+    parser.add_argument("--group", type=int, default=128, help="0 for one group per row")
+    parser.add_argument("--samples", type=int, help="default: 128 for quality, 16 for speed")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=1, help="medians are shown")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--results", type=Path, default=HERE.parent / "results")
+    asked = parser.parse_args()
+    quality = asked.verb == "quality"
+    if quality and not asked.text:
+        parser.error("quality needs --text, the text that perplexity is read on")
+    if unknown := set(asked.methods) - {*(p.name for p in PEERS), OURS}:
+        parser.error(f"no method {', '.join(sorted(unknown))}: there are {', '.join(p.name for p in PEERS)}, {OURS}")
+    asked.bits = asked.bits or ([4, 3] if quality else [4])
+    asked.samples = asked.samples or (128 if quality else 16)
+    asked.work = asked.work.absolute()
+
+    dense, results = compare(asked)
+    print(table(dense, results))
+    asked.results.mkdir(parents=True, exist_ok=True)
+    path = asked.results / f"gptq-{asked.verb}.json"
+    path.write_text(json.dumps(report(dense, results, asked), indent=2) + "\n")
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Calibration text, statistics, and the walk over blocks."""

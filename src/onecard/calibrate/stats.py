@@ -1,0 +1,86 @@
+"""What is remembered of a site's inputs X [tokens, in]: one set of statistics for all its linears.
+
+    hessian   2 X^T X / n       [in, in]   (the second derivative of the mean squared output error)
+    norm      sqrt(sum x^2)     [in]
+    absmax    max |x|           [in]
+    mean      sum x / n         [in]
+
+n counts tokens. Batches may come in any cut; a batch without tokens (an expert nobody was sent to)
+changes nothing. Sums are float32. Inputs in bfloat16 are multiplied as they are, with float32 sums,
+which is exact per product and uses the matrix units where there are some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+HESSIAN, NORM, ABSMAX, MEAN = "hessian", "norm", "absmax", "mean"
+PANEL = 2048
+
+
+class Statistics:
+    """Running statistics of one site; only those in `needs` are collected."""
+
+    def __init__(self, size: int, needs: Iterable[str]) -> None:
+        self.size, self.needs, self.count = size, frozenset(needs), 0
+        self._products = torch.zeros(size, size) if HESSIAN in self.needs else None
+        self._squares = torch.zeros(size) if NORM in self.needs else None
+        self._absmax = torch.zeros(size) if ABSMAX in self.needs else None
+        self._sum = torch.zeros(size) if MEAN in self.needs else None
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs [..., in]."""
+        x = x.detach().flatten(0, -2).cpu()
+        if not x.shape[0]:
+            return
+        self.count += x.shape[0]
+        if self._products is not None:
+            _add_products(self._products, x)
+        if self._squares is not None:
+            self._squares += x.float().square().sum(0)
+        if self._absmax is not None:
+            self._absmax = torch.maximum(self._absmax, x.abs().amax(0).float())
+        if self._sum is not None:
+            self._sum += x.float().sum(0)
+
+    @property
+    def hessian(self) -> Tensor:
+        """2 X^T X / n; zeros when no token came."""
+        assert self._products is not None, "no pass asked for the Hessian"
+        upper = self._products.triu()
+        return (upper + upper.triu(1).T) * (2.0 / max(self.count, 1))
+
+    @property
+    def norm(self) -> Tensor:
+        if self._squares is not None:
+            return self._squares.sqrt()
+        assert self._products is not None, "no pass asked for norms"
+        return self._products.diagonal().sqrt()
+
+    @property
+    def absmax(self) -> Tensor:
+        assert self._absmax is not None, "no pass asked for absolute maxima"
+        return self._absmax
+
+    @property
+    def mean(self) -> Tensor:
+        assert self._sum is not None, "no pass asked for means"
+        return self._sum / max(self.count, 1)
+
+
+def _add_products(products: Tensor, x: Tensor) -> None:
+    """products += X^T X, in panels on and above the diagonal (the rest is its mirror image)."""
+    exact = x.dtype == torch.bfloat16
+    x = x.float()
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if exact else "ieee"  # type: ignore[attr-defined]
+    try:
+        for start in range(0, x.shape[1], PANEL):
+            end = min(start + PANEL, x.shape[1])
+            panel = x[:, start:end].T
+            products[start:end, start:].addmm_(panel, x[:, start:])
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore[attr-defined]

@@ -1,0 +1,191 @@
+"""The walk: one visible loop over the blocks of a model, shared by neighbouring passes.
+
+For each block the generators of all batches run in lock step from site to site. At a site every pass
+sees the same statistics of the inputs, computed with everything before it already compressed, and
+replaces weights; then the generators go on with what it left. So each block is run once, calibration
+follows the compressed model exactly, and only one block's state is alive.
+
+Memory alive at once: one block, its batches' hidden states and whatever a suspended block keeps per
+token, one site's statistics and what a pass needs for it (`peak_bytes` adds these up). With
+`replay=True` no block stays suspended: each site re-runs the block from its inputs, which keeps only
+the hidden states, for about twice the time and the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from onecard.calibrate.stats import HESSIAN, Statistics
+from onecard.core.report import Row
+from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
+from onecard.nn.layers import Linear
+from onecard.nn.transformer import Block, Context, Sites
+
+TOKENS_PER_BATCH = 2048
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A site that the walk has reached: the linears that read one input, and its statistics.
+
+    `stored` is the dtype the model is stored in, which may not be the one it is run in.
+    """
+
+    block: str
+    name: str
+    linears: dict[str, Linear]
+    stats: Statistics
+    stored: str = "fp32"
+
+
+class SitePass(Protocol):
+    """What the walk needs of a pass."""
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def site(self, site: Reached) -> Iterator[Row]: ...
+
+
+class Blocks(Protocol):
+    """Where blocks come from and where finished ones go."""
+
+    spec: Spec
+    stored: str
+
+    def load(self, index: int) -> Block: ...
+
+    def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None: ...
+
+
+Progress = Callable[[int, int, str], None]
+
+
+def batches(ids: Tensor) -> list[Tensor]:
+    """Ids [samples, length] in batches of about TOKENS_PER_BATCH tokens."""
+    return list(ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1])))
+
+
+def needs_of(passes: Sequence[SitePass]) -> frozenset[str]:
+    return frozenset().union(*(p.needs for p in passes))
+
+
+def walk(
+    blocks: Blocks,
+    passes: Sequence[SitePass],
+    hidden: list[Tensor],
+    first: int = 0,
+    replay: bool = False,
+    progress: Progress = lambda done, total, what: None,
+) -> list[Row]:
+    """Apply `passes` to every block from `first` on; `hidden` [B, T, hidden] are its inputs.
+
+    Without a need for statistics `hidden` may be empty, and no block is run.
+    """
+    rows: list[Row] = []
+    count = blocks.spec.num_layers
+    for index in range(first, count):
+        progress(index, count, f"block {index}")
+        block = blocks.load(index)
+        found: list[Row] = []
+        with torch.no_grad():
+            hidden = compress_block(blocks, block, passes, hidden, found, replay)
+        blocks.done(index, block, found, hidden)
+        rows += found
+    progress(count, count, "done")
+    return rows
+
+
+def compress_block(
+    blocks: Blocks,
+    block: Block,
+    passes: Sequence[SitePass],
+    hidden: list[Tensor],
+    rows: list[Row],
+    replay: bool = False,
+) -> list[Tensor]:
+    """Bring one block through all passes; returns its outputs, the inputs of the next block."""
+    needs = needs_of(passes)
+    contexts = [_context(blocks.spec, h) for h in hidden]
+    places = [site for site in sites(block.layer)]
+    runs: list[Sites] = [] if replay else [block.stages(h, c) for h, c in zip(hidden, contexts, strict=True)]
+    for number, site in enumerate(places):
+        linears = {name: block.linear(name) for name in site.linears}
+        stats = Statistics(next(iter(linears.values())).shape[1], needs)
+        for i in range(len(hidden)):
+            run = _advanced(block, hidden[i], contexts[i], number) if replay else runs[i]
+            name, x = next(run)
+            assert name == site.name, f"the block reached {name}, expected {site.name}"
+            if needs:
+                stats.add(x)
+        reached = Reached(f"blocks.{block.index}", site.name, linears, stats, blocks.stored)
+        for p in passes:
+            rows += p.site(reached)
+    if replay:
+        return [block(h, c) for h, c in zip(hidden, contexts, strict=True)]
+    return [_finish(run) for run in runs]
+
+
+def _context(spec: Spec, h: Tensor) -> Context:
+    return Context(spec, torch.arange(h.shape[1]).expand(h.shape[:2]))
+
+
+def _advanced(block: Block, h: Tensor, context: Context, sites_before: int) -> Sites:
+    """A fresh run of a block that has passed `sites_before` sites."""
+    run = block.stages(h, context)
+    for _ in range(sites_before):
+        next(run)
+    return run
+
+
+def _finish(run: Sites) -> Tensor:
+    try:
+        next(run)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("a block has more sites than its layer says")
+
+
+# Stating the peak ---------------------------------------------------------------------------------
+
+
+def weight_count(spec: Spec, layer: LayerSpec) -> int:
+    return sum(rows * columns for rows, columns in linear_shapes(spec, layer).values())
+
+
+def peak_bytes(
+    spec: Spec, ids: Tensor | None, needs: frozenset[str], element: int, replay: bool,
+    site_bytes: Callable[[int, int], int],
+) -> int:  # fmt: skip
+    """Bytes alive at the walk's worst moment, the process itself not counted.
+
+    `element` is the bytes of a number in the compute dtype; `site_bytes(rows, columns)` is what the
+    passes hold while they work on a site of linears [rows, columns].
+    """
+    tokens = 0 if ids is None or not needs else ids.numel()
+    worst = 0
+    for layer in set(spec.layers):
+        shapes = linear_shapes(spec, layer)
+        block = weight_count(spec, layer) * element
+        for site in sites(layer):
+            rows = sum(shapes[name][0] for name in site.linears)
+            columns = shapes[site.linears[0]][1]
+            held = _suspended(spec, layer) if not replay else 2 * spec.hidden
+            stats = columns * columns * 4 if HESSIAN in needs else 4 * columns
+            worst = max(worst, block + stats + site_bytes(rows, columns) + tokens * held * element)
+    batch = min(tokens, 2 * TOKENS_PER_BATCH)
+    scratch = batch * max(2 * f.feed_forward.width + 4 * spec.hidden for f in spec.layers) * 4
+    return worst + scratch
+
+
+def _suspended(spec: Spec, layer: LayerSpec) -> int:
+    """Numbers per token that a suspended block keeps at most: hidden states and one wide input."""
+    a, f = layer.attention, layer.feed_forward
+    attention = 2 * spec.hidden + a.num_heads * a.head_dim
+    wide = f.width * (f.experts.top if f.experts else 1)
+    return max(attention, 3 * spec.hidden + wide)

@@ -1,0 +1,1 @@
+"""Model folders: read lazily, written by rename, journaled."""

@@ -1,0 +1,328 @@
+"""What a model knows, and how far a compressed one is from its original.
+
+Text is one stream cut into windows, or documents each with a context of its own. Every number carries
+its convention, because perplexities of different conventions cannot be compared:
+
+    nats_per_token   mean of -log p(token | context) over the predicted tokens
+    perplexity       exp of it
+    bits_per_byte    sum of -log2 p over the UTF-8 bytes of the predicted tokens
+    kl               mean KL(reference || model) over the predicted positions
+    top1_agreement   share of positions where both put the same token first
+
+Choice tasks take the answer with the highest log likelihood, raw and per UTF-8 byte of the answer.
+Logits are made for a few hundred positions at a time, so a large vocabulary costs no memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from onecard.calibrate.data import check_vocabulary
+from onecard.checkpoint.tokenizer import Tokenizer
+from onecard.core.errors import BadRequest, FailedWork
+from onecard.core.report import Report, Row, environment
+from onecard.nn.model import Model
+
+POSITIONS = 256
+SCORED_TOKENS = 2048
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a text is read. `window` 0 is the model's context, at most 2048; `stride` 0 is the window.
+
+    `bos`: `start` puts it once in front of the text as the tokenizer itself does, `each` in front of
+    every window, `none` nowhere. Documents have it in front where the tokenizer knows one.
+    """
+
+    window: int = 0
+    stride: int = 0
+    bos: Literal["start", "each", "none"] = "start"
+    documents: str | None = None
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("window", "stride", "limit"):
+            if not 0 <= getattr(self, name) <= 1 << 24:
+                raise BadRequest(f"{name} is {getattr(self, name)}")
+        if self.documents == "":
+            raise BadRequest("the separator of documents is empty", do="--documents '<|endoftext|>'")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Ids of one context; tokens from `first` on are predicted; `nbytes` is their text's size."""
+
+    ids: tuple[int, ...]
+    first: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over predicted tokens."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    nbytes: int = 0
+    kl: float = 0.0
+    agreed: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.nats + other.nats, self.tokens + other.tokens, self.nbytes + other.nbytes,
+            self.kl + other.kl, self.agreed + other.agreed,
+        )  # fmt: skip
+
+
+def evaluate(
+    model: Model, text: str, reading: Reading, reference: Model | None = None,
+    where: str = "model", progress: Progress = lambda done, total, what: None,
+) -> Report:  # fmt: skip
+    """Perplexity of a text, and the distance to a reference model if one is given."""
+    pieces, convention = cut(model.tokenizer, text, reading, model.spec.max_context)
+    check_vocabulary([max(p.ids) for p in pieces], model.spec.vocab_size)
+    if reference is not None and reference.spec.vocab_size != model.spec.vocab_size:
+        raise BadRequest(
+            f"the reference knows {reference.spec.vocab_size} tokens, the model "
+            f"{model.spec.vocab_size}", do="they must share a tokenizer",
+        )  # fmt: skip
+    total = Tally()
+    for number, batch in enumerate(groups := list(_batched(pieces))):
+        progress(number, len(groups), "evaluating")
+        total += tally(model, batch, reference)
+    progress(len(groups), len(groups), "evaluating")
+    mean = total.nats / total.tokens
+    rows = [
+        Row.of(where, "perplexity", math.exp(min(mean, 700.0))),
+        Row.of(where, "nats_per_token", mean),
+        Row.of(where, "bits_per_byte", total.nats / math.log(2) / max(total.nbytes, 1)),
+        Row(where, "predicted_tokens", total.tokens),
+    ]
+    if reference is not None:
+        rows.append(Row.of(where, "kl", total.kl / total.tokens))
+        rows.append(Row.of(where, "top1_agreement", total.agreed / total.tokens))
+    return Report(tuple(rows), environment(), notes=(("convention: perplexity", convention),))
+
+
+def cut(
+    tokenizer: Tokenizer, text: str, reading: Reading, context: int
+) -> tuple[list[Piece], str]:
+    """The pieces that a text is read in, and the convention in words."""
+    if reading.documents is not None:
+        return _documents(tokenizer, text, reading, context)
+    window = min(reading.window or 2048, context)
+    stride = reading.stride or window
+    if reading.window > context:
+        raise BadRequest(f"windows of {reading.window} tokens, the model's context is {context}")
+    if stride > window:
+        raise BadRequest(f"a stride of {stride} skips text between windows of {window}")
+    ids, ends = _encoded(tokenizer, text)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    each = bos if reading.bos == "each" else []
+    if reading.bos == "start" and tokenizer.adds_bos:
+        ids, ends = bos + ids, [0, *ends]
+    body = window - len(each)
+    starts = list(range(0, max(len(ids) - body, 0) + 1, stride)) if len(ids) > body else [0]
+    pieces = []
+    for number, start in enumerate(starts):
+        piece = each + ids[start : start + body]
+        first = max(1, len(piece) - stride) if number else 1
+        if len(piece) > first:
+            begin = start + first - len(each)
+            pieces.append(Piece(tuple(piece), first, ends[start + len(piece) - len(each) - 1]
+                                - (ends[begin - 1] if begin else 0)))  # fmt: skip
+    if not pieces:
+        raise BadRequest(f"the text gives {len(ids)} tokens, too few to predict any")
+    policy = {"start": "as the tokenizer sets it, once" if tokenizer.adds_bos else "none set by the "
+              "tokenizer", "each": "in front of every window", "none": "none"}[reading.bos]  # fmt: skip
+    tail = "last partial window dropped" if len(starts) > 1 else "one window"
+    return pieces, (
+        f"one stream, windows of {window} tokens, stride {stride}, BOS {policy}, {tail}; mean over "
+        "all predicted tokens"
+    )
+
+
+def _documents(
+    tokenizer: Tokenizer, text: str, reading: Reading, context: int
+) -> tuple[list[Piece], str]:
+    assert reading.documents is not None
+    texts = [part for part in (t.strip() for t in text.split(reading.documents)) if part]
+    texts = texts[: reading.limit] if reading.limit else texts
+    length = min(reading.window or context, context)
+    bos = [] if tokenizer.bos_id is None or reading.bos == "none" else [tokenizer.bos_id]
+    pieces = []
+    for part in texts:
+        ids, ends = _encoded(tokenizer, part)
+        piece = (bos + ids)[:length]
+        if len(piece) > 1:
+            first = ends[0] if not bos else 0
+            pieces.append(Piece(tuple(piece), 1, ends[len(piece) - len(bos) - 1] - first))
+    if not pieces:
+        raise BadRequest("the text holds no document of two tokens or more")
+    return pieces, (
+        f"{len(pieces)} documents, each stripped, in a context of its own, BOS "
+        f"{'in front' if bos else 'none'}, cut at {length} tokens; mean over all predicted tokens"
+    )
+
+
+def _encoded(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """Ids, and for each the number of UTF-8 bytes of text up to its end."""
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    sizes = [0]
+    for character in text:
+        sizes.append(sizes[-1] + len(character.encode("utf-8", "surrogatepass")))
+    return list(encoding.ids), [sizes[end] for _, end in encoding.offsets]
+
+
+def _batched(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Neighbouring pieces of equal length together, about SCORED_TOKENS tokens at once."""
+    batch: list[Piece] = []
+    for piece in pieces:
+        if batch and (
+            len(piece.ids) != len(batch[0].ids) or (len(batch) + 1) * len(piece.ids) > SCORED_TOKENS
+        ):
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch
+
+
+def hidden_states(model: Model, ids: Tensor) -> Tensor:
+    """The last hidden states [B, T, hidden] of ids, without logits."""
+    h, context = model.network.start(ids)
+    for block in model.network.blocks:
+        h = block(h, context)
+    return h
+
+
+@torch.no_grad()
+def tally(model: Model, batch: Sequence[Piece], reference: Model | None) -> Tally:
+    """Score pieces of equal length."""
+    device = next(model.network.parameters()).device
+    ids = torch.tensor([p.ids for p in batch], device=device)  # [B, T]
+    first = torch.tensor([p.first for p in batch], device=device)
+    h = hidden_states(model, ids)
+    theirs = hidden_states(reference, ids) if reference else None
+    total = Tally(nbytes=sum(p.nbytes for p in batch))
+    for start in range(0, ids.shape[1] - 1, POSITIONS):
+        end = min(start + POSITIONS, ids.shape[1] - 1)
+        targets = ids[:, start + 1 : end + 1]
+        scored = torch.arange(start + 1, end + 1, device=device)[None, :] >= first[:, None]
+        logp = torch.log_softmax(model.network.tail(h[:, start:end]).float(), -1)
+        nats = -logp.gather(-1, targets[..., None])[..., 0]
+        if not bool(torch.isfinite(nats[scored]).all()):
+            raise FailedWork("the model gives logits that are not numbers", do="check its weights")
+        kl, agreed = 0.0, 0
+        if reference is not None and theirs is not None:
+            wanted = torch.log_softmax(reference.network.tail(theirs[:, start:end]).float(), -1)
+            kl = float((wanted.exp() * (wanted - logp)).sum(-1)[scored].double().sum())
+            agreed = int((wanted.argmax(-1) == logp.argmax(-1))[scored].sum())
+        total += Tally(float(nats[scored].double().sum()), int(scored.sum()), 0, kl, agreed)
+    return total
+
+
+# Choice tasks -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answers; `gold` is the index of the right one."""
+
+    question: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+TEMPLATES = {"question": "Question: {}\nAnswer:", "plain": "{}"}
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Questions from JSON lines of {question, choices, gold}. BadRequest names the bad line."""
+    if not path.is_file():
+        raise BadRequest(f"there is no file of questions {path}")
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            question = Question(str(row["question"]), tuple(map(str, row["choices"])), int(row["gold"]))
+            if not 0 <= question.gold < len(question.choices):
+                raise ValueError(f"gold {question.gold} of {len(question.choices)} choices")
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadRequest(f"{path}, line {number} is not a question", seen=str(error)) from error
+        questions.append(question)
+    if not questions:
+        raise BadRequest(f"{path} holds no questions")
+    return questions
+
+
+def choose(
+    model: Model, questions: Sequence[Question], template: str = "question", where: str = "model",
+    progress: Progress = lambda done, total, what: None,
+) -> Report:  # fmt: skip
+    """Accuracy on questions: the likeliest answer, raw and per byte of the answer."""
+    if template not in TEMPLATES:
+        raise BadRequest(f"there is no template {template!r}", do=", ".join(TEMPLATES))
+    right = right_by_byte = 0
+    for number, question in enumerate(questions):
+        progress(number, len(questions), "answering")
+        prompt = TEMPLATES[template].format(question.question)
+        scores = [log_likelihood(model, prompt, " " + choice.strip())[0] for choice in question.choices]
+        sizes = [max(len(choice.strip().encode()), 1) for choice in question.choices]
+        right += scores.index(max(scores)) == question.gold
+        rates = [score / size for score, size in zip(scores, sizes, strict=True)]
+        right_by_byte += rates.index(max(rates)) == question.gold
+    count = len(questions)
+    return Report(
+        (Row.of(where, "accuracy", right / count),
+         Row(where, "accuracy_by_length", right_by_byte / count),
+         Row(where, "questions", count)),
+        environment(),
+        notes=(("convention: accuracy",
+                f"zero-shot, prompt {TEMPLATES[template]!r}, answer after one space; by_length divides "
+                "the log likelihood by the answer's UTF-8 bytes"),),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def log_likelihood(model: Model, prompt: str, answer: str) -> tuple[float, bool]:
+    """log p(answer | prompt), and whether greedy decoding would give the answer.
+
+    The answer's tokens are those that the whole text has and the prompt has not.
+    """
+    tokenizer = model.tokenizer
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    head = bos + tokenizer.encode(prompt)
+    whole = bos + tokenizer.encode(prompt + answer)
+    split = next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b),
+                 min(len(head), len(whole) - 1))  # fmt: skip
+    return token_likelihood(model, whole[:split], whole[split:])
+
+
+@torch.no_grad()
+def token_likelihood(model: Model, head: list[int], rest: list[int]) -> tuple[float, bool]:
+    """log p(rest | head) of token ids, the oldest dropped beyond the context; is it the greedy choice?"""
+    if not head:
+        head, rest = rest[:1], rest[1:]
+    if not rest:
+        return 0.0, True
+    ids = (head + rest)[-(model.spec.max_context + 1) :]
+    count = min(len(rest), len(ids) - 1)
+    device = next(model.network.parameters()).device
+    h = hidden_states(model, torch.tensor([ids[:-1]], device=device))[:, -count:]
+    logp = torch.log_softmax(model.network.tail(h).float(), -1)[0]
+    targets = torch.tensor(ids[-count:], device=device)
+    return float(logp.gather(-1, targets[:, None]).double().sum()), bool((logp.argmax(-1) == targets).all())
+

@@ -1,0 +1,1 @@
+"""Operators: the reference in plain PyTorch, and the native library."""

@@ -1,0 +1,260 @@
+"""GPTQ: second-order rounding. Columns are rounded one by one, each making good the errors before it.
+
+For W [rows, in] and the Hessian H of the inputs, minimize tr((W - Q) H (W - Q)^T) greedily in a fixed
+column order. The paper updates all later columns with the inverse Hessian; the same numbers come from
+the Cholesky factor of H itself (GPTQ is Babai's nearest plane, arXiv 2507.18553). With H = R R^T, R
+upper triangular, and d = w - q for the columns already rounded, column j aims at
+
+    t_j = w_j + sum_{k<j} R_kj d_k / R_jj            loss = sum_j (R_jj (t_j - q_j))^2
+
+so one factorization of in^3 / 3 is enough and nothing is written back: the sum over finished blocks of
+columns is one matrix product per block, the rest a vector product per column.
+
+Order `activation` takes columns by falling diag(H) on groups fixed beforehand (static), so nothing but
+the result is stored. Moving groups take their scale when they are reached, from the weights as the
+paper has updated them: for a block b that is W_b + (R_bb^-T (R_Qb^T d_Q)). `search` tries smaller
+grids for each group and keeps the one with the least diag(H)-weighted error.
+
+A column without any input (H_jj = 0), and an expert that saw no token, is rounded to nearest. A
+weight that is exactly zero in a pruned matrix stays zero, and its absence is made good like any error
+(SparseGPT's reconstruction, arXiv 2301.00774).
+
+Memory: W, d in float32 and codes in int8, R and H: 9 rows * in + 8 in^2 bytes. Time: rows * in^2 for
+the products and in^3 / 3 for the factor.
+
+Frantar et al., GPTQ, arXiv 2210.17323.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from onecard.calibrate.stats import HESSIAN
+from onecard.calibrate.walk import Reached
+from onecard.core.errors import BadRequest, FailedWork
+from onecard.core.format import Format
+from onecard.core.report import Row
+from onecard.core.spec import Spec
+from onecard.kernels import reference
+from onecard.passes.base import BlockPass, check_groups
+from onecard.passes.quantize import AUTO, make_format
+
+SHRINK = 0.5
+PRUNED_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the columns are gone through."""
+
+    damp: float = 0.01
+    order: Literal["activation", "natural"] = "activation"
+    static_groups: bool = True
+    block: int = 128
+    search: int = 12
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes [rows, in] int8, scale and zero point [rows, groups], the loss per row."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class GPTQ(BlockPass):
+    """Settings: the grid (bits, group, zero_point) and the rounding (damp, order, search ...)."""
+
+    bits: int = 4
+    group: int | Literal["auto"] | None = AUTO
+    zero_point: bool = False
+    damp: float = 0.01
+    order: Literal["activation", "natural"] = "activation"
+    static_groups: bool = True
+    block: int = 128
+    search: int = 12
+
+    key = "gptq"
+    title = "GPTQ"
+    paper = "Frantar et al., GPTQ, arXiv 2210.17323"
+
+    def __post_init__(self) -> None:
+        make_format(self.bits, self.group, self.zero_point, 128)
+        if not 0 <= self.damp <= 1:
+            raise BadRequest(f"gptq.damp is {self.damp}", do="a share from 0 to 1 is needed, 0.01 say")
+        if not 1 <= self.block <= 4096 or not 0 <= self.search <= 100:
+            raise BadRequest(f"gptq: block {self.block} or search {self.search} is out of range")
+        if self.order == "activation" and not self.static_groups:
+            raise BadRequest(
+                "gptq: moving groups in activation order would need a group index per column",
+                do="use static_groups: true, or order: natural",
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({HESSIAN})
+
+    def format_of(self, columns: int) -> Format:
+        return make_format(self.bits, self.group, self.zero_point, columns)
+
+    def check(self, spec: Spec) -> None:
+        check_groups(self.format_of(128), spec, self.group != AUTO)
+
+    def site_bytes(self, rows: int, columns: int) -> int:
+        searching = 4 * 4 * SEARCH_ROWS * columns if self.search else 0
+        return 15 * rows * columns + 12 * columns * columns + searching
+
+    def site(self, site: Reached) -> Iterator[Row]:
+        linears = list(site.linears.values())
+        columns = linears[0].shape[1]
+        w = torch.cat([linear.matrix() for linear in linears])
+        format = replace(self.format_of(columns), scale=site.stored)
+        rounding = Rounding(self.damp, self.order, self.static_groups, self.block, self.search)
+        hessian = site.stats.hessian
+        try:
+            solution = solve(w, hessian, format, rounding)
+        except FailedWork as error:
+            raise FailedWork(f"{site.block}.{site.name}: {error.what}", error.seen, error.do) from error
+        power = output_power(w, hessian)
+        start = 0
+        for name, linear in site.linears.items():
+            own = slice(start, start + linear.shape[0])
+            start = own.stop
+            linear.replace(reference.hold(
+                solution.codes[own], solution.scale[own], solution.zero[own], format
+            ))  # fmt: skip
+            where = f"{site.block}.{name}"
+            yield Row(where, "format", format.name)
+            yield Row(where, "relative_output_error", _share(solution.loss[own], power[own]))
+        if not site.stats.count:
+            yield Row(f"{site.block}.{site.name}", "calibration_tokens", 0)
+
+
+def output_power(w: Tensor, hessian: Tensor) -> Tensor:
+    """w H w^T per row: twice the mean square of the output, [rows]."""
+    return ((w @ hessian) * w).sum(1)
+
+
+def _share(loss: Tensor, power: Tensor) -> float:
+    return float(loss.sum() / power.sum().clamp(min=1e-30))
+
+
+def factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """R upper triangular with H + damping = R R^T, and which columns had no input.
+
+    FailedWork when H is not finite or not positive definite even with ten times the damping.
+    """
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(hessian.sum())) or bool((diagonal < 0).any()):
+        raise FailedWork("the Hessian of the inputs is not a sum of squares", do="check the weights")
+    dead = diagonal == 0
+    level = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
+    for strength in (damp, max(10 * damp, 0.01)):
+        h = hessian.flip(0, 1)
+        h.diagonal().add_(strength * level)
+        h.diagonal()[dead.flip(0)] = level
+        lower, failed = torch.linalg.cholesky_ex(h)
+        if not int(failed):
+            return lower.flip(0, 1), dead
+    raise FailedWork(
+        f"the Hessian of the inputs is not positive definite with damping {max(10 * damp, 0.01)}",
+        do="use more calibration text, or a larger damp",
+    )
+
+
+def solve(w: Tensor, hessian: Tensor, format: Format, rounding: Rounding) -> Solution:
+    """Codes for w [rows, in] float32 under H [in, in]. See the top of the file for the mathematics."""
+    rows, columns = w.shape
+    group = format.group or columns
+    groups = format.groups((rows, columns))
+    order = torch.arange(columns)
+    if rounding.order == "activation":
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    r, _ = factor(hessian[order][:, order], rounding.damp)
+    target = w.T[order].contiguous()  # [in, rows]; every column of W is a row from here on
+    keep = target != 0
+    pruned = float(keep.sum()) < (1 - PRUNED_SHARE) * keep.numel()
+
+    scale, zero = torch.empty(rows, groups), torch.empty(rows, groups)
+    if rounding.static_groups:
+        scale, zero = search_grid(w, hessian.diagonal(), format, rounding.search)
+    group_of = order // group
+    moving = not rounding.static_groups
+
+    block = min(rounding.block, group) if moving else rounding.block
+    errors = torch.zeros(columns, rows)  # d = w - q, float32
+    codes = torch.empty(columns, rows, dtype=torch.int8)
+    loss = torch.zeros(rows)
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        carried = r[:start, start:end].T @ errors[:start]  # [block, rows]
+        if moving and start % group == 0:
+            stop = min(start + group, columns)
+            now = _updated(target, r, errors, start, stop)
+            g = start // group
+            chosen = search_grid(now.T, hessian.diagonal()[start:stop],
+                                 replace(format, group=None), rounding.search)  # fmt: skip
+            scale[:, g], zero[:, g] = chosen[0][:, 0], chosen[1][:, 0]
+        scales = scale.T[group_of[start:end]].contiguous()  # [block, rows]
+        zeros = zero.T[group_of[start:end]].contiguous()
+        for j in range(start, end):
+            i, diagonal = j - start, r[j, j]
+            aim = torch.addmv(carried[i], errors[start:j].T, r[start:j, j]) if i else carried[i]
+            aim = target[j] + aim / diagonal
+            q = reference.encode(aim, scales[i], zeros[i], format)
+            if pruned:
+                q = torch.where(keep[j], q, zeros[i])
+            value = reference.decode(q, scales[i], zeros[i])
+            errors[j] = target[j] - value
+            codes[j] = q.to(torch.int8)
+            loss += ((aim - value) * diagonal).square_()
+    back = torch.empty_like(order)
+    back[order] = torch.arange(columns)
+    return Solution(codes[back].T.contiguous(), scale, zero, loss)
+
+
+def _updated(target: Tensor, r: Tensor, errors: Tensor, start: int, stop: int) -> Tensor:
+    """Columns start..stop [n, rows] as the paper has updated them for the errors before `start`."""
+    if not start:
+        return target[:stop]
+    carried = r[:start, start:stop].T @ errors[:start]
+    moved = torch.linalg.solve_triangular(r[start:stop, start:stop].T, carried, upper=False)
+    return target[start:stop] + moved
+
+
+SEARCH_ROWS = 512
+
+
+def search_grid(w: Tensor, weights: Tensor, format: Format, steps: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [rows, groups] of w [rows, in].
+
+    With `steps`, each group's range is also tried shrunk to 1 - SHRINK * i / steps of itself, i up to
+    `steps`, and the least error weighted by `weights` [in] wins; ties keep the larger grid.
+    """
+    scale, zero = reference.grid(reference.grouped(w, format), format)
+    if not steps:
+        return scale, zero
+    columns = weights.unflatten(0, (scale.shape[1], -1))
+    for begin in range(0, w.shape[0], SEARCH_ROWS):
+        own = slice(begin, begin + SEARCH_ROWS)
+        blocks = reference.grouped(w[own], format)
+        best = torch.full(blocks.shape[:2], float("inf"))
+        for i in range(steps + 1):
+            smaller = blocks * (1 - SHRINK * i / steps)
+            s, z = reference.grid(smaller, format)
+            q = reference.encode(blocks, s[..., None], z[..., None], format)
+            off = (reference.decode(q, s[..., None], z[..., None]) - blocks).square_()
+            error = (off * columns).sum(-1)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale[own] = torch.where(better, s, scale[own])
+            zero[own] = torch.where(better, z, zero[own])
+    return scale, zero

@@ -1,0 +1,79 @@
+"""Round to nearest: each group of weights on its own grid, no data needed.
+
+    q = clamp(round(w / scale) + zero),   scale from the group's largest magnitude or its range
+
+The grid is kernels.reference.grid. It is the baseline of every quantizer, and enough at 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from onecard.calibrate.walk import Reached
+from onecard.core.errors import FailedWork
+from onecard.core.format import Format, Weight, integers
+from onecard.core.report import Row
+from onecard.core.spec import Spec
+from onecard.kernels import convert
+from onecard.passes.base import BlockPass, check_groups
+
+AUTO: Literal["auto"] = "auto"
+
+
+def make_format(bits: int, group: int | None | Literal["auto"], zero_point: bool, columns: int,
+                scale: str = "bf16") -> Format:  # fmt: skip
+    """The format of a row of `columns`; group `auto` is the largest shipped size that divides it."""
+    if group == AUTO:
+        return integers(bits, 128, zero_point, scale).for_row(columns)
+    return integers(bits, group, zero_point, scale)
+
+
+@dataclass(frozen=True)
+class RoundToNearest(BlockPass):
+    """Settings: bits 2..8, group 32/64/128, null (one per row) or auto, symmetric or zero point."""
+
+    bits: int = 8
+    group: int | Literal["auto"] | None = AUTO
+    zero_point: bool = False
+
+    key = "rtn"
+    title = "round to nearest"
+    paper = "Gholami et al., A Survey of Quantization Methods, arXiv 2103.13630"
+
+    def __post_init__(self) -> None:
+        make_format(self.bits, self.group, self.zero_point, 128)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def format_of(self, columns: int) -> Format:
+        return make_format(self.bits, self.group, self.zero_point, columns)
+
+    def check(self, spec: Spec) -> None:
+        check_groups(self.format_of(128), spec, self.group != AUTO)
+
+    def site(self, site: Reached) -> Iterator[Row]:
+        for name, linear in site.linears.items():
+            held = linear.held().parts["weight"]
+            format = replace(self.format_of(linear.shape[1]), scale=site.stored)
+            linear.replace(round_weight(held, format, f"{site.block}.{name}"))
+            yield Row(f"{site.block}.{name}", "format", format.name)
+
+    def site_bytes(self, rows: int, columns: int) -> int:
+        return 2 * rows * columns
+
+
+def round_weight(w: Tensor, format: Format, where: str = "a weight") -> Weight:
+    """`reference.round_to_nearest`, by the native kernel where there is one. FailedWork on overflow."""
+    weight = convert.round_to_nearest(w, format)
+    if not bool(weight.parts["weight_scale"].isfinite().all()):
+        raise FailedWork(
+            f"{where}: a scale is not finite",
+            do=f"the weights are NaN, infinite, or too large for {format.scale} scales",
+        )
+    return weight
