@@ -7,8 +7,10 @@ The network is onecard's own. What is chosen here:
 * Warm-up, a long stable phase, then a linear decay to zero over the last `decay` of all steps. With
   `--minutes` the decay begins when that share of the time is left, so a budget is kept without
   knowing the speed; with `--steps` it begins at a known step, and a run is reproducible.
-* One torch thread per worker, and a worker per core that takes whole sequences: the tensors of two
-  sequences stay in the core's own cache, and nobody waits at the end of every operation for the
+* Windows of 256 tokens until the decay and of 512 in it: attention is half of the work at 512, and
+  most documents are shorter.
+* One torch thread per worker, and a worker per core that takes whole sequences: the tensors of a
+  thousand tokens stay in the core's own cache, and nobody waits at the end of every operation for the
   other core. Gradients are summed in the order of the sequences. Freed memory is kept by the
   process (mallopt), because page faults would otherwise cost more than the arithmetic.
 * The batch of step s is a function of (seed, s): documents are packed with <|endoftext|> between,
@@ -78,8 +80,9 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Settings:
-    batch: int = 8  # sequences per step
-    length: int = 512
+    batch: int = 4096  # tokens per step
+    length: int = 256  # of a window in the stable phase
+    last_length: int = 512  # and in the decay
     muon: float = 0.008
     adam: float = 0.004
     weight_decay: float = 0.05  # of the matrices
@@ -88,7 +91,7 @@ class Settings:
     clip: float = 1.0
     seed: int = 1
     workers: int = 2
-    share: int = 2  # sequences that a worker takes at a time
+    share: int = 1024  # tokens that a worker takes at a time
     evaluate_every: int = 200
     save_every: int = 100
 
@@ -137,15 +140,14 @@ def prepare(corpus: Path, run: Path) -> tuple[Tokenizer, Tensor, Tensor]:
     return tokenizer, *rows
 
 
-def batch_of(step: int, tokens: Tensor, settings: Settings) -> Tensor:
-    """The sequences of one step, [batch, length + 1]."""
-    windows = (len(tokens) - 1) // settings.length
-    first = step * settings.batch
+def batch_of(step: int, length: int, tokens: Tensor, settings: Settings) -> Tensor:
+    """The windows of one step, [batch / length, length + 1]."""
+    count = (len(tokens) - 1) // length
     rows = []
-    for i in range(first, first + settings.batch):
-        epoch, at = divmod(i, windows)
-        start = order(settings.seed + epoch, windows)[at] * settings.length
-        rows.append(tokens[start : start + settings.length + 1])
+    for i in range(step * settings.batch // length, (step + 1) * settings.batch // length):
+        epoch, at = divmod(i, count)
+        start = order(settings.seed + epoch, count)[at] * length
+        rows.append(tokens[start : start + length + 1])
     return torch.stack(rows).long()
 
 
@@ -171,6 +173,9 @@ class Workers:
         self.parameters = list(model.parameters())
         self.pool = ThreadPoolExecutor(settings.workers)
 
+    def shares(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(max(1, self.share // (rows.shape[1] - 1)))
+
     def gradient(self, batch: Tensor) -> float:
         """Leaves the mean gradient in `.grad`; returns the mean loss."""
 
@@ -178,7 +183,7 @@ class Workers:
             loss = loss_of(self.model, rows) * (len(rows) / len(batch))
             return loss.item(), torch.autograd.grad(loss, self.parameters)
 
-        losses, gradients = zip(*self.pool.map(part, batch.split(self.share)), strict=True)
+        losses, gradients = zip(*self.pool.map(part, self.shares(batch)), strict=True)
         for parameter, pieces in zip(self.parameters, zip(*gradients, strict=True), strict=True):
             parameter.grad = torch.stack(pieces).sum(0)
         return sum(losses)
@@ -192,7 +197,7 @@ class Workers:
 
         count = (len(tokens) - 1) // length
         rows = tokens[: count * length + 1].long().unfold(0, length + 1, length)
-        return sum(self.pool.map(part, rows.split(self.share))) / count
+        return sum(self.pool.map(part, self.shares(rows))) / count
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -213,11 +218,12 @@ def optimizers(model: Transformer, settings: Settings) -> list[torch.optim.Optim
     ]
 
 
-def rate(step: int, total: int | None, settings: Settings) -> float:
-    """The schedule as a factor of the peak rate; total is unknown until the decay begins."""
-    warm = min(1.0, (step + 1) / settings.warmup)
+def rate(step: int, total: int | None, settings: Settings) -> tuple[float, int]:
+    """(factor of the peak rate, window length); total is unknown until the decay begins."""
     left = 1.0 if total is None else (total - step) / (settings.decay * total)
-    return min(warm, left)
+    if left < 1.0:
+        return left, settings.last_length
+    return min(1.0, (step + 1) / settings.warmup), settings.length
 
 
 class Run:
@@ -264,9 +270,10 @@ class Run:
             if self.total is None and minutes and self.seconds > minutes * 60 * (1 - s.decay):
                 self.total = round(self.step / (1 - s.decay))
                 self.log(total=self.total)
+            factor, length = rate(self.step, self.total, s)
             for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
-                optimizer.param_groups[0]["lr"] = peak * rate(self.step, self.total, s)
-            loss = workers.gradient(batch_of(self.step, train, s))
+                optimizer.param_groups[0]["lr"] = peak * factor
+            loss = workers.gradient(batch_of(self.step, length, train, s))
             torch.nn.utils.clip_grad_norm_(workers.parameters, s.clip)
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -274,7 +281,7 @@ class Run:
             smooth = 0.95 * smooth + 0.05 * loss if smooth else loss
             last = self.step == self.total
             if self.step % s.evaluate_every == 0 or last:
-                held = workers.evaluate(held_out, s.length)
+                held = workers.evaluate(held_out, s.last_length)
                 self.log(train=round(smooth, 4), held_out=round(held, 4))
             self.seconds += time.monotonic() - began
             if self.step % s.save_every == 0 or last:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("ONECARD_DATA", ROOT.parent / "shared" / "data"))
@@ -23,3 +29,60 @@ def data() -> Path:
 def stories(data: Path) -> Path:
     """A trained Llama of 264 k parameters."""
     return data / "stories260K"
+
+
+def make_tokenizer(folder: Path, size: int = 300) -> None:
+    """A byte-level tokenizer with `<|endoftext|>` as 0, trained on a little English."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
+              "tokenizer_class": "PreTrainedTokenizerFast"}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog while seven wizards quietly mix a potion. "
+    "Numbers such as 12, 345 and 6789 appear now and then, and so do words like memory, matrix, "
+    "model and measure. Nothing here is remarkable; it is text, and it is enough. "
+) * 40
+
+
+def make_llama(folder: Path, dtype: str = "bfloat16", seed: int = 0, **more: object) -> Path:
+    """A random Llama of awkward depth with rows that groups of 128, 64 and 32 divide, and a tokenizer."""
+    settings = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 256,
+                "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "max_position_embeddings": 256, "tie_word_embeddings": True,
+                "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+    import transformers
+
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **more}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.03)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random bf16 Llama folder. Tests must not change it."""
+    return make_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """English text of about a thousand tokens for the tiny model."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(TEXT)
+    return path

@@ -48,7 +48,9 @@ class Peer:
     name: str
     pins: tuple[str, ...]
     script: str
-    dense: bool = False  # the evaluator cannot read its folders: the script writes a dense one beside
+    dense: bool = (
+        False  # the evaluator cannot read its folders: the script writes a dense one beside
+    )
 
 
 LLMCOMPRESSOR = Peer(
@@ -58,7 +60,9 @@ LLMCOMPRESSOR = Peer(
 )
 PEERS = (
     LLMCOMPRESSOR,
-    Peer("gptqmodel", ("gptqmodel==7.6.0", "transformers==5.23.0"), "gptq_gptqmodel.py", dense=True),
+    Peer(
+        "gptqmodel", ("gptqmodel==7.6.0", "transformers==5.23.0"), "gptq_gptqmodel.py", dense=True
+    ),
 )
 OURS = "onecard"
 
@@ -110,7 +114,9 @@ def install(python: Path, packages: list[str]) -> None:
     plan = python.parent.parent / "plan.json"
     subprocess.run([*pip, "--dry-run", "--report", str(plan), *packages], check=True)
     names = [item["metadata"]["name"].lower() for item in json.loads(plan.read_text())["install"]]
-    heavy = [n for n in names if n.startswith(("nvidia-", "cuda-", "triton")) and n != "nvidia-ml-py"]
+    heavy = [
+        n for n in names if n.startswith(("nvidia-", "cuda-", "triton")) and n != "nvidia-ml-py"
+    ]
     if heavy:
         sys.exit(
             f"{' '.join(packages)} would install {', '.join(heavy)}\n"
@@ -143,14 +149,22 @@ def run(command: list[str | Path], log: Path, threads: int) -> Run:
         errors.write(b"\n---- standard output\n" + output)
     if process.returncode:
         tail = log.read_text(errors="replace")[-2000:]
-        sys.exit(f"{tail}\n\n{' '.join(map(str, command))}\nfailed with {process.returncode}; all of it: {log}")
+        sys.exit(
+            f"{tail}\n\n{' '.join(map(str, command))}\nfailed with {process.returncode}; all of it: {log}"
+        )
     last = output.decode(errors="replace").strip().rpartition("\n")[2]
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Run(json.loads(last) if last.startswith("{") else {}, whole, peak)
 
 
 def run_peer(peer: Peer, bits: int, tokens: Path, out: Path, asked: argparse.Namespace) -> Result:
-    command: list[str | Path] = [environment(peer, asked.work), HERE / peer.script, asked.model, tokens, out]
+    command: list[str | Path] = [
+        environment(peer, asked.work),
+        HERE / peer.script,
+        asked.model,
+        tokens,
+        out,
+    ]
     command += ["--bits", str(bits), "--group", str(asked.group)]
     if peer.dense and asked.verb == "quality":
         command += ["--dense", dense_folder(out)]
@@ -211,7 +225,9 @@ def compare(asked: argparse.Namespace) -> tuple[float | None, list[Result]]:
     runs.mkdir(parents=True, exist_ok=True)
     quality = asked.verb == "quality"
     if quality:
-        tokens = cut(asked.calibration or asked.text, runs / "calibration.json", asked.samples, asked)
+        tokens = cut(
+            asked.calibration or asked.text, runs / "calibration.json", asked.samples, asked
+        )
         windows = cut(asked.text, runs / "windows.json", None, asked)
         dense = score(asked.model, windows, asked)["perplexity"]
     else:
@@ -265,10 +281,15 @@ def table(dense: float | None, results: list[Result]) -> str:
         ratio = f"{r.seconds / ours[r.bits]:.1f}x" if r.bits in ours and r.method != OURS else ""
         shown = f"{r.perplexity:.4f}" if r.perplexity else ""
         peak = f"{r.peak / 2**20:.0f}"
-        lines.append((r.method, f"{r.bits}", shown, f"{r.seconds:.1f}", f"{r.whole:.1f}", peak, ratio))
+        lines.append(
+            (r.method, f"{r.bits}", shown, f"{r.seconds:.1f}", f"{r.whole:.1f}", peak, ratio)
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     ]
     used = dict.fromkeys(f"{r.method}: {r.used}" for r in results if r.used)
@@ -279,9 +300,13 @@ def report(dense: float | None, results: list[Result], asked: argparse.Namespace
     """The shape of every report of the project: rows and the environment."""
     rows: list[dict[str, Any]] = []
 
-    def row(where: str, what: str, value: float | None, unit: str, before: float | None = None) -> None:
+    def row(
+        where: str, what: str, value: float | None, unit: str, before: float | None = None
+    ) -> None:
         if value is not None:
-            rows.append({"where": where, "what": what, "value": value, "unit": unit, "before": before})
+            rows.append(
+                {"where": where, "what": what, "value": value, "unit": unit, "before": before}
+            )
 
     row("dense", "perplexity", dense, "")
     for r in results:
@@ -320,10 +345,16 @@ def main() -> None:
     parser.add_argument("verb", choices=("quality", "speed"))
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, help="what perplexity is read on")
-    parser.add_argument("--calibration", type=Path, help="text, or ids [samples, length] in .json or .npy")
-    parser.add_argument("--work", type=Path, required=True, help="environments, results and logs; gigabytes")
+    parser.add_argument(
+        "--calibration", type=Path, help="text, or ids [samples, length] in .json or .npy"
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="environments, results and logs; gigabytes"
+    )
     parser.add_argument("--methods", nargs="+", default=[*(p.name for p in PEERS), OURS])
-    parser.add_argument("--bits", type=int, nargs="+", help="default: 4 and 3 for quality, 4 for speed")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", help="default: 4 and 3 for quality, 4 for speed"
+    )
     parser.add_argument("--group", type=int, default=128, help="0 for one group per row")
     parser.add_argument("--samples", type=int, help="default: 128 for quality, 16 for speed")
     parser.add_argument("--length", type=int, default=512)
@@ -335,7 +366,9 @@ def main() -> None:
     if quality and not asked.text:
         parser.error("quality needs --text, the text that perplexity is read on")
     if unknown := set(asked.methods) - {*(p.name for p in PEERS), OURS}:
-        parser.error(f"no method {', '.join(sorted(unknown))}: there are {', '.join(p.name for p in PEERS)}, {OURS}")
+        parser.error(
+            f"no method {', '.join(sorted(unknown))}: there are {', '.join(p.name for p in PEERS)}, {OURS}"
+        )
     asked.bits = asked.bits or ([4, 3] if quality else [4])
     asked.samples = asked.samples or (128 if quality else 16)
     asked.work = asked.work.absolute()

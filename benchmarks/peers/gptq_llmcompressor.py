@@ -49,7 +49,9 @@ def main() -> None:
     gptq = GPTQModifier(
         config_groups={"all": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"]
     )
-    oneshot(model=model, processor=tokenizer, dataset=DataLoader(batches, batch_size=1), recipe=[gptq])
+    oneshot(
+        model=model, processor=tokenizer, dataset=DataLoader(batches, batch_size=1), recipe=[gptq]
+    )
     solved = time.perf_counter()
 
     model.save_pretrained(asked.out, save_compressed=True)

@@ -30,7 +30,9 @@ def cut(model: str, source: Path, out: Path, length: int, samples: int | None) -
         windows = json.loads(source.read_text())
     else:
         text = source.read_text(encoding="utf-8")
-        encoded = AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False, verbose=False)
+        encoded = AutoTokenizer.from_pretrained(model)(
+            text, add_special_tokens=False, verbose=False
+        )
         ids = encoded["input_ids"]
         windows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     if samples and samples < len(windows):

@@ -55,7 +55,9 @@ class Reading:
             if not 0 <= getattr(self, name) <= 1 << 24:
                 raise BadRequest(f"{name} is {getattr(self, name)}")
         if self.documents == "":
-            raise BadRequest("the separator of documents is empty", do="--documents '<|endoftext|>'")
+            raise BadRequest(
+                "the separator of documents is empty", do="--documents '<|endoftext|>'"
+            )
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,7 @@ def evaluate(
     return Report(tuple(rows), environment(), notes=(("convention: perplexity", convention),))
 
 
-def cut(
-    tokenizer: Tokenizer, text: str, reading: Reading, context: int
-) -> tuple[list[Piece], str]:
+def cut(tokenizer: Tokenizer, text: str, reading: Reading, context: int) -> tuple[list[Piece], str]:
     """The pieces that a text is read in, and the convention in words."""
     if reading.documents is not None:
         return _documents(tokenizer, text, reading, context)
@@ -257,7 +257,9 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             row = json.loads(line)
-            question = Question(str(row["question"]), tuple(map(str, row["choices"])), int(row["gold"]))
+            question = Question(
+                str(row["question"]), tuple(map(str, row["choices"])), int(row["gold"])
+            )
             if not 0 <= question.gold < len(question.choices):
                 raise ValueError(f"gold {question.gold} of {len(question.choices)} choices")
         except (ValueError, KeyError, TypeError) as error:
@@ -279,7 +281,9 @@ def choose(
     for number, question in enumerate(questions):
         progress(number, len(questions), "answering")
         prompt = TEMPLATES[template].format(question.question)
-        scores = [log_likelihood(model, prompt, " " + choice.strip())[0] for choice in question.choices]
+        scores = [
+            log_likelihood(model, prompt, " " + choice.strip())[0] for choice in question.choices
+        ]
         sizes = [max(len(choice.strip().encode()), 1) for choice in question.choices]
         right += scores.index(max(scores)) == question.gold
         rates = [score / size for score, size in zip(scores, sizes, strict=True)]
@@ -324,5 +328,6 @@ def token_likelihood(model: Model, head: list[int], rest: list[int]) -> tuple[fl
     h = hidden_states(model, torch.tensor([ids[:-1]], device=device))[:, -count:]
     logp = torch.log_softmax(model.network.tail(h).float(), -1)[0]
     targets = torch.tensor(ids[-count:], device=device)
-    return float(logp.gather(-1, targets[:, None]).double().sum()), bool((logp.argmax(-1) == targets).all())
-
+    return float(logp.gather(-1, targets[:, None]).double().sum()), bool(
+        (logp.argmax(-1) == targets).all()
+    )

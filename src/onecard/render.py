@@ -1,7 +1,7 @@
 """Report -> people: tables for a terminal, one page for a browser.
 
-A report is cleaned once, at the door, and becomes a `Page` of plain strings and positions; the terminal
-and the template (templates/report.html) only draw it. Two shapes of report occur:
+A report is cleaned once, at the door, and becomes plain strings and positions; the terminal and the
+template (templates/report.html) only draw them. Two shapes of report occur:
 
     one model      rows of the model and its phases with before and after; layers in a summary
     comparison     two or more places that share a size or a quality: a line each, a column per name
@@ -38,13 +38,15 @@ from onecard.core.settings import format_size
 GROUPS = {
     "Size": ("format", "file_bytes", "disk_bytes", "output_bytes", "bits_per_weight", "parameters",
              "sparsity"),
-    "Quality": ("perplexity", "nats_per_token", "bits_per_byte", "kl", "top1_agreement", "accuracy"),
+    "Quality": ("perplexity", "nats_per_token", "bits_per_byte", "kl", "top1_agreement",
+                "accuracy"),
     "Speed": ("decode_tokens_per_second", "prompt_tokens_per_second", "time_to_first_token",
               "bandwidth_share", "operations_share", "energy_joules"),
 }  # fmt: skip
 REST = "Memory and work"
 HEADLINE = ("format", "file_bytes", "bits_per_weight", "perplexity", "kl", "top1_agreement",
             "accuracy", "decode_tokens_per_second")  # fmt: skip
+ANSWER = ("file_bytes", "perplexity", "top1_agreement", "accuracy", "decode_tokens_per_second")
 LABELS = {
     "file_bytes": "file size", "disk_bytes": "size on disk", "output_bytes": "output size",
     "kl": "KL from original", "top1_agreement": "top-1 agreement", "energy_joules": "energy",
@@ -70,6 +72,7 @@ FEW, WORST, MOST = 12, 5, 2000
 """Layers shown one by one in a terminal; the worst that are named; the most a page lists."""
 
 LAYER = re.compile(r"blocks\.([0-9]{1,6})(?:\.(.+))?")
+UNBROKEN = re.compile(r"(?<=[0-9]) (?=%|[KMGT]?i?B\b|tok/s|points)")
 MISSING = "n/a"
 
 
@@ -104,7 +107,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Scatter(Picture):
-    """Points (name, words, x, y, y of the label) and ticks (place, text): x in per cent, y in pixels."""
+    """Points (name, words, x, y, y of its label); ticks (place, text). x is per cent, y pixels."""
 
     height: int
     points: list[tuple[str, str, float, float, float]]
@@ -121,7 +124,7 @@ class Bars(Picture):
 
 @dataclass(frozen=True)
 class Heat(Picture):
-    """Lines of (name, cells); a cell is (shade from 0 to 1, words), None where there is no linear."""
+    """Lines of (name, cells); a cell is (shade 0 to 1, words), None where there is no linear."""
 
     layers: list[int]
     lines: list[tuple[str, list[tuple[float, str] | None]]]
@@ -142,7 +145,7 @@ class Page:
 def to_html(report: Report) -> str:
     """One self-contained page."""
     report = _cleaned(report)
-    whole, layers = _parted(report)
+    page, (whole, layers) = _page(report), _parted(report)
     scatters = _scatter(whole)
     bars = ("decode_tokens_per_second",) if scatters else ("file_bytes", "decode_tokens_per_second")
     templates = Environment(
@@ -150,11 +153,11 @@ def to_html(report: Report) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return templates.get_template("report.html").render(
-        page=_page(report),
+        page=replace(page, answer=UNBROKEN.sub("\u00a0", page.answer)),
         scatters=scatters,
         bars=[picture for what in bars for picture in _bars(whole, what)],
         heats=[picture for what in HEAT for picture in _heat(layers, what)],
-        environment=[(key.replace("_", " "), _plain(v)) for key, v in report.environment.items()],
+        environment=[(_label(k), _shown(Row("", k, v))) for k, v in report.environment.items()],
         left_out=max(0, len({row.where for row in layers}) - MOST),
     )
 
@@ -182,17 +185,23 @@ def terminal(report: Report, console: Console) -> None:
 
 
 def _rich(table: Table) -> RichTable:
-    drawn = RichTable(title=Text(table.title, "bold"), title_justify="left", box=None, pad_edge=False)
+    title = Text(table.title, "bold")
+    drawn = RichTable(title=title, title_justify="left", box=None, pad_edge=False)
     for label, number in zip(table.head, table.numeric, strict=True):
         drawn.add_column(Text(label, "dim"), justify="right" if number else "left", overflow="fold")
     for name, lines in table.groups:
         if name:
             drawn.add_row(Text(name, "dim italic"))
+        widths = [max(len(cell.small) for cell in column) for column in zip(*lines, strict=True)]
         for line in lines:
-            drawn.add_row(*(
-                Text.assemble(cell.text, (f"  {cell.small}" if cell.small else "", "dim")) for cell in line
-            ))  # fmt: skip
+            drawn.add_row(*map(_rich_cell, line, widths))
     return drawn
+
+
+def _rich_cell(cell: Cell, width: int) -> Text:
+    """The text and, behind it, the small one; in a column of numbers both stay aligned."""
+    small = cell.small.rjust(width) if cell.number else cell.small
+    return Text.assemble(cell.text, (f"  {small}" if small else "", "dim"))
 
 
 # A report as a page.
@@ -238,7 +247,7 @@ def _notes(report: Report) -> dict[str, list[tuple[str, str]]]:
         if title in TITLES:
             kinds[title].append((title, text))
         elif kind in PREFIXES and name:
-            kinds[kind].append((name, text))
+            kinds[kind].append((_label(name) if kind == "convention" else name, text))
         else:
             kinds[""].append((title, text))
     return kinds
@@ -248,7 +257,7 @@ def _answer(rows: list[Row], variants: list[str]) -> str:
     if variants:
         return _comparison_answer(rows, variants)
     parts = []
-    for row in (row for what in HEADLINE[1:] for row in rows if row.what == what):
+    for row in (row for what in ANSWER for row in rows if row.what == what):
         change = f" ({_change(row)})" if _change(row) else ""
         before = "" if row.before is None else f"from {_before(row)} to "
         parts.append(f"{_label(row.what)} {before}{_shown(row)}{change}")
@@ -266,12 +275,13 @@ def _comparison_answer(rows: list[Row], variants: list[str]) -> str:
         return f"{len(variants)} variants are compared with {original}."
     level = _sure(quality[original])
     near = [name for name in rivals if _sure(quality[name]) <= (1 + NEAR) * level]
+    within = f"{100 * NEAR:g} % of {original}"
     if near:
         best = min(near, key=lambda name: _sure(size[name]))
-        start = f"{best} is the smallest that keeps perplexity within {NEAR:.0%} of {original}"
+        start = f"{best} is the smallest that keeps perplexity within {within}"
     else:
         best = min(rivals, key=lambda name: _sure(quality[name]))
-        start = f"Nothing smaller keeps perplexity within {NEAR:.0%} of {original}; {best} is closest"
+        start = f"None keeps perplexity within {within}; {best} is closest"
     change = _change(replace(size[best], before=size[original].value))
     return (f"{start}: {_shown(size[best])} ({change}), perplexity {_shown(quality[best])} "
             f"against {_shown(quality[original])}.")  # fmt: skip
@@ -291,9 +301,12 @@ def _before_after(rows: list[Row]) -> list[Table]:
         for row in (row for what in whats for row in rows if row.what == what):
             texts = [_before(row), _shown(row), _change(row)] if changed else [_shown(row)]
             name = Cell(_label(row.what), "" if row.where == usual else row.where)
-            lines.append([name, *(Cell(text, number=True) for text in texts)])
+            number = not isinstance(row.value, str)
+            lines.append([name, *(Cell(text, number=number) for text in texts)])
         groups.append((group, lines))
     head = ("", "before", "after", "change") if changed else ("", "value")
+    if len(groups) == 1:
+        groups = [("", groups[0][1])]
     title = "Before and after" if changed else "Measured"
     return [Table(title if usual == "model" else f"{title}: {usual}", head, groups)]
 
@@ -361,7 +374,7 @@ def _layer_tables(rows: list[Row]) -> list[Table]:
         known = sorted((row for row in own if _number(row.value) is not None), key=_sure)
         if not known:
             counts = Counter(map(_shown, own)).most_common()
-            tables.append(_list(f"Layers by {_label(what)}", "layers", counts))
+            tables.append(_list(f"Layers by {_label(what)}", "count", counts))
             continue
         middle = replace(known[0], value=statistics.median(map(_sure, known)))
         texts = (*map(_shown, (known[0], middle, known[-1])), f"{len(known)}")
@@ -371,12 +384,13 @@ def _layer_tables(rows: list[Row]) -> list[Table]:
             worst = known[:WORST] if low else known[: -WORST - 1 : -1]
             title = f"{'Lowest' if low else 'Highest'} {_label(what)}"
             tables.append(_list(title, _label(what), [(row.where, _shown(row)) for row in worst]))
-    head = ("", "smallest", "median", "largest", "layers")
+    head = ("", "smallest", "median", "largest", "count")
     return [Table("Layers", head, [("", summary)]), *tables] if summary else tables
 
 
 def _list(title: str, label: str, pairs: Iterable[tuple[str, object]]) -> Table:
-    return Table(title, ("", label), [("", [[Cell(a), Cell(str(b), number=True)] for a, b in pairs])])
+    lines = [[Cell(name), Cell(str(value), number=True)] for name, value in pairs]
+    return Table(title, ("", label), [("", lines)])
 
 
 # Pictures.
@@ -411,12 +425,13 @@ def _scatter(rows: list[Row]) -> list[Scatter]:
     unit = 1024.0 ** int(math.log(max(widest, 1.0), 1024))
     whole = [float(k) for k in range(math.ceil(low), math.floor(high) + 1)]
     y_ticks = whole if logarithmic else _ticks(low, high, 5)
+    digits = 0 if logarithmic else max(len(f"{y:g}".partition(".")[2]) for y in y_ticks)
     x_ticks = [value * unit for value in _ticks(0, widest / unit, 3)]
     return [Scatter(
         "File size and perplexity" + (" (logarithmic)" if logarithmic else ""),
         "; ".join(point[1] for point in points), height, points,
         [(across(x), format_size(x).replace(".00 ", " ")) for x in x_ticks],
-        [(down(y), f"{10**y if logarithmic else y:,g}") for y in y_ticks],
+        [(down(y), f"{10**y if logarithmic else y:,.{digits}f}") for y in y_ticks],
     )]  # fmt: skip
 
 
@@ -460,12 +475,13 @@ def _heat(rows: list[Row], what: str) -> list[Heat]:
     low, span = _sure(rising[0]), _sure(rising[-1]) - _sure(rising[0]) or 1.0
 
     def cell(row: Row | None) -> tuple[float, str] | None:
-        return row and ((_sure(row) - low) / span, f"{row.where}: {_shown(row)}")
+        return ((_sure(row) - low) / span, f"{row.where}: {_shown(row)}") if row else None
 
     lines = [(_short(name, 32), [cell(worst.get((name, layer))) for layer in layers])
              for name in dict.fromkeys(name for name, _ in worst)]  # fmt: skip
     ends = [f"{_shown(row)} ({row.where})" for row in (rising[0], rising[-1])]
-    return [Heat(f"{_capital(_label(what))} by layer", f"From {ends[0]} to {ends[1]}.", layers, lines)]
+    title = f"{_capital(_label(what))} by layer"
+    return [Heat(title, f"From {ends[0]} to {ends[1]}.", layers, lines)]
 
 
 # Numbers and names for eyes.
@@ -508,13 +524,14 @@ def _shown(row: Row) -> str:
     if unit == "s":
         return _duration(number)
     if unit == "1/s":
-        return f"{_figures(number)} {'tok/s' if 'token' in what else unit}"
+        digits = 0 if abs(number) >= 100 else 1 if abs(number) >= 10 else 2
+        return f"{number:,.{digits}f} {'tok/s' if 'token' in what else unit}"
     if what in SHARES:
         return f"{100 * number:.3g} %" if what.endswith("error") else f"{100 * number:.2f} %"
     if what == "parameters" and number >= 1e6:
         return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
-    digits = DECIMALS.get(what)
-    text = _figures(number) if digits is None or abs(number) >= 1e5 else f"{number:,.{digits}f}"
+    known = what in DECIMALS and abs(number) < 1e5
+    text = f"{number:,.{DECIMALS[what]}f}" if known else _figures(number)
     return f"{text} {unit}".rstrip()
 
 
@@ -547,7 +564,7 @@ def _plain(value: Value) -> str:
 
 
 def _change(row: Row) -> str:
-    """Against `before`: a factor with a word from 1.5 on, per cent below that, points of a share."""
+    """Against `before`: a factor with a word from 1.5 on, per cent below, points of a share."""
     after, before = _number(row.value), _number(row.before)
     if after is None or before is None:
         return ""
@@ -557,7 +574,7 @@ def _change(row: Row) -> str:
         return ""
     ratio = after / before
     if 2 / 3 < ratio < 1.5:
-        return "unchanged" if ratio == 1 else f"{100 * (ratio - 1):+.2f} %"
+        return "same" if ratio == 1 else f"{100 * (ratio - 1):+.2f} %"
     size = row.what in ("bits_per_weight", "parameters")
     more, less = ("larger", "smaller") if size else WORDS.get(_unit(row), ("higher", "lower"))
     factor = max(ratio, before / after)
@@ -596,7 +613,9 @@ def _cleaned(report: Report) -> Report:
     return Report(tuple(rows), facts, line(report.title), tuple(notes))
 
 
-_PICTURES = {code: 0x2400 + code for code in range(32)} | {127: 0x2421, 0x2028: 0x240A, 0x2029: 0x240A}
-_HARMFUL = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
-_LINE = _PICTURES | dict.fromkeys(_HARMFUL, 0xFFFD)
+_PICTURES = {code: 0x2400 + code for code in range(32)}
+_PICTURES |= {0x7F: 0x2421, 0x2028: 0x240A, 0x2029: 0x240A}
+_REPLACED = ((0x80, 0xA0), (0x202A, 0x202F), (0x2066, 0x206A), (0xD800, 0xE000))
+"""C1 controls, embeddings and overrides, isolates, halves of surrogate pairs."""
+_LINE = _PICTURES | {code: 0xFFFD for start, end in _REPLACED for code in range(start, end)}
 _TEXT = {code: sign for code, sign in _LINE.items() if code not in (9, 10)}

@@ -40,7 +40,9 @@ def read_text(path: Path | None, shipped: str = "calibration.txt") -> str:
     if not path.is_file():
         raise BadRequest(f"there is no text file {path}")
     if path.stat().st_size > 4 * LARGEST_TEXT:
-        raise BadRequest(f"{path} is too large ({path.stat().st_size} bytes)", do="give a part of it")
+        raise BadRequest(
+            f"{path} is too large ({path.stat().st_size} bytes)", do="give a part of it"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -73,7 +75,9 @@ def _given(path: Path, vocab_size: int) -> Tensor:
         rows = json.loads(path.read_bytes())
         ids = torch.tensor(rows, dtype=torch.int64)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise BadRequest(f"{path} is not a list of equally long lists of ids", seen=str(error)) from error
+        raise BadRequest(
+            f"{path} is not a list of equally long lists of ids", seen=str(error)
+        ) from error
     if ids.ndim != 2 or ids.numel() == 0 or int(ids.min()) < 0:
         raise BadRequest(f"{path} is not a list of equally long lists of ids")
     check_vocabulary(ids.flatten().tolist(), vocab_size)

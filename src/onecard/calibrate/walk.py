@@ -113,7 +113,9 @@ def compress_block(
     needs = needs_of(passes)
     contexts = [_context(blocks.spec, h) for h in hidden]
     places = [site for site in sites(block.layer)]
-    runs: list[Sites] = [] if replay else [block.stages(h, c) for h, c in zip(hidden, contexts, strict=True)]
+    runs: list[Sites] = (
+        [] if replay else [block.stages(h, c) for h, c in zip(hidden, contexts, strict=True)]
+    )
     for number, site in enumerate(places):
         linears = {name: block.linear(name) for name in site.linears}
         stats = Statistics(next(iter(linears.values())).shape[1], needs)

@@ -21,7 +21,9 @@ def find_model(name: str | Path) -> Path:
     if str(name) == "demo" and SHIPPED.is_dir():
         return SHIPPED
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith((".", "/")):
-        raise BadRequest(f"there is no folder {name}", do="give a folder or a hub id such as org/name")
+        raise BadRequest(
+            f"there is no folder {name}", do="give a folder or a hub id such as org/name"
+        )
     return _fetch(str(name))
 
 

@@ -74,7 +74,7 @@ class Journal:
     def __contains__(self, part: str) -> bool:
         return any(line["part"] == part for line in self.lines)
 
-    def rows(self, part: str) -> list[dict[str, Any]]:
+    def rows(self, part: str) -> list[list[Any]]:
         """The rows that were noted with a finished part."""
         return next(line["rows"] for line in self.lines if line["part"] == part)
 
@@ -82,7 +82,7 @@ class Journal:
         self,
         part: str,
         arrays: Mapping[str, Array],
-        rows: list[dict[str, Any]],
+        rows: list[list[Any]],
         state: Mapping[str, Array] | None = None,
     ) -> None:
         """Write a part, and the state that the next one starts from, then say so in one line."""
@@ -119,7 +119,9 @@ class Journal:
         old = self.out.with_name(f".{self.out.name}.replaced")
         if self.out.is_dir() and any(self.out.iterdir()):
             if not replace:
-                raise FailedWork(f"{self.out} is no longer empty", do=f"the result is in {self.folder}")
+                raise FailedWork(
+                    f"{self.out} is no longer empty", do=f"the result is in {self.folder}"
+                )
             shutil.rmtree(old, ignore_errors=True)
             os.replace(self.out, old)
         os.replace(self.folder, self.out)
@@ -153,7 +155,9 @@ def check_space(out: Path, needed: int) -> None:
     parent = out.parent
     while not parent.exists():
         parent = parent.parent
-    done = sum(f.stat().st_size for f in partial_of(out).glob("*")) if partial_of(out).is_dir() else 0
+    done = (
+        sum(f.stat().st_size for f in partial_of(out).glob("*")) if partial_of(out).is_dir() else 0
+    )
     free = shutil.disk_usage(parent).free + done
     if needed > free:
         raise BadRequest(

@@ -50,7 +50,10 @@ class Source:
         self.schemes = Schemes(schemes) if isinstance(schemes, dict) else None
         if "lm_head.weight" not in self.checkpoint and not self.spec.tied:
             head = self.name(self._stored("tail.head"))
-            if f"{head}.weight" not in self.checkpoint and f"{head}.weight_packed" not in self.checkpoint:
+            if (
+                f"{head}.weight" not in self.checkpoint
+                and f"{head}.weight_packed" not in self.checkpoint
+            ):
                 self.spec = replace(self.spec, tied=True)
         self.extra = self._check()
 
@@ -69,7 +72,11 @@ class Source:
 
     def format_names(self) -> list[str]:
         """Names of the packed formats in the folder."""
-        packed = (n.removesuffix(".weight_packed") for n in self.checkpoint.entries if n.endswith(".weight_packed"))
+        packed = (
+            n.removesuffix(".weight_packed")
+            for n in self.checkpoint.entries
+            if n.endswith(".weight_packed")
+        )
         formats = (self.format_of(Stored(name)) for name in packed)
         return sorted({format.name for format in formats if format})
 
@@ -102,21 +109,22 @@ class Source:
 
     # structure
 
-    def modules(self, root: nn.Module, index: int | None) -> Iterator[tuple[str, nn.Module, Stored]]:
+    def modules(
+        self, root: nn.Module, index: int | None
+    ) -> Iterator[tuple[str, nn.Module, Stored]]:
         """(path below root, module, where it lies) for stem, tail or a block."""
         side = type(root).__name__.lower()
         for path, stored in self.family.modules(self.spec, index):
-            if index is None:
-                if not path.startswith(f"{side}."):
-                    continue
-                path = path.split(".", 1)[1]
-                if path == "head" and self.spec.tied:
-                    stored = self.family.outer["stem.embedding"]
+            if index is None and not path.startswith(f"{side}."):
+                continue
+            below = path.removeprefix(f"{side}.") if index is None else path
+            tied_head = index is None and below == "head" and self.spec.tied
+            lies = self.family.outer["stem.embedding"] if tied_head else stored
             try:
-                module = root.get_submodule(path)
+                module = root.get_submodule(below)
             except AttributeError:
                 continue
-            yield path, module, replace(stored, name=self.name(stored.name))
+            yield below, module, replace(lies, name=self.name(lies.name))
 
     def roots(self) -> Iterator[tuple[nn.Module, int | None]]:
         """Every part of the network on the meta device: shapes, no memory."""
@@ -205,7 +213,9 @@ class Source:
                     module.replace(self._packed(module, stored, format, root, kept))
                     continue
                 full = f"{stored.name}.{name}"
-                tensor = kept.setdefault(full, self.tensor(full)) if stored.of else self.tensor(full)
+                tensor = (
+                    kept.setdefault(full, self.tensor(full)) if stored.of else self.tensor(full)
+                )
                 if name == "weight" and stored.transposed:
                     tensor = tensor.T
                 tensor = _cut(tensor, stored, root).contiguous()
@@ -224,7 +234,7 @@ class Source:
             full = f"{stored.name}.{part}"
             tensor = kept.setdefault(full, self.tensor(full)) if stored.of else self.tensor(full)
             if stored.of and part == "weight_zero_point":
-                rows = sum(root.get_submodule(path).shape[0] for path in stored.of)  # type: ignore[operator]
+                rows = sum(_rows(root, stored))
                 zero = unpack(tensor.T.contiguous(), format.bits, rows).T
                 tensor = pack(_cut(zero, stored, root).T, format.bits).T.contiguous()
             elif part == "weight_shape":
@@ -236,7 +246,10 @@ class Source:
 
 
 def _rows(root: nn.Module, stored: Stored) -> list[int]:
-    return [next(iter(root.get_submodule(path).state_dict().values())).shape[0] for path in stored.of]
+    """Rows of each part of a fused matrix."""
+    return [
+        next(iter(root.get_submodule(path).state_dict().values())).shape[0] for path in stored.of
+    ]
 
 
 def _cut(tensor: Tensor, stored: Stored, root: nn.Module) -> Tensor:
@@ -275,7 +288,9 @@ def stored_arrays(source: Source, root: nn.Module, index: int | None) -> dict[st
 def _merged(modules: list[nn.Module], stored: Stored, root: nn.Module) -> dict[str, Tensor]:
     """The stored tensors of one module, or of the parts of a fused one joined."""
     first = modules[0]
-    names = [n for n, t in (*first.named_parameters(recurse=False), *first.named_buffers(recurse=False))]
+    names = [
+        n for n, t in (*first.named_parameters(recurse=False), *first.named_buffers(recurse=False))
+    ]
     if not isinstance(first, Linear) or len(modules) == 1:
         held = {name: getattr(first, name) for name in names}
         if stored.transposed and "weight" in held:
@@ -295,7 +310,10 @@ def _merged(modules: list[nn.Module], stored: Stored, root: nn.Module) -> dict[s
             merged[name] = torch.tensor([sum(int(t[0]) for t in tensors), int(tensors[0][1])])
         elif name == "weight_zero_point":
             bits = first.format.bits
-            zeros = [unpack(t.T.contiguous(), bits, m.shape[0]).T for t, m in zip(tensors, modules, strict=True)]  # type: ignore[union-attr]
+            zeros = [
+                unpack(t.T.contiguous(), bits, rows).T
+                for t, rows in zip(tensors, _rows(root, stored), strict=True)
+            ]
             merged[name] = pack(_join(zeros, stored, root).T, bits).T.contiguous()
         else:
             merged[name] = _join(tensors, stored, root)
@@ -332,5 +350,3 @@ def load_model(
         network.eval().to(device), source.spec, source.family, source.config,
         source.tokenizer() if tokenizer else None, source.folder,
     )  # fmt: skip
-
-

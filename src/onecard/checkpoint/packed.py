@@ -53,7 +53,10 @@ def _pattern(target: str, module: str) -> bool:
     if not target.startswith("re:"):
         return False
     pieces = target[3:].rstrip("$").split(".*")
-    return re.match(".*".join(re.escape(piece.replace("\\.", ".")) for piece in pieces), module) is not None
+    return (
+        re.match(".*".join(re.escape(piece.replace("\\.", ".")) for piece in pieces), module)
+        is not None
+    )
 
 
 def _class(target: str, module: str) -> bool:

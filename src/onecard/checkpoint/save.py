@@ -15,7 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from onecard import __version__
+from onecard.checkpoint.journal import check_target, partial_of
 from onecard.checkpoint.load import Source, stored_arrays
 from onecard.checkpoint.packed import quantization_config
 from onecard.checkpoint.shards import (
@@ -30,8 +33,8 @@ from onecard.checkpoint.shards import (
 from onecard.core.errors import BadRequest
 from onecard.core.format import Format
 from onecard.core.report import write_text
+from onecard.nn.layers import Linear
 from onecard.nn.model import Model
-from onecard.nn.transformer import Stem, Tail
 
 SINGLE_FILE = 256 << 20
 MANIFEST = "manifest.json"
@@ -77,7 +80,9 @@ def complete(
 def write_manifest(folder: Path, made: Mapping[str, Any]) -> None:
     """What the folder holds and how it came about, with the sha256 of each file."""
     inside = sorted(
-        f for f in folder.iterdir() if f.is_file() and f.suffix in (".safetensors", ".json", ".yaml")
+        f
+        for f in folder.iterdir()
+        if f.is_file() and f.suffix in (".safetensors", ".json", ".yaml")
     )
     files = {
         f.name: sha256_of(f)
@@ -126,8 +131,8 @@ def linear_names(source: Source) -> tuple[list[str], set[str]]:
     for root, index in source.roots():
         if index is None:
             continue
-        for path, module, stored in source.modules(root, index):
-            if hasattr(module, "format"):
+        for _, module, stored in source.modules(root, index):
+            if isinstance(module, Linear):
                 names.append(stored.name)
                 if stored.transposed:
                     transposed.add(stored.name)
@@ -139,8 +144,6 @@ def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = N
 
     OUT appears by rename when it is complete. Raises BadRequest when it is not empty.
     """
-    from onecard.checkpoint.journal import check_target, partial_of
-
     if model.source is None:
         raise BadRequest("the model has no source folder to take names and tokenizer from")
     source, out = Source(model.source), Path(out)
@@ -148,12 +151,11 @@ def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = N
     folder = partial_of(out)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    roots = [("stem", model.network.stem, None)]
+    roots: list[tuple[str, nn.Module, int | None]] = [("stem", model.network.stem, None)]
     roots += [(f"block-{i:05d}", block, i) for i, block in enumerate(model.blocks())]
     roots += [("tail", model.network.tail, None)]
     formats: dict[str, Format] = {}
     for part, root, index in roots:
-        assert isinstance(root, (Stem, Tail)) or index is not None
         arrays = stored_arrays(source, root, index)
         formats |= packed_formats(source, root, index)
         if arrays:
@@ -166,12 +168,10 @@ def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = N
     return out
 
 
-def packed_formats(source: Source, root: Any, index: int | None) -> dict[str, Format]:
+def packed_formats(source: Source, root: nn.Module, index: int | None) -> dict[str, Format]:
     """stored name -> Format of the packed modules of a part of the network."""
     return {
         stored.name: module.format
         for _, module, stored in source.modules(root, index)
-        if hasattr(module, "format") and not module.format.dense
+        if isinstance(module, Linear) and not module.format.dense
     }
-
-

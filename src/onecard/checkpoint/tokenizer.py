@@ -1,7 +1,7 @@
 """Text to ids and back, from a folder's tokenizer.json (the `tokenizers` library does the work).
 
-Incremental decoding never shows half a character: a piece of text is released when the ids that make
-it are complete, which matters for byte-level vocabularies and for Chinese.
+Incremental decoding never shows half a character: text is released when the ids that make it are
+complete, which matters for byte-level vocabularies and for Chinese.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text; `special` adds what the tokenizer's own post-processor adds (a BOS ...)."""
+        """Ids of a text; `special` adds what the post-processor adds (a begin token ...)."""
         if len(text) > LARGEST_TEXT:
             raise BadRequest(f"a text of {len(text)} characters is too long to tokenize at once")
         try:
@@ -75,7 +75,7 @@ class Tokenizer:
         """Whether an id stands for text."""
         return token not in self.hidden and self.backend.id_to_token(token) is not None
 
-    def _special(self, config: dict, key: str, *others: dict) -> int | None:
+    def _special(self, config: dict[str, Any], key: str, *others: dict[str, Any]) -> int | None:
         content = _content(config.get(key))
         found = self.backend.token_to_id(content) if content else None
         if found is not None:
@@ -84,7 +84,7 @@ class Tokenizer:
         ids = (i[0] if isinstance(i, list) and i else i for i in ids)
         return next((i for i in ids if isinstance(i, int) and 0 <= i < self.size), None)
 
-    def _stops(self, config: dict, *others: dict) -> frozenset[int]:
+    def _stops(self, config: dict[str, Any], *others: dict[str, Any]) -> frozenset[int]:
         found = {self._special(config, "eos_token", *others)}
         for other in others:
             ids = other.get("eos_token_id")
@@ -106,42 +106,55 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.shown = 0  # characters of decode(ids) already released
+        self.shown = ""  # what of decode(ids) is already released
         self.broken = 0  # ids since the text last ended in a whole character
 
     def add(self, token: int) -> str:
         if not self.tokenizer.visible(token):
             return ""
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
+        self.broken += 1
+        text = self._decoded()
         whole = text.rstrip("\ufffd")
-        self.broken = 0 if whole == text else self.broken + 1
-        if self.broken > self.PATIENCE:
-            whole, self.broken = text, 0
-        piece = whole[self.shown :]
-        self.shown = max(self.shown, len(whole))
-        if whole == text:
-            self._settle(text)
+        if whole != text and self.broken <= self.PATIENCE:
+            return self._release(whole) if len(whole) > len(self.shown) else ""
+        self.broken = 0
+        piece = self._release(text)
+        self._settle()
         return piece
 
-    def _settle(self, text: str) -> None:
-        """Drop old ids, so that decoding stays cheap; `text` is decode(ids), all of it released."""
+    def finish(self) -> str:
+        """What is left, broken bytes included."""
+        return self._release(self._decoded())
+
+    def _decoded(self) -> str:
+        """decode(ids), with `shown` at its front.
+
+        Byte-fallback decoders break a whole run of bytes when its last character is incomplete;
+        then what was shown stands, and the run is decoded from its broken end on.
+        """
+        text = self.tokenizer.decode(self.ids)
+        if not text.startswith(self.shown):
+            self.ids, self.shown = self.ids[len(self.ids) - self.broken :], ""
+            text = self.tokenizer.decode(self.ids)
+        return text
+
+    def _release(self, text: str) -> str:
+        piece, self.shown = text[len(self.shown) :], text
+        return piece
+
+    def _settle(self) -> None:
+        """Drop old ids, so that decoding stays cheap; all of decode(ids) is released."""
         if len(self.ids) <= 2 * self.WINDOW:
             return
         for start in range(len(self.ids) - self.WINDOW, 0, -1):
             tail = self.tokenizer.decode(self.ids[start:])
-            if tail and not tail.startswith("\ufffd") and text.endswith(tail):
-                self.ids, self.shown = self.ids[start:], len(tail)
+            if tail and not tail.startswith("\ufffd") and self.shown.endswith(tail):
+                self.ids, self.shown = self.ids[start:], tail
                 return
         if len(self.ids) > 8 * self.WINDOW:
             self.ids = self.ids[-self.WINDOW :]
-            self.shown = len(self.tokenizer.decode(self.ids))
-
-    def finish(self) -> str:
-        """What is left, broken bytes included."""
-        text = self.tokenizer.decode(self.ids)
-        piece, self.shown = text[self.shown :], len(text)
-        return piece
+            self.shown = self.tokenizer.decode(self.ids)
 
 
 def _optional(path: Path) -> dict[str, Any]:
@@ -153,7 +166,7 @@ def _content(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _template(folder: Path, config: dict) -> str | None:
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         with file.open(encoding="utf-8", errors="replace") as opened:

@@ -73,11 +73,22 @@ class Report:
         """The report that `to_json` wrote. Raises BadRequest when it is something else."""
         try:
             data = json.loads(text)
-            rows = tuple(Row(**row) for row in data["rows"])
+            rows = tuple(_row(row) for row in data["rows"])
             notes = tuple((str(a), str(b)) for a, b in data.get("notes", ()))
             return Report(rows, dict(data.get("environment", {})), data.get("title", ""), notes)
         except (ValueError, KeyError, TypeError) as error:
             raise BadRequest("this is not a report", seen=str(error)) from error
+
+
+def _row(data: dict[str, Any]) -> Row:
+    row = Row(**data)
+    for name in ("where", "what", "unit"):
+        if not isinstance(getattr(row, name), str):
+            raise TypeError(f"{name} is {getattr(row, name)!r}")
+    for value in (row.value, row.before):
+        if not isinstance(value, (float, int, str, bool, type(None))):
+            raise TypeError(f"{row.what} is {value!r}")
+    return row
 
 
 def environment(**more: Value) -> dict[str, Value]:
@@ -86,7 +97,9 @@ def environment(**more: Value) -> dict[str, Value]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
     } | more
 
 

@@ -76,7 +76,7 @@ def fill(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _check(hint: Any, value: Any, where: str) -> Any:
-    """`value` as `hint` (bool, int, float, str, a Literal, an optional of these)."""
+    """`value` as `hint`: bool, int, float, str, a Literal, a union or a tuple of these."""
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
         if value in typing.get_args(hint):
@@ -95,6 +95,10 @@ def _check(hint: Any, value: Any, where: str) -> Any:
             except BadRequest as error:
                 problems.append(error.do)
         raise BadRequest(f"{where} is {value!r}", do=" or ".join(problems))
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise BadRequest(f"{where} is {value!r}", do="a list is needed")
+        return tuple(_check(typing.get_args(hint)[0], item, where) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(value, bool) is not (hint is bool) or not isinstance(value, hint):

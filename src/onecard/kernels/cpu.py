@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
@@ -31,7 +31,7 @@ from onecard.core.format import Format
 from onecard.core.report import Report, Row, environment, write_text
 from onecard.core.settings import parse_size
 
-ABI = 1
+ABI = 2
 CODES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
 PEAKS = ("int8", "bf16", "fp32")
 
@@ -129,6 +129,45 @@ def _with_prototypes(native: ctypes.CDLL) -> ctypes.CDLL:
             c_int64,
             [pointer, c_int, c_int64, c_int64, c_int, c_int64, c_int, c_int, *[pointer] * 3],
         ),
+        "oc_pack": (c_int, [pointer, c_int64, c_int64, c_int, c_int, pointer]),
+        "oc_to_dense": (
+            c_int,
+            [
+                pointer,
+                pointer,
+                c_int,
+                pointer,
+                c_int64,
+                c_int64,
+                c_int,
+                c_int64,
+                c_int,
+                c_int,
+                pointer,
+            ],
+        ),  # fmt: skip
+        "oc_round_columns": (
+            c_int,
+            [*[pointer] * 6, c_int64, c_int64, c_int, c_int, *[pointer] * 3],
+        ),
+        "oc_search_grid": (
+            c_int,
+            [
+                pointer,
+                pointer,
+                c_int64,
+                c_int64,
+                c_int,
+                c_int64,
+                c_int,
+                pointer,
+                c_int,
+                c_int,
+                c_int,
+                pointer,
+                pointer,
+            ],
+        ),  # fmt: skip
     }
     for name, (result, arguments) in prototypes.items():
         function = getattr(native, name)
@@ -159,6 +198,60 @@ def round_pack(
     if found < 0:
         raise BadRequest(f"a {dtype} matrix {rows} x {columns} cannot be packed as {format.name}")
     return int(found)
+
+
+def pack(
+    codes: int, rows: int, columns: int, bits: int, packed: int, threads: int | None = None
+) -> None:
+    """Packs int8 codes [rows, columns] into int32 [rows, words]."""
+    threads = threads or usable_cores()
+    _done(library().oc_pack(codes, rows, columns, bits, threads, packed), "oc_pack")
+
+
+def to_dense(
+    packed: int, scale: int, scale_dtype: str, zero: int | None, rows: int, columns: int,
+    format: Format, dense: int, dtype: str, threads: int | None = None,
+) -> None:  # fmt: skip
+    """Fills a matrix [rows, columns] of `dtype` with the values of packed words.
+
+    Scales [rows, groups] are finite; `zero` is int8 [rows, groups], or None.
+    """
+    group = columns // format.groups((rows, columns))
+    _done(library().oc_to_dense(
+        packed, scale, CODES[scale_dtype], zero, rows, columns, format.bits, group, CODES[dtype],
+        threads or usable_cores(), dense,
+    ), "oc_to_dense")  # fmt: skip
+
+
+def round_columns(
+    target: int, carried: int, r: int, scale: int, zero: int, keep: int | None,
+    block: int, rows: int, bits: int, errors: int, codes: int, loss: int, threads: int | None = None,
+) -> None:  # fmt: skip
+    """One block of GPTQ's columns, matrices [block, rows]; csrc/onecard.h has the formulas."""
+    _done(library().oc_round_columns(
+        target, carried, r, scale, zero, keep, block, rows, bits,
+        threads or usable_cores(), errors, codes, loss,
+    ), "oc_round_columns")  # fmt: skip
+
+
+def search_grid(
+    weight: int, importance: int, rows: int, columns: int, format: Format, shrink: Sequence[float],
+    scale: int, zero: int, threads: int | None = None,
+) -> None:  # fmt: skip
+    """Fills float32 scales and zero points [rows, groups]: the best of the ranges `shrink`."""
+    group = columns // format.groups((rows, columns))
+    candidates = (ctypes.c_float * len(shrink))(*shrink)
+    _done(library().oc_search_grid(
+        weight, importance, rows, columns, format.bits, group, CODES[format.scale],
+        candidates, len(shrink), format.zero_point, threads or usable_cores(), scale, zero,
+    ), "oc_search_grid")  # fmt: skip
+
+
+def _done(result: int, name: str) -> None:
+    if result == -2:
+        raise FailedWork(f"{name}: out of memory")
+    if result < 0:
+        raise BadRequest(f"{name} has no kernel for these sizes")
 
 
 # Measuring --------------------------------------------------------------------------------------

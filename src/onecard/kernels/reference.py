@@ -7,6 +7,7 @@ Shapes: B batch, T new tokens, S tokens seen so far, H heads, G key/value heads,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +45,9 @@ def grid(w: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 
 def _stored(scale: Tensor, format: Format) -> Tensor:
-    """The scale as its dtype holds it; a group of zeros (or of denormals) gets scale 1."""
-    dtype = DTYPES[format.scale]
-    scale = scale.to(dtype).float()
-    return torch.where(scale < torch.finfo(dtype).tiny, 1.0, scale)
+    """The scale as its dtype holds it; a group of zeros (or of float32 denormals) gets scale 1."""
+    scale = scale.to(DTYPES[format.scale]).float()
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
 
 
 def encode(w: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Tensor:
@@ -78,7 +78,7 @@ def pack(q: Tensor, bits: int) -> Tensor:
     rows, count = q.shape
     if 8 % bits == 0:  # the same layout, made of whole bytes
         lanes = F.pad((q.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), (0, -count % 32))
-        out8 = lanes[:, :: 8 // bits].clone()
+        out8 = lanes[:, :: 8 // bits].clone(memory_format=torch.contiguous_format)
         for lane in range(1, 8 // bits):
             out8 |= lanes[:, lane :: 8 // bits] << (lane * bits)
         return out8.view(torch.int32)[:, : words(count, bits)].contiguous()
@@ -272,7 +272,7 @@ def causal_mask(new: int, seen: int, window: int | None, device: torch.device) -
     return visible[None, None]
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,

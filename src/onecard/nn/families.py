@@ -50,8 +50,9 @@ class Family:
                     continue
             for e in range(experts.count if experts and "{e}" in path else 1):
                 name = stored.name.format(i=index, e=e)
-                yield path.format(e=e), Stored(
-                    name, stored.part, stored.of, stored.by_head, stored.transposed
+                yield (
+                    path.format(e=e),
+                    Stored(name, stored.part, stored.of, stored.by_head, stored.transposed),
                 )
 
 
@@ -108,8 +109,14 @@ class Reader:
         if heads % kv_heads:
             raise BadRequest(f"config.json: {heads} heads cannot share {kv_heads} key/value heads")
         if self.get("head_dim") is None and self.count("hidden_size") % heads:
-            raise BadRequest(f"config.json: hidden_size {self.get('hidden_size')} over {heads} heads")
-        return heads, kv_heads, self.count("head_dim", self.count("hidden_size") // heads, most=8192)
+            raise BadRequest(
+                f"config.json: hidden_size {self.get('hidden_size')} over {heads} heads"
+            )
+        return (
+            heads,
+            kv_heads,
+            self.count("head_dim", self.count("hidden_size") // heads, most=8192),
+        )
 
     def layers(self, key: str = "num_hidden_layers") -> int:
         return self.count(key, most=4096)
@@ -224,9 +231,7 @@ def _qwen_windows(read: Reader) -> Callable[[int], str]:
 
 
 def _qwen2(config: Config) -> Spec:
-    return _llama_like(
-        config, "qwen2", types=_qwen_windows, bias=lambda read: (True, False, False)
-    )
+    return _llama_like(config, "qwen2", types=_qwen_windows, bias=lambda read: (True, False, False))
 
 
 def _qwen3_bias(read: Reader) -> tuple[bool, bool, bool]:
@@ -406,9 +411,7 @@ def _fused(name: str, paths: tuple[str, ...], **how: Any) -> dict[str, Stored]:
 QKV = ("attention.q", "attention.k", "attention.v")
 _LAYER = "model.layers.{i}"
 
-_OUTER = _named(
-    stem__embedding="model.embed_tokens", tail__norm="model.norm", tail__head="lm_head"
-)
+_OUTER = _named(stem__embedding="model.embed_tokens", tail__norm="model.norm", tail__head="lm_head")
 _NORMS = _named(
     norm_attention_in=f"{_LAYER}.input_layernorm",
     norm_feed_forward_in=f"{_LAYER}.post_attention_layernorm",
@@ -516,7 +519,9 @@ def family_of(config: Config) -> Family:
     names = config.get("architectures") or ()
     name = names[0] if isinstance(names, list) and names else None
     for family in FAMILIES:
-        if name == family.architecture or (name is None and config.get("model_type") == family.model_type):
+        if name == family.architecture or (
+            name is None and config.get("model_type") == family.model_type
+        ):
             return family
     raise BadRequest(
         f"the architecture {name or config.get('model_type')!r} is not supported",

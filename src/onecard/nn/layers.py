@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from onecard.core.format import Format, Weight, dense
 from onecard.core.spec import Norm
-from onecard.kernels import reference
+from onecard.kernels import convert, reference
 
 
 class Linear(nn.Module):
@@ -46,7 +46,7 @@ class Linear(nn.Module):
 
     def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix it stands for, [out, in]."""
-        return reference.to_dense(self.held(), dtype)
+        return convert.to_dense(self.held(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)

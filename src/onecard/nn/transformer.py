@@ -10,7 +10,7 @@ Shapes: B batch, T new tokens, S tokens seen, H heads, G key/value heads, D head
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor, nn
@@ -118,10 +118,12 @@ class AttentionBlock(nn.Module):
 class Mlp(nn.Module):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
-    def __init__(self, name: str, width: int, spec: Spec, f: FeedForward, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, width: int, spec: Spec, f: FeedForward, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.name = name
-        self.activation = reference.ACTIVATIONS[f.activation]
+        self.activation: Callable[[Tensor], Tensor] = reference.ACTIVATIONS[f.activation]
         self.gate = Linear((width, spec.hidden), f.bias, dtype) if f.gated else None
         self.up = Linear((width, spec.hidden), f.bias, dtype)
         self.down = Linear((spec.hidden, width), f.bias, dtype)
@@ -247,7 +249,9 @@ class Stem(nn.Module):
         self.spec = spec
         self.embedding = Embedding(spec.vocab_size, spec.embed_size, dtype)
         self.positions = (
-            Embedding(spec.learned_positions, spec.hidden, dtype) if spec.learned_positions else None
+            Embedding(spec.learned_positions, spec.hidden, dtype)
+            if spec.learned_positions
+            else None
         )
         projected = spec.embed_size != spec.hidden
         shape = (spec.hidden, spec.embed_size)
@@ -297,7 +301,9 @@ class Transformer(nn.Module):
         if spec.tied:
             self.tail.head.weight = self.stem.embedding.weight
 
-    def forward(self, ids: Tensor, valid: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, valid: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """Logits of ids [B, T]. `valid` bool [B, T] marks tokens that are not padding.
 
         With a cache the tokens follow the ones it holds and are added to it.

@@ -75,7 +75,8 @@ def recipe_of(data: Any, where: str) -> Recipe:
     for key in data:
         if key not in ("name", "passes", "good_for"):
             raise BadRequest(
-                f"{where} has an unknown key {key!r}", do=nearest(str(key), ("name", "passes", "good_for"))
+                f"{where} has an unknown key {key!r}",
+                do=nearest(str(key), ("name", "passes", "good_for")),
             )
     passes = tuple(_pass(item, f"{where}: pass {i + 1}") for i, item in enumerate(data["passes"]))
     return Recipe(str(data.get("name", Path(where).stem)), passes, str(data.get("good_for", "")))
@@ -91,7 +92,9 @@ def _pass(item: Any, where: str) -> BlockPass:
     if key not in known:
         raise BadRequest(f"{where} is {key!r}", do=nearest(str(key), known))
     if not isinstance(settings or {}, dict):
-        raise BadRequest(f"{where}: the settings of {key} are {settings!r}", do="a mapping is needed")
+        raise BadRequest(
+            f"{where}: the settings of {key} are {settings!r}", do="a mapping is needed"
+        )
     return fill(known[key], settings or {}, f"{where}: {key}")
 
 

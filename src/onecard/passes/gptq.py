@@ -40,11 +40,10 @@ from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import Format
 from onecard.core.report import Row
 from onecard.core.spec import Spec
-from onecard.kernels import reference
+from onecard.kernels import convert, reference
 from onecard.passes.base import BlockPass, check_groups
 from onecard.passes.quantize import AUTO, make_format
 
-SHRINK = 0.5
 PRUNED_SHARE = 0.02
 
 
@@ -89,7 +88,9 @@ class GPTQ(BlockPass):
     def __post_init__(self) -> None:
         make_format(self.bits, self.group, self.zero_point, 128)
         if not 0 <= self.damp <= 1:
-            raise BadRequest(f"gptq.damp is {self.damp}", do="a share from 0 to 1 is needed, 0.01 say")
+            raise BadRequest(
+                f"gptq.damp is {self.damp}", do="a share from 0 to 1 is needed, 0.01 say"
+            )
         if not 1 <= self.block <= 4096 or not 0 <= self.search <= 100:
             raise BadRequest(f"gptq: block {self.block} or search {self.search} is out of range")
         if self.order == "activation" and not self.static_groups:
@@ -122,13 +123,15 @@ class GPTQ(BlockPass):
         try:
             solution = solve(w, hessian, format, rounding)
         except FailedWork as error:
-            raise FailedWork(f"{site.block}.{site.name}: {error.what}", error.seen, error.do) from error
+            raise FailedWork(
+                f"{site.block}.{site.name}: {error.what}", error.seen, error.do
+            ) from error
         power = output_power(w, hessian)
         start = 0
         for name, linear in site.linears.items():
             own = slice(start, start + linear.shape[0])
             start = own.stop
-            linear.replace(reference.hold(
+            linear.replace(convert.hold(
                 solution.codes[own], solution.scale[own], solution.zero[own], format
             ))  # fmt: skip
             where = f"{site.block}.{name}"
@@ -154,7 +157,9 @@ def factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     """
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(hessian.sum())) or bool((diagonal < 0).any()):
-        raise FailedWork("the Hessian of the inputs is not a sum of squares", do="check the weights")
+        raise FailedWork(
+            "the Hessian of the inputs is not a sum of squares", do="check the weights"
+        )
     dead = diagonal == 0
     level = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     for strength in (damp, max(10 * damp, 0.01)):
@@ -183,9 +188,12 @@ def solve(w: Tensor, hessian: Tensor, format: Format, rounding: Rounding) -> Sol
     keep = target != 0
     pruned = float(keep.sum()) < (1 - PRUNED_SHARE) * keep.numel()
 
+    rounded, searched = round_columns, search_grid
+    if convert.native(w, hessian):
+        rounded, searched = convert.round_columns, convert.search_grid
     scale, zero = torch.empty(rows, groups), torch.empty(rows, groups)
     if rounding.static_groups:
-        scale, zero = search_grid(w, hessian.diagonal(), format, rounding.search)
+        scale, zero = searched(w, hessian.diagonal(), format, rounding.search)
     group_of = order // group
     moving = not rounding.static_groups
 
@@ -200,25 +208,45 @@ def solve(w: Tensor, hessian: Tensor, format: Format, rounding: Rounding) -> Sol
             stop = min(start + group, columns)
             now = _updated(target, r, errors, start, stop)
             g = start // group
-            chosen = search_grid(now.T, hessian.diagonal()[start:stop],
-                                 replace(format, group=None), rounding.search)  # fmt: skip
+            chosen = searched(now.T, hessian.diagonal()[start:stop],
+                              replace(format, group=None), rounding.search)  # fmt: skip
             scale[:, g], zero[:, g] = chosen[0][:, 0], chosen[1][:, 0]
         scales = scale.T[group_of[start:end]].contiguous()  # [block, rows]
         zeros = zero.T[group_of[start:end]].contiguous()
-        for j in range(start, end):
-            i, diagonal = j - start, r[j, j]
-            aim = torch.addmv(carried[i], errors[start:j].T, r[start:j, j]) if i else carried[i]
-            aim = target[j] + aim / diagonal
-            q = reference.encode(aim, scales[i], zeros[i], format)
-            if pruned:
-                q = torch.where(keep[j], q, zeros[i])
-            value = reference.decode(q, scales[i], zeros[i])
-            errors[j] = target[j] - value
-            codes[j] = q.to(torch.int8)
-            loss += ((aim - value) * diagonal).square_()
+        errors[start:end], codes[start:end], lost = rounded(
+            target[start:end], carried, r[start:end, start:end], scales, zeros,
+            keep[start:end] if pruned else None, format,
+        )  # fmt: skip
+        loss += lost
     back = torch.empty_like(order)
     back[order] = torch.arange(columns)
     return Solution(codes[back].T.contiguous(), scale, zero, loss)
+
+
+def round_columns(
+    target: Tensor, carried: Tensor, r: Tensor, scale: Tensor, zero: Tensor, keep: Tensor | None,
+    format: Format,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Errors, codes [block, rows] and loss [rows] of one block of columns (convert has a faster one).
+
+    target, carried, scale, zero, keep [block, rows]; r [block, block], this block of R. `carried` is
+    the sum over the blocks before; weights with keep = 0 stay zero.
+    """
+    block, rows = target.shape
+    errors, loss = torch.empty(block, rows), torch.zeros(rows)
+    codes = torch.empty(block, rows, dtype=torch.int8)
+    for j in range(block):
+        diagonal = r[j, j]
+        aim = torch.addmv(carried[j], errors[:j].T, r[:j, j]) if j else carried[j]
+        aim = target[j] + aim / diagonal
+        q = reference.encode(aim, scale[j], zero[j], format)
+        if keep is not None:
+            q = torch.where(keep[j], q, zero[j])
+        value = reference.decode(q, scale[j], zero[j])
+        errors[j] = target[j] - value
+        codes[j] = q.to(torch.int8)
+        loss += ((aim - value) * diagonal).square_()
+    return errors, codes, loss
 
 
 def _updated(target: Tensor, r: Tensor, errors: Tensor, start: int, stop: int) -> Tensor:
@@ -234,7 +262,7 @@ SEARCH_ROWS = 512
 
 
 def search_grid(w: Tensor, weights: Tensor, format: Format, steps: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [rows, groups] of w [rows, in].
+    """Scale and zero point [rows, groups] of w [rows, in] (convert has a faster one).
 
     With `steps`, each group's range is also tried shrunk to 1 - SHRINK * i / steps of itself, i up to
     `steps`, and the least error weighted by `weights` [in] wins; ties keep the larger grid.
@@ -248,7 +276,7 @@ def search_grid(w: Tensor, weights: Tensor, format: Format, steps: int) -> tuple
         blocks = reference.grouped(w[own], format)
         best = torch.full(blocks.shape[:2], float("inf"))
         for i in range(steps + 1):
-            smaller = blocks * (1 - SHRINK * i / steps)
+            smaller = blocks * (1 - convert.SHRINK * i / steps)
             s, z = reference.grid(smaller, format)
             q = reference.encode(blocks, s[..., None], z[..., None], format)
             off = (reference.decode(q, s[..., None], z[..., None]) - blocks).square_()

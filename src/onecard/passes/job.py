@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,15 @@ from onecard.calibrate.data import Calibration, calibration_ids, digest
 from onecard.calibrate.walk import Progress, batches, peak_bytes, walk, weight_count
 from onecard.checkpoint.journal import Journal, check_space, check_target, fingerprint
 from onecard.checkpoint.load import Source, as_array, stored_arrays
-from onecard.checkpoint.save import assemble, complete, config_with
-from onecard.checkpoint.shards import Array, pread, read_header
+from onecard.checkpoint.save import (
+    MANIFEST,
+    assemble,
+    complete,
+    config_with,
+    source_hashes,
+    verify,
+)
+from onecard.checkpoint.shards import Array, pread, read_header, read_json
 from onecard.core.device import resident, resident_peak
 from onecard.core.errors import BadRequest
 from onecard.core.format import DTYPE_BYTES, Format, parse_format
@@ -44,7 +51,7 @@ SLACK = 192 << 20
 class Settings:
     """How to go about it. `dtype` is what blocks are run in while calibrating."""
 
-    calibration: Calibration = Calibration()
+    calibration: Calibration = field(default_factory=Calibration)
     data: Path | None = None
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     memory: int | None = None
@@ -162,7 +169,9 @@ def require_finite(source: Source, names: list[str]) -> None:
     for name in names:
         if source.checkpoint.entries[name].dtype in ("fp32", "fp16", "bf16"):
             tensor = source.tensor(name)
-            if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+            if tensor.numel() and not bool(
+                torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
+            ):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise BadRequest(
                     f"{name} holds {bad} values that are NaN or infinite",
@@ -202,7 +211,11 @@ def make_plan(source: Source, recipe: Recipe, settings: Settings, ids: Tensor | 
         walking = peak_bytes(spec, ids, recipe.needs, element, replay, site_bytes)
         return base + SLACK + max(walking, stem + state, largest)
 
-    replay = settings.memory is not None and recipe.needs != frozenset() and peak(False) > settings.memory
+    replay = (
+        settings.memory is not None
+        and recipe.needs != frozenset()
+        and peak(False) > settings.memory
+    )
     if settings.memory is not None and peak(replay) > settings.memory:
         raise BadRequest(
             f"{recipe.name} on {source.folder.name} does not fit into {format_size(settings.memory)}",
@@ -390,7 +403,9 @@ def summary(job: Prepared, rows: list[Row], seconds: float) -> Report:
                   "embeddings and scales included"))  # fmt: skip
     notes.append(("run", f'onecard run {job.out.name} "Once upon a time"'))
     if source.extra:
-        notes.append(("left out", "tensors the architecture does not use: " + ", ".join(source.extra)))
+        notes.append(
+            ("left out", "tensors the architecture does not use: " + ", ".join(source.extra))
+        )
     return Report(
         (
             Row.of("model", "file_bytes", after, before),
@@ -419,6 +434,19 @@ def parameter_count(source: Source) -> int:
             total += sum(p.numel() for p in root.parameters())
         else:
             head = root.get_submodule("head")
-            total += sum(p.numel() for p in root.parameters()) - sum(p.numel() for p in head.parameters())
+            total += sum(p.numel() for p in root.parameters()) - sum(
+                p.numel() for p in head.parameters()
+            )
     return total
 
+
+def is_finished(model: str | Path, out: str | Path, recipe: Recipe, settings: Settings) -> bool:
+    """OUT holds the result of this very job: same source bytes, same recipe, same calibration."""
+    out = Path(out)
+    if not (out / MANIFEST).is_file() or not (out / "report.json").is_file():
+        return False
+    unforced = prepare(model, out, recipe, replace(settings, force=True))
+    manifest = read_json(out / MANIFEST)
+    verify(out)
+    wanted = {"source": source_hashes(unforced.source), **made(unforced)}
+    return all(manifest.get(key) == value for key, value in wanted.items())

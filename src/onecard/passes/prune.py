@@ -68,7 +68,9 @@ class Prune(BlockPass):
         for layer in set(spec.layers):
             for name, (_, columns) in linear_shapes(spec, layer).items():
                 if columns % of:
-                    raise BadRequest(f"{name}: runs of {of} do not divide a row of {columns} weights")
+                    raise BadRequest(
+                        f"{name}: runs of {of} do not divide a row of {columns} weights"
+                    )
 
     def site(self, site: Reached) -> Iterator[Row]:
         for name, linear in site.linears.items():
@@ -86,7 +88,9 @@ def parse_pattern(text: str) -> tuple[int, int]:
     """(kept, of) from `2:4`."""
     kept, _, of = text.partition(":")
     if not (kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of) <= 1024):
-        raise BadRequest(f"the pattern {text!r} is not kept:of", do="2:4 keeps 2 of every 4 weights")
+        raise BadRequest(
+            f"the pattern {text!r} is not kept:of", do="2:4 keeps 2 of every 4 weights"
+        )
     return int(kept), int(of)
 
 
@@ -98,7 +102,9 @@ def keep_mask(score: Tensor, settings: Prune) -> Tensor:
         return _highest(runs, kept).flatten(1)
     if settings.scope == "row":
         return _highest(score, score.shape[1] - round(settings.share * score.shape[1]))
-    return _highest(score.flatten(), score.numel() - round(settings.share * score.numel())).view_as(score)
+    return _highest(score.flatten(), score.numel() - round(settings.share * score.numel())).view_as(
+        score
+    )
 
 
 def _highest(score: Tensor, count: int) -> Tensor:

@@ -24,12 +24,13 @@ from onecard.passes.base import BlockPass, check_groups
 AUTO: Literal["auto"] = "auto"
 
 
-def make_format(bits: int, group: int | None | Literal["auto"], zero_point: bool, columns: int,
-                scale: str = "bf16") -> Format:  # fmt: skip
-    """The format of a row of `columns`; group `auto` is the largest shipped size that divides it."""
+def make_format(
+    bits: int, group: int | Literal["auto"] | None, zero_point: bool, columns: int
+) -> Format:
+    """The format of a row of `columns`; `auto` is the largest shipped group that divides it."""
     if group == AUTO:
-        return integers(bits, 128, zero_point, scale).for_row(columns)
-    return integers(bits, group, zero_point, scale)
+        return integers(bits, 128, zero_point).for_row(columns)
+    return integers(bits, group, zero_point)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class RoundToNearest(BlockPass):
 
 
 def round_weight(w: Tensor, format: Format, where: str = "a weight") -> Weight:
-    """`reference.round_to_nearest`, by the native kernel where there is one. FailedWork on overflow."""
+    """`reference.round_to_nearest`, natively where possible. FailedWork on overflow."""
     weight = convert.round_to_nearest(w, format)
     if not bool(weight.parts["weight_scale"].isfinite().all()):
         raise FailedWork(

@@ -1,8 +1,8 @@
 """One prompt in, pieces of text out: the loop over tokens, above any executor.
 
-An `Executor` turns ids into logits and knows nothing else; it opens one `Session` per request, which
-holds that request's keys and values. `generate` owns the loop: prefill, then choose, show, step.
-What does not fit the model's context is refused before any work; nothing is ever cut off silently.
+An `Executor` turns ids into logits and knows nothing else; it opens one `Session` per request,
+which holds that request's keys and values. `generate` owns the loop: prefill, then choose, show,
+step. What does not fit the model's context is refused before any work; nothing is cut off silently.
 Clocks run only while the engine works, not while the reader of the pieces does.
 
 This file needs no torch. The executors lie beside it: `reference.py` holds the one in torch.
@@ -20,7 +20,7 @@ import numpy as np
 from onecard.checkpoint.tokenizer import Stream, Tokenizer
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.report import Row
-from onecard.runtime.sample import Logits, Sampling, choose, generator
+from onecard.runtime.sample import GREEDY, Logits, Sampling, choose, generator
 from onecard.runtime.stop import Stops
 
 
@@ -52,7 +52,7 @@ class Request:
     """A prompt's ids and how its reply is chosen."""
 
     prompt: tuple[int, ...]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Piece:
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a plain prompt as the tokenizer begins one; for "" the begin token, where there is one."""
+    """Ids of a plain prompt as the tokenizer begins one; of "" the begin token, if any."""
     ids = tokenizer.encode(text, special=True)
     if not ids and tokenizer.bos_id is not None:
         return [tokenizer.bos_id]
@@ -103,7 +103,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def generate(
-    executor: Executor, tokenizer: Tokenizer, prompt: Sequence[int], sampling: Sampling = Sampling()
+    executor: Executor, tokenizer: Tokenizer, prompt: Sequence[int], sampling: Sampling = GREEDY
 ) -> Generator[Piece, None, None]:
     """Pieces of the reply as they become certain. Raises BadRequest at once, before any work."""
     request = Request(tuple(prompt), sampling)
@@ -112,7 +112,7 @@ def generate(
 
 
 def complete(
-    executor: Executor, tokenizer: Tokenizer, prompt: Sequence[int], sampling: Sampling = Sampling()
+    executor: Executor, tokenizer: Tokenizer, prompt: Sequence[int], sampling: Sampling = GREEDY
 ) -> Result:
     """The whole reply at once."""
     *_, last = generate(executor, tokenizer, prompt, sampling)

@@ -1,8 +1,8 @@
 """The executor in plain PyTorch: the network as it is, a dense cache per session.
 
 It is the oracle for faster executors and the fallback where there is none. Packed weights would be
-unpacked again on every forward, so they are expanded once, to dense in the compute dtype: speed of a
-dense model, memory of a dense model. `expand=False` keeps them packed: their memory, much slower,
+unpacked again on every forward, so they are expanded once, to dense in the compute dtype: speed of
+a dense model, memory of a dense model. `expand=False` keeps them packed: their memory, much slower,
 the same logits. Keys and values of all layers are allocated when a session opens, for exactly the
 ids it was opened for. The logits of a prompt's last token alone are computed.
 """

@@ -84,6 +84,9 @@ def _check_stops(stop: object) -> None:
         )
 
 
+GREEDY = Sampling()
+
+
 def generator(settings: Sampling) -> np.random.Generator:
     """The source of one request's draws."""
     return np.random.Generator(np.random.PCG64(settings.seed))
@@ -93,7 +96,7 @@ def choose(
     logits: Logits, previous: Sequence[int], settings: Sampling, rng: np.random.Generator,
     prompt: int = 0,
 ) -> int:  # fmt: skip
-    """The next id from logits [vocabulary]; the first `prompt` of the previous ids are the prompt."""
+    """The next id from logits [vocabulary]; `prompt` of the previous ids are the prompt's."""
     penalized = penalize(logits, previous, settings, prompt)
     if settings.temperature == 0:
         return int(np.argmax(penalized))
@@ -127,7 +130,7 @@ def distribution(logits: NDArray[np.floating], settings: Sampling) -> NDArray[np
         x = (logits.astype(np.float64) - logits.max()) / settings.temperature
     if 0 < settings.top_k < len(x):
         x[x < np.partition(x, -settings.top_k)[-settings.top_k]] = -math.inf
-    chances = np.exp(x)
+    chances: NDArray[np.float64] = np.exp(x)
     if settings.top_p < 1:
         chances[~_nucleus(chances, settings.top_p)] = 0
     if settings.min_p > 0:

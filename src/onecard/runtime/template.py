@@ -36,14 +36,14 @@ MEMORY = 1 << 30
 SECONDS = 5
 
 
-class Refused(TemplateError):
+class RefusedError(TemplateError):
     """The template itself called raise_exception."""
 
 
 class Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}` marks the assistant's text; rendering ignores it."""
+    """`{% generation %} ... {% endgeneration %}` marks a reply; rendering ignores it."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})  # type: ignore[assignment]
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -96,7 +96,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
 
 
 def _refuse(message: object) -> None:
-    raise Refused(str(message)[:1000])
+    raise RefusedError(str(message)[:1000])
 
 
 def _now(format: str) -> str:
@@ -127,7 +127,7 @@ def answer(line: str) -> dict[str, str]:
     try:
         request = json.loads(line)
         return {"text": render(request["template"], request["variables"])}
-    except Refused as error:
+    except RefusedError as error:
         return {"error": "refused", "seen": str(error)}
     except SecurityError as error:
         return {"error": "unsafe", "seen": str(error)[:300]}

@@ -1,9 +1,7 @@
 // The kernels of one instruction-set class: this file is compiled once per class, with that class's
 // flags and OC_CLASS set to the name of its table.
 //
-// Everything here has internal linkage, and no header with inline code of its own is used: a function
-// shared between classes would be merged by the linker, which could put AVX-512 code
-// into the plain class.
+// Everything here has internal linkage; numbers.h says why.
 //
 // Loops over data are written so that compilers vectorize them without -ffast-math, which would break
 // the promise that every class gives the same bits:
@@ -13,8 +11,7 @@
 
 #include "kernels.h"
 
-#include <cstring>
-
+#include "numbers.h"
 #include "onecard.h"
 
 #if defined(__x86_64__)
@@ -23,111 +20,14 @@
 #include <arm_neon.h>
 #endif
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "packed words are little-endian");
-
 namespace {
 
+using oc::Pack;
 using oc::Peak;
 using oc::RoundPack;
-
-// ---------------------------------------------------------------------------------- number formats
-
-typedef uint16_t unaligned16 __attribute__((aligned(1), may_alias));
-typedef uint32_t unaligned32 __attribute__((aligned(1), may_alias));
-
-inline uint32_t pattern(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return bits;
-}
-
-inline float number(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-
-struct Fp32 {
-  typedef unaligned32 Stored;
-  typedef int32_t Signed;
-  static constexpr Signed infinity = 0x7f800000, sign = INT32_MIN;
-  static float read(uint32_t bits) { return number(bits); }
-  static uint32_t round(float x) { return pattern(x); }
-};
-
-struct Bf16 {
-  typedef unaligned16 Stored;
-  typedef int16_t Signed;
-  static constexpr Signed infinity = 0x7f80, sign = INT16_MIN;
-  static float read(uint16_t bits) { return number(uint32_t(bits) << 16); }
-  static uint16_t round(float x) {
-    const uint32_t bits = pattern(x);
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
-};
-
-// Infinity and NaN are not read or rounded faithfully: round_rows counts them before that matters.
-struct Fp16 {
-  typedef unaligned16 Stored;
-  typedef int16_t Signed;
-  static constexpr Signed infinity = 0x7c00, sign = INT16_MIN;
-  static float read(uint16_t bits) {
-    const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
-    const uint32_t normal = (rest << 13) + (112u << 23);
-    const uint32_t tiny = pattern(float(int32_t(rest)) * 0x1p-24f);
-    return number(sign | (rest < 0x0400 ? tiny : normal));
-  }
-  static uint16_t round(float x) {  // x >= 0
-    const uint32_t bits = pattern(x);
-    if (bits >= pattern(0x1p16f)) return infinity;
-    if (bits < pattern(0x1p-14f)) return uint16_t(pattern(x + 0.5f) - pattern(0.5f));
-    return uint16_t((bits - (112u << 23) + 0x0fff + (bits >> 13 & 1)) >> 13);
-  }
-};
-
-template <class Scale>
-float scale_read(uint16_t bits) {
-  return bits == uint16_t(Scale::infinity) ? __builtin_inff() : Scale::read(bits);
-}
+using oc::ToDense;
 
 // ------------------------------------------------------------------------------- rounding, packing
-
-// Stores scale[index] in its dtype and returns the value that will be read back.
-float store_scale(void *scale, int dtype, int64_t index, float x) {
-  float kept = x;
-  uint16_t bits = 0;
-  if (dtype != OC_FP32) {
-    bits = dtype == OC_BF16 ? Bf16::round(x) : Fp16::round(x);
-    kept = dtype == OC_BF16 ? scale_read<Bf16>(bits) : scale_read<Fp16>(bits);
-  }
-  if (kept < (dtype == OC_FP16 ? 0x1p-14f : 0x1p-126f)) {
-    kept = 1.0f;
-    bits = dtype == OC_BF16 ? Bf16::round(kept) : Fp16::round(kept);
-  }
-  if (dtype == OC_FP32)
-    memcpy(static_cast<char *>(scale) + 4 * index, &kept, 4);
-  else
-    memcpy(static_cast<char *>(scale) + 2 * index, &bits, 2);
-  return kept;
-}
-
-// The patterns of the largest magnitudes above and below zero (0 where there are none).
-template <class T>
-struct Extremes {
-  typename T::Signed above = 0, below = 0;
-
-  void see(const typename T::Stored *w, int64_t count) {
-    typedef typename T::Signed Signed;
-    Signed up = above, down = below;
-    for (int64_t i = 0; i < count; i++) {
-      const Signed plus = Signed(w[i]), minus = Signed(w[i] ^ T::sign);
-      up = plus > up ? plus : up;
-      down = minus > down ? minus : down;
-    }
-    above = up;
-    below = down;
-  }
-};
 
 template <class T>
 int64_t count_not_finite(const typename T::Stored *w, int64_t count) {
@@ -136,19 +36,14 @@ int64_t count_not_finite(const typename T::Stored *w, int64_t count) {
   return found;
 }
 
-struct Grid {
-  float scale, low, high;  // clamp w / scale to [low, high]
-  uint32_t shift;          // then add this to get the stored code
-};
-
-// q + 2^(bits-1) as bytes.
+// Codes as bytes, each `shift` above its integer.
 template <class T>
-void encode(const typename T::Stored *w, int count, Grid grid, uint8_t *code) {
+void encode(const typename T::Stored *w, int count, const Grid &grid, uint32_t shift, uint8_t *code) {
   for (int i = 0; i < count; i++) {
     float x = T::read(w[i]) / grid.scale;
     x = x > grid.low ? x : grid.low;
     x = x < grid.high ? x : grid.high;
-    code[i] = uint8_t(pattern(x + 0x1.8p23f) + grid.shift);
+    code[i] = uint8_t(pattern(x + magic) + shift);
   }
 }
 
@@ -163,78 +58,108 @@ uint64_t squeeze(const uint8_t *code) {
   return (x & four) | (x >> (32 - 4 * bits) & four << 4 * bits);
 }
 
+// The way back.
+template <int bits>
+uint64_t spread(uint64_t x) {
+  constexpr uint64_t one = (1u << bits) - 1, two = (1u << 2 * bits) - 1, four = (1ull << 4 * bits) - 1;
+  x = (x & four) | (x & four << 4 * bits) << (32 - 4 * bits);
+  x = (x & two * 0x0000000100000001) | (x & (two << 2 * bits) * 0x0000000100000001) << (16 - 2 * bits);
+  return (x & one * 0x0001000100010001) | (x & (one << bits) * 0x0001000100010001) << (8 - bits);
+}
+
 // `count` is a multiple of eight.
 template <int bits>
-void pack(const uint8_t *code, int count, uint8_t *out) {
+void pack_octets(const uint8_t *code, int count, uint8_t *out) {
   for (int i = 0; i < count / 8; i++) {
     const uint64_t x = squeeze<bits>(code + 8 * i);
     memcpy(out + bits * i, &x, bits);
   }
 }
 
-typedef void Pack(const uint8_t *code, int count, uint8_t *out);
-constexpr Pack *packers[] = {pack<2>, pack<3>, pack<4>, pack<5>, pack<6>, pack<7>, pack<8>};
+template <int bits>
+void unpack_octets(const uint8_t *in, int count, uint8_t *code) {
+  for (int i = 0; i < count / 8; i++) {
+    uint64_t x = 0;
+    memcpy(&x, in + bits * i, bits);
+    x = spread<bits>(x);
+    memcpy(code + 8 * i, &x, 8);
+  }
+}
+
+typedef void Octets(const uint8_t *in, int count, uint8_t *out);
+constexpr Octets *packers[] = {pack_octets<2>, pack_octets<3>, pack_octets<4>, pack_octets<5>,
+                               pack_octets<6>, pack_octets<7>, pack_octets<8>};
+constexpr Octets *unpackers[] = {unpack_octets<2>, unpack_octets<3>, unpack_octets<4>, unpack_octets<5>,
+                                 unpack_octets<6>, unpack_octets<7>, unpack_octets<8>};
 constexpr int chunk = 256;
 
-// Codes of one group into `out`, which has `room` bytes; whole octets but for the last of a row.
-template <class T>
-void encode_group(const typename T::Stored *w, int64_t count, Grid grid, int bits, uint8_t *out,
-                  int64_t room) {
+// A row takes whole words, but its last octet may have fewer than `bits` bytes of them.
+int64_t bytes_of_row(int64_t columns, int bits) { return (columns * bits + 31) / 32 * 4; }
+
+// Packs `count` codes into `out`, which has `room` bytes. make(first, count, code) writes codes as
+// bytes that start at 0; only the last octet of a row is not whole.
+template <class Make>
+void pack_codes(int64_t count, int bits, uint8_t *out, int64_t room, const Make &make) {
   alignas(64) uint8_t code[chunk];
-  Pack *const packer = packers[bits - 2];
+  Octets *const packer = packers[bits - 2];
   const int64_t whole = count & ~int64_t(7);
   for (int64_t i = 0; i < whole; i += chunk) {
     const int size = int(whole - i < chunk ? whole - i : chunk);
-    encode<T>(w + i, size, grid, code);
+    make(i, size, code);
     packer(code, size, out + i / 8 * bits);
   }
   if (count == whole) return;
   uint8_t last[8] = {};
   memset(code, 0, 8);
-  encode<T>(w + whole, int(count - whole), grid, code);
+  make(whole, int(count - whole), code);
   packer(code, 8, last);
   const int64_t left = room - whole / 8 * bits;
   memcpy(out + whole / 8 * bits, last, size_t(left < bits ? left : bits));
 }
 
-template <class T>
-Grid fit_group(const RoundPack &job, const Extremes<T> &seen, int64_t index) {
-  const float top = float((1 << job.bits) - 1), half = float(1 << (job.bits - 1));
-  const float above = T::read(seen.above), below = T::read(seen.below);
-  if (!job.zero) {
-    const float most = above > below ? above : below;
-    const float scale = store_scale(job.scale, job.scale_dtype, index, most / (top * 0.5f));
-    return {scale, -half, half - 1, uint32_t(half)};
+// Unpacks them again: take(first, count, code) is given codes as bytes that start at 0.
+template <class Take>
+void unpack_codes(int64_t count, int bits, const uint8_t *in, int64_t room, const Take &take) {
+  alignas(64) uint8_t code[chunk];
+  Octets *const unpacker = unpackers[bits - 2];
+  const int64_t whole = count & ~int64_t(7);
+  for (int64_t i = 0; i < whole; i += chunk) {
+    const int size = int(whole - i < chunk ? whole - i : chunk);
+    unpacker(in + i / 8 * bits, size, code);
+    take(i, size, code);
   }
-  const float scale = store_scale(job.scale, job.scale_dtype, index, (above + below) / top);
-  float zero = below / scale - half;
-  zero = zero > -half ? zero : -half;
-  zero = zero < half - 1 ? zero : half - 1;
-  const int32_t whole = int32_t(pattern(zero + 0x1.8p23f) - pattern(0x1.8p23f));
-  job.zero[index] = int8_t(whole);
-  const float rounded = float(whole);
-  return {scale, -half - rounded, half - 1 - rounded, uint32_t(whole + int32_t(half))};
+  if (count == whole) return;
+  uint8_t last[8] = {};
+  const int64_t left = room - whole / 8 * bits;
+  memcpy(last, in + whole / 8 * bits, size_t(left < bits ? left : bits));
+  unpacker(last, 8, code);
+  take(whole, int(count - whole), code);
 }
 
 template <class T>
 int64_t round_rows(const RoundPack &job, int64_t begin, int64_t end) {
-  const int64_t groups = job.columns / job.group;
-  const int64_t row_bytes = (job.columns * job.bits + 31) / 32 * 4;
+  const int64_t groups = job.columns / job.group, row_bytes = bytes_of_row(job.columns, job.bits);
   int64_t not_finite = 0;
   for (int64_t row = begin; row < end; row++) {
-    const auto *w = static_cast<const typename T::Stored *>(job.weight) + row * job.columns;
+    const auto *row_weight = static_cast<const typename T::Stored *>(job.weight) + row * job.columns;
     uint8_t *out = reinterpret_cast<uint8_t *>(job.packed) + row * row_bytes;
     memset(out + row_bytes - 4, 0, 4);
     for (int64_t group = 0; group < groups; group++) {
-      const int64_t first = group * job.group, byte = first / 8 * job.bits;
+      const int64_t index = row * groups + group, byte = group * job.group / 8 * job.bits;
+      const auto *w = row_weight + group * job.group;
       Extremes<T> seen;
-      seen.see(w + first, job.group);
-      if (seen.above >= T::infinity || seen.below >= T::infinity) {
-        not_finite += count_not_finite<T>(w + first, job.group);
+      seen.see(w, job.group);
+      if (!seen.finite()) {
+        not_finite += count_not_finite<T>(w, job.group);
         continue;
       }
-      const Grid grid = fit_group(job, seen, row * groups + group);
-      encode_group<T>(w + first, job.group, grid, job.bits, out + byte, row_bytes - byte);
+      const Grid grid =
+          fit_grid(T::read(seen.below), T::read(seen.above), job.bits, job.zero, job.scale_dtype);
+      write_scale(job.scale, job.scale_dtype, index, grid.scale);
+      if (job.zero) job.zero[index] = int8_t(grid.zero);
+      const uint32_t shift = uint32_t(int32_t(-grid.low));
+      pack_codes(job.group, job.bits, out + byte, row_bytes - byte,
+                 [&](int64_t i, int n, uint8_t *code) { encode<T>(w + i, n, grid, shift, code); });
     }
   }
   return not_finite;
@@ -244,6 +169,45 @@ int64_t round_pack(const RoundPack &job, int64_t begin, int64_t end) {
   if (job.weight_dtype == OC_FP32) return round_rows<Fp32>(job, begin, end);
   if (job.weight_dtype == OC_FP16) return round_rows<Fp16>(job, begin, end);
   return round_rows<Bf16>(job, begin, end);
+}
+
+void pack(const Pack &job, int64_t begin, int64_t end) {
+  const int64_t row_bytes = bytes_of_row(job.columns, job.bits);
+  const uint8_t half = uint8_t(1 << (job.bits - 1));
+  for (int64_t row = begin; row < end; row++) {
+    const int8_t *const q = job.codes + row * job.columns;
+    uint8_t *const out = reinterpret_cast<uint8_t *>(job.packed) + row * row_bytes;
+    memset(out + row_bytes - 4, 0, 4);
+    pack_codes(job.columns, job.bits, out, row_bytes, [=](int64_t first, int count, uint8_t *code) {
+      for (int i = 0; i < count; i++) code[i] = uint8_t(uint8_t(q[first + i]) + half);
+    });
+  }
+}
+
+template <class T>
+void dense_rows(const ToDense &job, int64_t begin, int64_t end) {
+  const int64_t groups = job.columns / job.group, row_bytes = bytes_of_row(job.columns, job.bits);
+  const float half = float(1 << (job.bits - 1));
+  for (int64_t row = begin; row < end; row++) {
+    const uint8_t *const in = reinterpret_cast<const uint8_t *>(job.packed) + row * row_bytes;
+    for (int64_t group = 0; group < groups; group++) {
+      const int64_t index = row * groups + group, byte = group * job.group / 8 * job.bits;
+      const float scale = read_scale(job.scale, job.scale_dtype, index);
+      const float zero = half + (job.zero ? job.zero[index] : 0);
+      auto *const out =
+          static_cast<typename T::Stored *>(job.dense) + row * job.columns + group * job.group;
+      unpack_codes(job.group, job.bits, in + byte, row_bytes - byte,
+                   [=](int64_t first, int count, const uint8_t *code) {
+        for (int i = 0; i < count; i++) out[first + i] = T::round((code[i] - zero) * scale);
+      });
+    }
+  }
+}
+
+void to_dense(const ToDense &job, int64_t begin, int64_t end) {
+  if (job.dense_dtype == OC_FP32) return dense_rows<Fp32>(job, begin, end);
+  if (job.dense_dtype == OC_FP16) return dense_rows<Fp16>(job, begin, end);
+  return dense_rows<Bf16>(job, begin, end);
 }
 
 // --------------------------------------------------------------------------------------- bandwidth
@@ -468,6 +432,7 @@ constexpr Peak bf16_peak = peak_of<Bf16Unit>(), int8_peak = peak_of<Int8Unit>();
 
 namespace oc {
 
-const Kernels OC_CLASS = {sum, peak_of<Fp32Unit>(), bf16_peak, int8_peak, round_pack};
+const Kernels OC_CLASS = {sum,        peak_of<Fp32Unit>(), bf16_peak, int8_peak,
+                          round_pack, pack,                to_dense};
 
 }  // namespace oc

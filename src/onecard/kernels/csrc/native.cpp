@@ -7,6 +7,7 @@
 #include <cmath>
 #include <exception>
 #include <functional>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -33,6 +34,7 @@ namespace {
 struct Class {
   const char *name;
   const oc::Kernels *kernels;
+  const oc::Gptq *gptq;
   bool supported;
 };
 
@@ -76,12 +78,12 @@ std::vector<Class> find_classes() {
       avx512 && cpuid_has(7, 0, 0, 0, vbmi_vbmi2, 0) && cpuid_has(7, 1, 1u << 5, 0, 0, 0);
   const bool amx = avx512bf16 && system_saves(0x60000) &&
                    cpuid_has(7, 0, 0, 0, 0, tile_int8_bf16) && tiles_granted();
-  return {{"plain", &oc::plain, true},
-          {"avx2", &oc::avx2, avx2},
-          {"avxvnni", &oc::avxvnni, avxvnni},
-          {"avx512", &oc::avx512, avx512},
-          {"avx512bf16", &oc::avx512bf16, avx512bf16},
-          {"amx", &oc::amx, amx}};
+  return {{"plain", &oc::plain, &oc::gptq::plain, true},
+          {"avx2", &oc::avx2, &oc::gptq::avx2, avx2},
+          {"avxvnni", &oc::avxvnni, &oc::gptq::avxvnni, avxvnni},
+          {"avx512", &oc::avx512, &oc::gptq::avx512, avx512},
+          {"avx512bf16", &oc::avx512bf16, &oc::gptq::avx512bf16, avx512bf16},
+          {"amx", &oc::amx, &oc::gptq::amx, amx}};
 }
 
 #elif defined(__aarch64__)
@@ -93,12 +95,12 @@ std::vector<Class> find_classes() {
 #else
   const bool dotprod = true;  // every Apple processor with this architecture
 #endif
-  return {{"plain", &oc::plain, true}, {"dotprod", &oc::dotprod, dotprod}};
+  return {{"plain", &oc::plain, &oc::gptq::plain, true}, {"dotprod", &oc::dotprod, &oc::gptq::dotprod, dotprod}};
 }
 
 #else
 
-std::vector<Class> find_classes() { return {{"plain", &oc::plain, true}}; }
+std::vector<Class> find_classes() { return {{"plain", &oc::plain, &oc::gptq::plain, true}}; }
 
 #endif
 
@@ -122,6 +124,8 @@ std::atomic<int> &chosen() {
 
 const oc::Kernels &kernels() { return *classes()[size_t(chosen().load())].kernels; }
 
+const oc::Gptq &gptq() { return *classes()[size_t(chosen().load())].gptq; }
+
 // --------------------------------------------------------------------------------------- threads
 
 constexpr int most_threads = 1024;
@@ -139,6 +143,18 @@ void in_parallel(int count, const std::function<void(int)> &work) {
   work(0);
   for (; started < count; started++) work(started);
   for (auto &thread : threads) thread.join();
+}
+
+// Calls work(begin, end) on shares of the rows, each of whole steps, in up to `threads` threads; a
+// thread is not worth starting for less than 2^16 numbers.
+void in_shares(int64_t rows, int64_t columns, int64_t step, int threads,
+               const std::function<void(int64_t, int64_t)> &work) {
+  const int64_t steps = (rows + step - 1) / step;
+  const int64_t useful = std::min(steps, 1 + rows * columns / (1 << 16));
+  const int64_t count = std::min<int64_t>(threads, useful);
+  in_parallel(int(count), [&](int part) {
+    work(steps * part / count * step, std::min(rows, steps * (part + 1) / count * step));
+  });
 }
 
 double now() {
@@ -179,6 +195,16 @@ const oc::Peak *peak_of(int dtype) {
   if (dtype == OC_BF16) return &kernels().bf16;
   if (dtype == OC_INT8) return &kernels().int8;
   return nullptr;
+}
+
+bool sizes_fit(int64_t rows, int64_t columns, int bits, int threads) {
+  constexpr int64_t most = int64_t(1) << 30;
+  return rows >= 1 && rows <= most && columns >= 1 && columns <= most && bits >= 2 && bits <= 8 &&
+         threads >= 1 && threads <= most_threads;
+}
+
+bool group_fits(int64_t columns, int64_t group) {
+  return group >= 1 && columns % group == 0 && (group % 8 == 0 || group == columns);
 }
 
 bool is_float(int dtype) { return dtype == OC_FP32 || dtype == OC_FP16 || dtype == OC_BF16; }
@@ -248,18 +274,70 @@ const char *oc_peak_unit(int dtype) {
 int64_t oc_round_pack(const void *weight, int weight_dtype, int64_t rows, int64_t columns, int bits,
                       int64_t group, int scale_dtype, int threads, int32_t *packed, void *scale,
                       int8_t *zero) {
-  constexpr int64_t most = int64_t(1) << 30, weights_per_thread = 1 << 16;
-  const bool sizes = rows >= 1 && rows <= most && columns >= 1 && columns <= most && bits >= 2 &&
-                     bits <= 8 && threads >= 1 && threads <= most_threads;
-  if (!sizes || group < 1 || columns % group || (group % 8 && group != columns)) return OC_BAD_ARGUMENT;
+  if (!sizes_fit(rows, columns, bits, threads) || !group_fits(columns, group)) return OC_BAD_ARGUMENT;
   if (!is_float(weight_dtype) || !is_float(scale_dtype) || !weight || !packed || !scale)
     return OC_BAD_ARGUMENT;
   const oc::RoundPack job{weight, weight_dtype, columns, bits, group, scale_dtype, packed, scale, zero};
-  const int64_t useful = std::min(rows, 1 + rows * columns / weights_per_thread);
-  const int count = int(std::min<int64_t>(threads, useful));
   std::atomic<int64_t> not_finite{0};
-  in_parallel(count, [&, run = kernels().round_pack](int part) {
-    not_finite += run(job, rows * part / count, rows * (part + 1) / count);
+  in_shares(rows, columns, 1, threads, [&, run = kernels().round_pack](int64_t begin, int64_t end) {
+    not_finite += run(job, begin, end);
   });
   return not_finite;
+}
+
+int oc_pack(const int8_t *codes, int64_t rows, int64_t columns, int bits, int threads, int32_t *packed) {
+  if (!sizes_fit(rows, columns, bits, threads) || !codes || !packed) return OC_BAD_ARGUMENT;
+  const oc::Pack job{codes, columns, bits, packed};
+  in_shares(rows, columns, 1, threads, [&, run = kernels().pack](int64_t begin, int64_t end) {
+    run(job, begin, end);
+  });
+  return 0;
+}
+
+int oc_to_dense(const int32_t *packed, const void *scale, int scale_dtype, const int8_t *zero,
+                int64_t rows, int64_t columns, int bits, int64_t group, int dense_dtype, int threads,
+                void *dense) {
+  if (!sizes_fit(rows, columns, bits, threads) || !group_fits(columns, group)) return OC_BAD_ARGUMENT;
+  if (!is_float(scale_dtype) || !is_float(dense_dtype) || !packed || !scale || !dense)
+    return OC_BAD_ARGUMENT;
+  const oc::ToDense job{packed, scale, scale_dtype, zero, columns, bits, group, dense_dtype, dense};
+  in_shares(rows, columns, 1, threads, [&, run = kernels().to_dense](int64_t begin, int64_t end) {
+    run(job, begin, end);
+  });
+  return 0;
+}
+
+int oc_round_columns(const float *target, const float *carried, const float *r, const float *scale,
+                     const float *zero, const uint8_t *keep, int64_t block, int64_t rows, int bits,
+                     int threads, float *errors, int8_t *codes, float *loss) {
+  constexpr int64_t most_block = 1 << 16;
+  if (!sizes_fit(rows, block, bits, threads) || block > most_block) return OC_BAD_ARGUMENT;
+  if (!target || !carried || !r || !scale || !zero || !errors || !codes || !loss) return OC_BAD_ARGUMENT;
+  const oc::RoundColumns job{target, carried, r,    scale,  zero,  keep,
+                             block,  rows,    bits, errors, codes, loss};
+  std::atomic<int> result{0};
+  in_shares(rows, block, oc::strip, threads,
+            [&, run = gptq().round_columns](int64_t begin, int64_t end) {
+    try {
+      std::vector<float> scratch(size_t(block * oc::strip));
+      run(job, scratch.data(), begin, end);
+    } catch (const std::bad_alloc &) {
+      result = OC_NO_MEMORY;
+    }
+  });
+  return result;
+}
+
+int oc_search_grid(const float *weight, const float *importance, int64_t rows, int64_t columns, int bits,
+                   int64_t group, int scale_dtype, const float *shrink, int candidates, int zero_point,
+                   int threads, float *scale, float *zero) {
+  if (!sizes_fit(rows, columns, bits, threads) || !group_fits(columns, group)) return OC_BAD_ARGUMENT;
+  if (!is_float(scale_dtype) || !weight || !importance || !shrink || candidates < 1 || !scale || !zero)
+    return OC_BAD_ARGUMENT;
+  const oc::SearchGrid job{weight,         importance,  columns, bits,       group,
+                           zero_point != 0, scale_dtype, shrink,  candidates, scale, zero};
+  in_shares(rows, columns, 1, threads, [&, run = gptq().search_grid](int64_t begin, int64_t end) {
+    run(job, begin, end);
+  });
+  return 0;
 }

@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a signature below changes: the loader refuses a library of another age. */
-enum { OC_ABI = 1 };
+enum { OC_ABI = 2 };
 
 enum { OC_FP32 = 0, OC_FP16 = 1, OC_BF16 = 2, OC_INT8 = 3 };
 
@@ -66,13 +66,60 @@ OC_API const char *oc_peak_unit(int dtype);
  *               zero  = clamp(rint(lo - a / scale), lo, hi)
  *               q     = clamp(rint(w / scale) + zero, lo, hi)
  *
- * A scale is rounded to its dtype before it is used, and is 1 where that gives zero or a number below
- * the smallest normal one of the dtype. A scale that overflows its dtype is stored as infinity.
+ * A scale is rounded to its dtype before it is used, and is 1 where that gives less than 2^-126, the
+ * smallest normal float32. A scale that overflows its dtype is stored as infinity.
  *
  * Returns how many weights are not finite; unless that is 0, what was written is of no use. */
 OC_API int64_t oc_round_pack(const void *weight, int weight_dtype, int64_t rows, int64_t columns,
                              int bits, int64_t group, int scale_dtype, int threads,
                              int32_t *packed, void *scale, int8_t *zero);
+
+/* Packs codes [rows, columns], each from -2^(bits-1) to 2^(bits-1) - 1, into such words. 0 or an error. */
+OC_API int oc_pack(const int8_t *codes, int64_t rows, int64_t columns, int bits, int threads,
+                   int32_t *packed);
+
+/* The matrix [rows, columns] that such words stand for: (q - zero) * scale in float32, rounded to fp32,
+ * fp16 or bf16. `zero` is int8 [rows, columns / group] or NULL; scales are finite. 0 or an error. */
+OC_API int oc_to_dense(const int32_t *packed, const void *scale, int scale_dtype, const int8_t *zero,
+                       int64_t rows, int64_t columns, int bits, int64_t group, int dense_dtype,
+                       int threads, void *dense);
+
+/* GPTQ within one block of columns. Every matrix is [block, rows]: a column of W lies along the rows.
+ *
+ *   target     the weights
+ *   carried    sum_k r_kj errors_k over the columns k before this block
+ *   r          [block, block], upper triangular: this block of the factor of the Hessian
+ *   scale      and zero (integers): the grid of each weight
+ *   keep       0 where a weight stays zero; NULL where there is none such
+ *   errors     target - value                                           written
+ *   codes      q                                                        written
+ *   loss       [rows]: sum_j ((aim - value) r_jj)^2                     added to
+ *
+ * For each column j in turn, in float32 with true division, the sum in rising order of i, no fused
+ * multiply-adds, rounding half to even:
+ *
+ *   aim   = target_j + (carried_j + sum_{i<j} r_ij errors_i) / r_jj
+ *   q     = clamp(rint(aim / scale_j) + zero_j, lo, hi), or zero_j where keep_j is 0
+ *   value = (q - zero_j) * scale_j
+ *
+ * Rows do not meet, so the bits are the same for any class and number of threads. 0 or an error. */
+OC_API int oc_round_columns(const float *target, const float *carried, const float *r, const float *scale,
+                            const float *zero, const uint8_t *keep, int64_t block, int64_t rows, int bits,
+                            int threads, float *errors, int8_t *codes, float *loss);
+
+/* The best of several grids for each group of a float32 matrix [rows, columns]: those of oc_round_pack
+ * for the group's largest magnitude (or its two extremes) times shrink[c], c < candidates. Least
+ *
+ *   sum over the group of (value - w)^2 * importance[column]
+ *
+ * wins, the earlier candidate where they are equal. The sum is in float32: 16 sums, one for each column
+ * modulo 16 from the start of the group, then halves added to halves; the same bits for any class and
+ * number of threads, but not for another order of summation, which may find another winner among
+ * near-equals. `scale` and `zero` are float32 [rows, columns / group]; the scales are values of their
+ * dtype, and infinite for a group that holds a weight that is not finite. 0 or an error. */
+OC_API int oc_search_grid(const float *weight, const float *importance, int64_t rows, int64_t columns,
+                          int bits, int64_t group, int scale_dtype, const float *shrink, int candidates,
+                          int zero_point, int threads, float *scale, float *zero);
 
 #ifdef __cplusplus
 }

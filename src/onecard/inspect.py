@@ -1,0 +1,84 @@
+"""What a model is made of, from its headers alone: nothing is loaded, any size is instant. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from onecard.checkpoint.hub import find_model
+from onecard.checkpoint.packed import Schemes
+from onecard.checkpoint.shards import Checkpoint, read_json
+from onecard.core.errors import BadRequest
+from onecard.core.report import Report, Row, environment
+from onecard.core.spec import Spec
+from onecard.nn.families import family_of
+
+PARTS = (
+    ("embedding", ("embed", "wte", "wpe", "project_in", "project_out")),
+    ("head", ("lm_head", "embed_out")),
+    ("experts", (".experts.", ".shared_expert.")),
+    ("attention", ("attn", "attention.")),
+    ("norms", ("norm", "ln_")),
+    ("feed-forward", ("mlp", "fc1", "fc2", "block_sparse_moe", "dense_")),
+)
+
+
+def inspect_model(model: str, context: int = 2048, batch: int = 1) -> Report:
+    """Bytes by part, formats, parameters and the KV cache for `context` tokens of `batch` sequences."""
+    if context < 1 or batch < 1:
+        raise BadRequest(f"a context of {context} for {batch} sequences was asked for")
+    folder = find_model(model)
+    if not (folder / "config.json").is_file():
+        raise BadRequest(f"{folder} holds no model", seen="there is no config.json")
+    config = read_json(folder / "config.json")
+    family = family_of(config)
+    spec = family.spec(config)
+    checkpoint = Checkpoint(folder)
+    sizes: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    for name, entry in checkpoint.entries.items():
+        sizes[part_of(name)] += entry.nbytes
+        dtypes[entry.dtype] += entry.nbytes
+    rows = [Row.of("model", "file_bytes", checkpoint.nbytes)]
+    rows += [Row(part, "part_bytes", size, "B") for part, size in sizes.most_common()]
+    rows += [
+        Row("model", "architecture", family.architecture),
+        Row("model", "layers", spec.num_layers),
+        Row("model", "hidden", spec.hidden),
+        Row("model", "vocabulary", spec.vocab_size),
+        Row("model", "max_context", spec.max_context),
+        Row(
+            "model",
+            "format",
+            ", ".join(formats(config, checkpoint) or [dtypes.most_common(1)[0][0]]),
+        ),
+        Row("kv cache", "cache_bytes", kv_bytes(spec, context, batch), "B"),
+    ]
+    notes = (("convention: kv cache", f"{batch} x {context} tokens, 2 bytes per number"),)
+    return Report(tuple(rows), environment(), folder.name, notes)
+
+
+def part_of(name: str) -> str:
+    """The part of a model that a stored tensor belongs to."""
+    for part, marks in PARTS:
+        if any(mark in name for mark in marks):
+            return part
+    return "other"
+
+
+def formats(config: dict, checkpoint: Checkpoint) -> list[str]:
+    """Names of the packed formats in a folder, none for a dense one."""
+    packed = [n.removesuffix(".weight_packed") for n in checkpoint.entries if n.endswith("_packed")]
+    if not packed:
+        return []
+    schemes = Schemes(config.get("quantization_config") or {})
+    return sorted({schemes.format_of(name).name for name in packed})
+
+
+def kv_bytes(spec: Spec, context: int, batch: int) -> int:
+    """Bytes of keys and values in 16 bits; a layer with a window keeps no more than the window."""
+    total = 0
+    for layer in spec.layers:
+        a = layer.attention
+        kept = min(context, a.window or context)
+        total += 2 * 2 * a.num_kv_heads * a.head_dim * kept * batch
+    return total

@@ -1,0 +1,186 @@
+"""Killed at any moment, the same command goes on and gives the same bytes; nothing is half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from onecard.calibrate.data import Calibration
+from onecard.checkpoint.journal import partial_of
+from onecard.checkpoint.shards import sha256_of
+from onecard.core.errors import BadRequest
+from onecard.passes import GPTQ, RoundToNearest
+from onecard.passes.base import Recipe
+from onecard.passes.job import Settings, compress, prepare
+
+RECIPE = Recipe("g", (GPTQ(4, 64),))
+
+
+class Killed(Exception):
+    pass
+
+
+def settings(text_file: Path) -> Settings:
+    return Settings(Calibration(4, 32), text_file)
+
+
+def result(out: Path) -> dict[str, str]:
+    """The hash of every file that has to be the same."""
+    files = [p for p in out.iterdir() if p.name not in ("report.json", "report.html")]
+    return {p.name: sha256_of(p) for p in files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    compress(prepare(tiny, out, RECIPE, settings(text_file)))
+    return result(out)
+
+
+def test_stopped_at_every_write(
+    tiny: Path, text_file: Path, tmp_path: Path, undisturbed: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process dies at its n-th file operation, for every n; a second run completes the job."""
+    real, points = os.replace, 0
+    for stop in range(1, 40):
+        out, count = tmp_path / f"out{stop}", 0
+
+        def dying(source: object, target: object, stop: int = stop) -> None:
+            nonlocal count
+            count += 1
+            if count == stop:
+                raise Killed
+            real(source, target)  # type: ignore[call-overload]
+
+        monkeypatch.setattr(os, "replace", dying)
+        try:
+            compress(prepare(tiny, out, RECIPE, settings(text_file)))
+            died = False
+        except Killed:
+            died = True
+        monkeypatch.setattr(os, "replace", real)
+        if not died:
+            break
+        points += 1
+        assert not out.exists() or not any(out.iterdir())
+        compress(prepare(tiny, out, RECIPE, settings(text_file)))
+        assert result(out) == undisturbed
+        assert not partial_of(out).exists()
+        shutil.rmtree(out)
+    assert points >= 10
+
+
+def test_kill_9(tiny: Path, text_file: Path, tmp_path: Path, undisturbed: dict) -> None:
+    """A real process, killed hard again and again at growing delays, until it gets through."""
+    out, kills = tmp_path / "out", 0
+    command = [sys.executable, "-m", "onecard", "compress", str(tiny), str(out), "--recipe",
+               str(tmp_path / "r.yaml"), "--data", str(text_file), "--samples", "4", "--length", "32"]  # fmt: skip
+    (tmp_path / "r.yaml").write_text("name: g\npasses: [{gptq: {bits: 4, group: 64}}]\n")
+    while not out.exists():
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        partial = partial_of(out) / "journal.jsonl"
+        lines, deadline = kills + 2, time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if partial.is_file() and len(partial.read_bytes().splitlines()) >= lines:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.001)
+        process.wait(60)
+    assert kills >= 2
+    assert result(out) == undisturbed
+
+
+def test_torn_journal_line_is_ignored(tiny: Path, text_file: Path, tmp_path: Path, undisturbed: dict,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    _stop_after_blocks(tiny, text_file, out, monkeypatch)
+    with (partial_of(out) / "journal.jsonl").open("a") as file:
+        file.write('{"part": "block-000')
+    compress(prepare(tiny, out, RECIPE, settings(text_file)))
+    assert result(out) == undisturbed
+
+
+def test_damaged_part_is_made_again(tiny: Path, text_file: Path, tmp_path: Path, undisturbed: dict,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    _stop_after_blocks(tiny, text_file, out, monkeypatch)
+    part = partial_of(out) / "stem.safetensors"
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    compress(prepare(tiny, out, RECIPE, settings(text_file)))
+    assert result(out) == undisturbed
+
+
+def test_another_job_is_not_mixed_in(tiny: Path, text_file: Path, tmp_path: Path,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    _stop_after_blocks(tiny, text_file, out, monkeypatch)
+    other = Recipe("other", (RoundToNearest(4),))
+    with pytest.raises(BadRequest, match="differs in"):
+        compress(prepare(tiny, out, other, Settings()))
+    compress(prepare(tiny, out, other, Settings(force=True)))
+    assert (out / "config.json").is_file()
+
+
+def test_full_disk_keeps_what_is_done(tiny: Path, text_file: Path, tmp_path: Path, undisturbed: dict,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """No space left while a block is written: an error, the journal intact, and then it goes on."""
+    from onecard.checkpoint import shards
+
+    out, real, calls = tmp_path / "out", shards.write_chunks, 0
+
+    def full(path, chunks):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, chunks)
+
+    monkeypatch.setattr(shards, "write_chunks", full)
+    with pytest.raises(OSError):
+        compress(prepare(tiny, out, RECIPE, settings(text_file)))
+    monkeypatch.setattr(shards, "write_chunks", real)
+    assert not out.exists()
+    compress(prepare(tiny, out, RECIPE, settings(text_file)))
+    assert result(out) == undisturbed
+
+
+def test_two_processes_do_not_share_a_job(tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    from onecard.checkpoint.journal import Journal
+
+    out = tmp_path / "out"
+    prepared = prepare(tiny, out, RECIPE, settings(text_file))
+    journal = Journal(out, prepared.key())
+    with pytest.raises(BadRequest, match="another process"):
+        compress(prepared)
+    assert journal.folder.is_dir()
+
+
+def _stop_after_blocks(
+    tiny: Path, text_file: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run the job until two blocks are journaled."""
+    from onecard.passes.job import StreamedBlocks
+
+    real = StreamedBlocks.done
+
+    def done(self, index, block, rows, hidden):  # type: ignore[no-untyped-def]
+        real(self, index, block, rows, hidden)
+        if index == 1:
+            raise Killed
+
+    monkeypatch.setattr(StreamedBlocks, "done", done)
+    with pytest.raises(Killed):
+        compress(prepare(tiny, out, RECIPE, settings(text_file)))
+    monkeypatch.setattr(StreamedBlocks, "done", real)
