@@ -7,11 +7,11 @@ The network is onecard's own. What is chosen here:
 * Warm-up, a long stable phase, then a linear decay to zero over the last `decay` of all steps. With
   `--minutes` the decay begins when that share of the time is left, so a budget is kept without
   knowing the speed; with `--steps` it begins at a known step, and a run is reproducible.
-* Windows of 256 tokens until the decay and of 512 in it: attention is half of the work at 512, and
-  most documents are shorter.
-* One torch thread per worker, and a worker per core that takes whole sequences: the tensors of a
-  thousand tokens stay in the core's own cache, and nobody waits at the end of every operation for the
-  other core. Gradients are summed in the order of the sequences. Freed memory is kept by the
+* Windows of 256 tokens, and of 512 in the second half of the decay: at 512 attention is half of the
+  work, and most documents are shorter.
+* One torch thread per worker, and a worker per core that takes whole windows: the tensors of a
+  thousand tokens stay in the core's own cache, and nobody waits at the end of every operation for
+  the other core. Gradients are summed in the order of the windows. Freed memory is kept by the
   process (mallopt), because page faults would otherwise cost more than the arithmetic.
 * The batch of step s is a function of (seed, s): documents are packed with <|endoftext|> between,
   cut into windows, and every epoch visits all windows in an order of its own. With the optimizers
@@ -81,13 +81,13 @@ CONFIG: dict[str, Any] = {
 @dataclass(frozen=True)
 class Settings:
     batch: int = 4096  # tokens per step
-    length: int = 256  # of a window in the stable phase
-    last_length: int = 512  # and in the decay
+    length: int = 256  # of a window at first
+    last_length: int = 512  # and in the second half of the decay
     muon: float = 0.008
     adam: float = 0.004
     weight_decay: float = 0.05  # of the matrices
     warmup: int = 60
-    decay: float = 0.22  # share of all steps
+    decay: float = 0.4  # share of all steps
     clip: float = 1.0
     seed: int = 1
     workers: int = 2
@@ -220,10 +220,9 @@ def optimizers(model: Transformer, settings: Settings) -> list[torch.optim.Optim
 
 def rate(step: int, total: int | None, settings: Settings) -> tuple[float, int]:
     """(factor of the peak rate, window length); total is unknown until the decay begins."""
+    warm = (step + 1) / settings.warmup
     left = 1.0 if total is None else (total - step) / (settings.decay * total)
-    if left < 1.0:
-        return left, settings.last_length
-    return min(1.0, (step + 1) / settings.warmup), settings.length
+    return min(1.0, warm, left), settings.length if left > 0.5 else settings.last_length
 
 
 class Run:

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "onecard"
 FLOORS = (
     ("core", "__init__"), ("kernels",), ("nn",), ("checkpoint", "parallel"), ("calibrate", "runtime"),
-    ("passes", "evaluate", "export", "serve", "harness"), ("search", "inspect"),
+    ("passes", "evaluate", "export", "serve"), ("search", "inspect", "harness"),
     ("bench", "render", "demo"), ("cli",), ("__main__",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -68,6 +68,8 @@ def test_torch_free_verbs() -> None:
         "main(['inspect', sys.argv[1]])\n"
     )
     data = PACKAGE / "shipped" / "model"
-    done = subprocess.run([sys.executable, "-c", code, str(data)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(data)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "LlamaForCausalLM" in done.stdout

@@ -138,7 +138,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: json.dumps(c))
+@pytest.mark.parametrize("case", CASES, ids=json.dumps)
 def test_transformers_loads_our_folder(tmp_path: Path, text_file: Path, case: dict) -> None:
     """transformers with compressed-tensors gives our logits, in float32 for bf16 scales too."""
     from onecard.calibrate.data import Calibration

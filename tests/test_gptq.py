@@ -60,7 +60,7 @@ def output_error(w: Tensor, other: Tensor, h: Tensor) -> float:
 
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize("zero_point", [True, False])
-@pytest.mark.parametrize("block", [16, 48, 128])
+@pytest.mark.parametrize("block", [16, 24, 48, 128])
 def test_equals_the_textbook(static: bool, zero_point: bool, block: int) -> None:
     w, h = problem(columns=96)
     format = integers(4, 32, zero_point, "fp32")

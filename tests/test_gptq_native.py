@@ -202,7 +202,7 @@ def test_solve_is_the_same_with_and_without(
     w, x = random(70, 256), random(1000, 256, seed=1) + random(1000, 1, seed=2)
     w = w * (random(70, 256, seed=3) > 0) if pruned else w
     order = "activation" if static else "natural"
-    rounding = gptq.Rounding(order=order, static_groups=static, block=48)
+    rounding = gptq.Rounding(order=order, static_groups=static, block=32)
     format = integers(4, 64, zero_point=True)
     mine = gptq.solve(w, x.T @ x, format, rounding)
     monkeypatch.setattr(convert, "native", lambda *_: False)

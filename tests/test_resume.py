@@ -82,8 +82,18 @@ def test_stopped_at_every_write(
 def test_kill_9(tiny: Path, text_file: Path, tmp_path: Path, undisturbed: dict) -> None:
     """A real process, killed hard again and again at growing delays, until it gets through."""
     out, kills = tmp_path / "out", 0
-    command = [sys.executable, "-m", "onecard", "compress", str(tiny), str(out), "--recipe",
-               str(tmp_path / "r.yaml"), "--data", str(text_file), "--samples", "4", "--length", "32"]  # fmt: skip
+    words = [str(tiny), str(out), "--recipe", str(tmp_path / "r.yaml"), "--data", str(text_file)]
+    command = [
+        sys.executable,
+        "-m",
+        "onecard",
+        "compress",
+        *words,
+        "--samples",
+        "4",
+        "--length",
+        "32",
+    ]
     (tmp_path / "r.yaml").write_text("name: g\npasses: [{gptq: {bits: 4, group: 64}}]\n")
     while not out.exists():
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

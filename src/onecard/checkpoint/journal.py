@@ -74,6 +74,10 @@ class Journal:
     def __contains__(self, part: str) -> bool:
         return any(line["part"] == part for line in self.lines)
 
+    def hashes(self) -> dict[str, str]:
+        """part -> sha256 of its file."""
+        return {line["part"]: line["sha256"] for line in self.lines}
+
     def rows(self, part: str) -> list[list[Any]]:
         """The rows that were noted with a finished part."""
         return next(line["rows"] for line in self.lines if line["part"] == part)

@@ -186,9 +186,9 @@ class Source:
     def tensor(self, name: str) -> Tensor:
         """One stored tensor."""
         entry, data = self.checkpoint.read(name)
-        if not data:
+        if not data.size:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+        return torch.frombuffer(data.data, dtype=DTYPES[entry.dtype]).view(entry.shape)
 
     def stem(self, dtype: torch.dtype | None = None) -> Stem:
         return self._filled(Stem, None, dtype)

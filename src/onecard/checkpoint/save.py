@@ -43,53 +43,52 @@ CARRIED = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "specia
            "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")  # fmt: skip
 
 
-def assemble(folder: Path, parts: list[str]) -> None:
-    """Part files of a working folder become one model file, or shards with an index."""
-    files = [folder / f"{part}.safetensors" for part in parts]
-    files = [file for file in files if file.exists()]
+def assemble(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
+    """Part files of a working folder become one model file, or shards with an index.
+
+    `hashes` gives the sha256 of each part, in order; returns those of the final weight files.
+    """
+    files = [folder / f"{part}.safetensors" for part in hashes]
     if sum(file.stat().st_size for file in files) <= SINGLE_FILE:
         entries = {name: entry for file in files for name, entry in read_header(file).items()}
         header, order = header_of({name: (e.dtype, e.shape) for name, e in entries.items()})
         data = itertools.chain.from_iterable(copy_range(entries[name]) for name in order)
-        write_chunks(folder / "model.safetensors", itertools.chain((header,), data))
+        digest = write_chunks(folder / "model.safetensors", itertools.chain((header,), data))
         for file in files:
             file.unlink()
-        return
-    weight_map, total = {}, 0
-    for number, file in enumerate(files):
+        return {"model.safetensors": digest}
+    weight_map, total, finals = {}, 0, {}
+    for number, (file, digest) in enumerate(zip(files, hashes.values(), strict=True)):
         final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         for name, entry in read_header(file).items():
             weight_map[name] = final
             total += entry.nbytes
         os.replace(file, folder / final)
+        finals[final] = digest
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+    return finals
 
 
 def complete(
-    folder: Path, source: Source, config: Mapping[str, Any], made: Mapping[str, Any]
+    folder: Path,
+    source: Source,
+    config: Mapping[str, Any],
+    weights: Mapping[str, str],
+    made: Mapping[str, Any],
 ) -> None:
-    """config.json, what is carried over from the source, and the manifest, into a folder with weights."""
+    """config.json, what is carried over from the source, and the manifest, beside the weights.
+
+    The manifest holds the sha256 of every file (`weights` gives those of the weight files) and `made`,
+    how the folder came about.
+    """
     write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False))
     for name in CARRIED:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
-    write_manifest(folder, {"source": source_hashes(source), **made})
-
-
-def write_manifest(folder: Path, made: Mapping[str, Any]) -> None:
-    """What the folder holds and how it came about, with the sha256 of each file."""
-    inside = sorted(
-        f
-        for f in folder.iterdir()
-        if f.is_file() and f.suffix in (".safetensors", ".json", ".yaml")
-    )
-    files = {
-        f.name: sha256_of(f)
-        for f in inside
-        if f.name not in (MANIFEST, "report.json") and not f.name.startswith("state-")
-    }
-    manifest = {"onecard": __version__, "files": files, **made}
+    small = (f for f in folder.iterdir() if f.suffix in (".json", ".yaml") and f.name != MANIFEST)
+    files = {**weights, **{f.name: sha256_of(f) for f in small}}
+    manifest = {"onecard": __version__, "files": dict(sorted(files.items())), **made}
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
@@ -155,13 +154,14 @@ def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = N
     roots += [(f"block-{i:05d}", block, i) for i, block in enumerate(model.blocks())]
     roots += [("tail", model.network.tail, None)]
     formats: dict[str, Format] = {}
+    hashes: dict[str, str] = {}
     for part, root, index in roots:
         arrays = stored_arrays(source, root, index)
         formats |= packed_formats(source, root, index)
-        if arrays:
-            write_file(folder / f"{part}.safetensors", arrays)
-    assemble(folder, [part for part, _, _ in roots])
-    complete(folder, source, config_with(source, formats), made or {})
+        hashes[part] = write_file(folder / f"{part}.safetensors", arrays)
+    weights = assemble(folder, hashes)
+    about = {"source": source_hashes(source), **(made or {})}
+    complete(folder, source, config_with(source, formats), weights, about)
     if out.is_dir():
         out.rmdir()
     os.replace(folder, out)

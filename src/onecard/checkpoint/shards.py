@@ -17,9 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from onecard.core.errors import BadRequest
 from onecard.core.format import DTYPE_BYTES
 
+Bytes = NDArray[np.uint8]
 HEADER_LIMIT = 100 << 20
 SAFETENSORS = {
     "F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I64": "int64", "I32": "int32",
@@ -106,16 +110,16 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 
-    def read(self, name: str) -> tuple[Entry, bytearray]:
+    def read(self, name: str) -> tuple[Entry, Bytes]:
         """The raw bytes of a tensor."""
         entry = self.entries[name]
         return entry, pread(entry.path, entry.begin, entry.nbytes)
 
 
-def pread(path: Path, offset: int, count: int) -> bytearray:
+def pread(path: Path, offset: int, count: int) -> Bytes:
     """`count` bytes from `offset`; a short file is an error, never a short answer."""
-    data = bytearray(count)
-    view, done = memoryview(data), 0
+    data = np.empty(count, np.uint8)  # a bytearray would be zeroed first
+    view, done = data.data, 0
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         while done < count:
@@ -227,7 +231,7 @@ def write_chunks(path: Path, chunks: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def copy_range(entry: Entry, chunk: int = 8 << 20) -> Iterable[bytearray]:
+def copy_range(entry: Entry, chunk: int = 8 << 20) -> Iterable[Bytes]:
     """The bytes of a tensor in pieces, for copying without holding it."""
     for offset in range(entry.begin, entry.end, chunk):
         yield pread(entry.path, offset, min(chunk, entry.end - offset))

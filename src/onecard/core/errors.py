@@ -16,8 +16,8 @@ class Problem(Exception):
     exit_code = 1
 
     def __init__(self, what: str, seen: str = "", do: str = "") -> None:
-        super().__init__("\n".join(line for line in (what, seen, do) if line))
-        self.what, self.seen, self.do = what, seen, do
+        self.what, self.seen, self.do = (" ".join(text.split()) for text in (what, seen, do))
+        super().__init__("\n".join(line for line in (self.what, self.seen, self.do) if line))
 
 
 class BadRequest(Problem):

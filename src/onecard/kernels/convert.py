@@ -1,8 +1,8 @@
-"""Matrix in, Weight out, and back: the native kernel where it is built and the input suits it, else the
-reference. Both give the same bits.
+"""Matrix in, Weight out, and back: the native kernel where it is built and the input suits it, else
+the reference. Both give the same bits.
 
-The last two functions are the native inner loops of passes/gptq.py, whose plain versions of the same
-signature lie there.
+The last two functions are the native inner loops of passes/gptq.py, whose plain versions of the
+same signature lie there. They want the library and float32 on the CPU (`native`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def native(*tensors: Tensor) -> bool:
 def round_to_nearest(w: Tensor, format: Format) -> Weight:
     """w [out, in] (fp32, fp16 or bf16) rounded to the nearest grid points of an integer format.
 
-    Of weights that are not finite the native kernel makes nothing (FailedWork), the reference scales
-    that are not finite.
+    Weights that are not finite are a FailedWork of the native kernel; the reference makes scales
+    of them that are not finite.
     """
     if not native(w) or not w.is_contiguous():
         return reference.round_to_nearest(w, format)
@@ -103,12 +103,14 @@ def round_columns(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Errors [block, rows], codes int8 [block, rows] and loss [rows] of one block of columns."""
     block, rows = target.shape
-    inputs = [t.contiguous() for t in (target, carried, r, scale, zero)]
+    target, carried, r = target.contiguous(), carried.contiguous(), r.contiguous()
+    scale, zero = scale.contiguous(), zero.contiguous()
     mask = None if keep is None else keep.contiguous()
     errors, loss = torch.empty(block, rows), torch.zeros(rows)
     codes = torch.empty(block, rows, dtype=torch.int8)
     cpu.round_columns(
-        *(t.data_ptr() for t in inputs), None if mask is None else mask.data_ptr(),
+        target.data_ptr(), carried.data_ptr(), r.data_ptr(), scale.data_ptr(), zero.data_ptr(),
+        None if mask is None else mask.data_ptr(),
         block, rows, format.bits,
         errors.data_ptr(), codes.data_ptr(), loss.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

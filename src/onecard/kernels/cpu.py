@@ -132,43 +132,19 @@ def _with_prototypes(native: ctypes.CDLL) -> ctypes.CDLL:
         "oc_pack": (c_int, [pointer, c_int64, c_int64, c_int, c_int, pointer]),
         "oc_to_dense": (
             c_int,
-            [
-                pointer,
-                pointer,
-                c_int,
-                pointer,
-                c_int64,
-                c_int64,
-                c_int,
-                c_int64,
-                c_int,
-                c_int,
-                pointer,
-            ],
-        ),  # fmt: skip
+            [pointer, pointer, c_int, pointer, c_int64, c_int64, c_int, c_int64, c_int, c_int,
+             pointer],
+        ),
         "oc_round_columns": (
             c_int,
             [*[pointer] * 6, c_int64, c_int64, c_int, c_int, *[pointer] * 3],
         ),
         "oc_search_grid": (
             c_int,
-            [
-                pointer,
-                pointer,
-                c_int64,
-                c_int64,
-                c_int,
-                c_int64,
-                c_int,
-                pointer,
-                c_int,
-                c_int,
-                c_int,
-                pointer,
-                pointer,
-            ],
-        ),  # fmt: skip
-    }
+            [pointer, pointer, c_int64, c_int64, c_int, c_int64, c_int, pointer, c_int, c_int, c_int,
+             pointer, pointer],
+        ),
+    }  # fmt: skip
     for name, (result, arguments) in prototypes.items():
         function = getattr(native, name)
         function.restype, function.argtypes = result, arguments
@@ -225,7 +201,8 @@ def to_dense(
 
 def round_columns(
     target: int, carried: int, r: int, scale: int, zero: int, keep: int | None,
-    block: int, rows: int, bits: int, errors: int, codes: int, loss: int, threads: int | None = None,
+    block: int, rows: int, bits: int, errors: int, codes: int, loss: int,
+    threads: int | None = None,
 ) -> None:  # fmt: skip
     """One block of GPTQ's columns, matrices [block, rows]; csrc/onecard.h has the formulas."""
     _done(library().oc_round_columns(

@@ -27,6 +27,7 @@ Frantar et al., GPTQ, arXiv 2210.17323.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -42,7 +43,7 @@ from onecard.core.report import Row
 from onecard.core.spec import Spec
 from onecard.kernels import convert, reference
 from onecard.passes.base import BlockPass, check_groups
-from onecard.passes.quantize import AUTO, make_format
+from onecard.passes.quantize import AUTO, make_format, require_finite_scale
 
 PRUNED_SHARE = 0.02
 
@@ -126,6 +127,7 @@ class GPTQ(BlockPass):
             raise FailedWork(
                 f"{site.block}.{site.name}: {error.what}", error.seen, error.do
             ) from error
+        require_finite_scale(solution.scale, format, f"{site.block}.{site.name}")
         power = output_power(w, hessian)
         start = 0
         for name, linear in site.linears.items():
@@ -197,7 +199,7 @@ def solve(w: Tensor, hessian: Tensor, format: Format, rounding: Rounding) -> Sol
     group_of = order // group
     moving = not rounding.static_groups
 
-    block = min(rounding.block, group) if moving else rounding.block
+    block = math.gcd(rounding.block, group) if moving else rounding.block
     errors = torch.zeros(columns, rows)  # d = w - q, float32
     codes = torch.empty(columns, rows, dtype=torch.int8)
     loss = torch.zeros(rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -122,10 +123,24 @@ class StreamedBlocks:
     def __init__(self, source: Source, journal: Journal, dtype: torch.dtype | None) -> None:
         self.source, self.journal, self.dtype = source, journal, dtype
         self.spec, self.stored = source.spec, source.dtype
+        self._aside = ThreadPoolExecutor(1)
+        self._next: tuple[int, Future[Block]] | None = None
 
     def load(self, index: int) -> Block:
+        """Block `index`; where blocks are not run, the next one is read meanwhile."""
+        ready = self._next
+        block = ready[1].result() if ready and ready[0] == index else self._read(index)
+        if self.dtype is None and index + 1 < self.spec.num_layers:
+            self._next = (index + 1, self._aside.submit(self._read, index + 1))
+        return block
+
+    def _read(self, index: int) -> Block:
         block = self.source.block(index, self.dtype)
-        require_finite(self.source, stored_names(self.source, block, index))
+        if self.dtype is None:
+            for _, module, stored in self.source.modules(block, index):
+                for name, parameter in module.named_parameters(recurse=False):
+                    if not is_finite(parameter):
+                        require_finite(self.source, [f"{stored.name}.{name}"])
         return block
 
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
@@ -164,19 +179,23 @@ def compressed_arrays(source: Source, block: Block, index: int) -> dict[str, Arr
     return arrays
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Neither NaN nor infinite anywhere: both survive in the smallest or the largest value."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
 def require_finite(source: Source, names: list[str]) -> None:
     """BadRequest naming the first tensor with NaN or infinite values."""
     for name in names:
-        if source.checkpoint.entries[name].dtype in ("fp32", "fp16", "bf16"):
-            tensor = source.tensor(name)
-            if tensor.numel() and not bool(
-                torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
-            ):
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise BadRequest(
-                    f"{name} holds {bad} values that are NaN or infinite",
-                    do="the checkpoint is damaged or was trained into overflow: fetch it again",
-                )
+        tensor = source.tensor(name)
+        if not is_finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise BadRequest(
+                f"{name} holds {bad} values that are NaN or infinite",
+                do="the checkpoint is damaged or was trained into overflow: fetch it again",
+            )
 
 
 def compute_dtype(source: Source, wanted: str) -> str:
@@ -209,7 +228,8 @@ def make_plan(source: Source, recipe: Recipe, settings: Settings, ids: Tensor | 
 
     def peak(replay: bool) -> int:
         walking = peak_bytes(spec, ids, recipe.needs, element, replay, site_bytes)
-        return base + SLACK + max(walking, stem + state, largest)
+        ahead = 0 if recipe.needs else linears // spec.num_layers  # the block being read meanwhile
+        return base + SLACK + max(walking + ahead, stem + state, largest)
 
     replay = (
         settings.memory is not None
@@ -316,6 +336,23 @@ def compress(job: Prepared, progress: Progress = lambda done, total, what: None)
     if recipe.needs:
         require_finite(source, list(source.checkpoint.entries))
     journal = Journal(job.out, job.key(), job.settings.force)
+    with ThreadPoolExecutor(1) as aside:
+        hashes = aside.submit(source_hashes, source)
+        rows = _walk_into(job, journal, progress)
+        formats = output_formats(source, rows)
+        weights = assemble(journal.folder, journal.hashes())
+        write_text(journal.folder / "recipe.yaml", to_yaml(recipe))
+        about = {"source": hashes.result(), **made(job)}
+        complete(journal.folder, source, config_with(source, formats), weights, about)
+    report = summary(job, rows, time.perf_counter() - started)
+    write_text(journal.folder / "report.json", report.to_json())
+    journal.publish(job.settings.force)
+    return report
+
+
+def _walk_into(job: Prepared, journal: Journal, progress: Progress) -> list[Row]:
+    """Every part into the journal: the stem, the blocks by one walk, the tail. Returns all rows."""
+    source, recipe = job.source, job.recipe
     parts = ["stem", *(part_name(i) for i in range(source.spec.num_layers)), "tail"]
     copy_outer(source, journal, "stem")
     first = sum(part_name(i) in journal for i in range(source.spec.num_layers))
@@ -323,15 +360,7 @@ def compress(job: Prepared, progress: Progress = lambda done, total, what: None)
     blocks = StreamedBlocks(source, journal, dtype)
     walk(blocks, recipe.passes, _hidden(job, journal, dtype), first, job.plan.replay, progress)
     copy_outer(source, journal, "tail")
-    rows = [Row(*row) for part in parts for row in journal.rows(part)]
-    formats = output_formats(source, rows)
-    assemble(journal.folder, parts)
-    report = summary(job, rows, time.perf_counter() - started)
-    write_text(journal.folder / "recipe.yaml", to_yaml(recipe))
-    complete(journal.folder, source, config_with(source, formats), made(job))
-    write_text(journal.folder / "report.json", report.to_json())
-    journal.publish(job.settings.force)
-    return report
+    return [Row(*row) for part in parts for row in journal.rows(part)]
 
 
 def copy_outer(source: Source, journal: Journal, part: str) -> None:

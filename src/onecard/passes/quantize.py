@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from onecard.calibrate.walk import Reached
@@ -71,10 +72,18 @@ class RoundToNearest(BlockPass):
 
 def round_weight(w: Tensor, format: Format, where: str = "a weight") -> Weight:
     """`reference.round_to_nearest`, natively where possible. FailedWork on overflow."""
-    weight = convert.round_to_nearest(w, format)
-    if not bool(weight.parts["weight_scale"].isfinite().all()):
+    try:
+        weight = convert.round_to_nearest(w, format)
+    except FailedWork as error:
+        raise FailedWork(f"{where}: {error.what}", error.seen, error.do) from error
+    require_finite_scale(weight.parts["weight_scale"], format, where)
+    return weight
+
+
+def require_finite_scale(scale: Tensor, format: Format, where: str) -> None:
+    """FailedWork where a scale overflows its dtype, or came from weights that are no numbers."""
+    if not bool(torch.isfinite(scale.aminmax()[1])):
         raise FailedWork(
             f"{where}: a scale is not finite",
             do=f"the weights are NaN, infinite, or too large for {format.scale} scales",
         )
-    return weight

@@ -1,0 +1,401 @@
+"""The command line: every kind of bad input gets a short error, exit code 2, and touches nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from onecard.checkpoint.journal import partial_of
+from onecard.cli import main
+from onecard.core.errors import BadRequest
+from onecard.core.settings import parse_size
+
+
+def call(*words: object) -> int:
+    """Run the command line in this process; its exit code."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    return int(end.value.code or 0)
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def rewrite_header(folder: Path, change: Callable[[dict], None]) -> None:
+    """Change the header of the safetensors file and keep its data."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_header_bits(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[40] ^= 0x10
+    data[60] ^= 0x04
+    path.write_bytes(data)
+
+
+def absurd_sizes(folder: Path) -> None:
+    def change(header: dict) -> None:
+        header["model.norm.weight"]["shape"] = [2**60]
+
+    rewrite_header(folder, change)
+
+
+def huge_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[:8] = struct.pack("<Q", 2**62)
+    path.write_bytes(data)
+
+
+def overlapping(folder: Path) -> None:
+    def change(header: dict) -> None:
+        first, second = sorted(k for k in header if k != "__metadata__")[:2]
+        header[first]["data_offsets"] = header[second]["data_offsets"]
+        header[first]["shape"] = header[second]["shape"]
+
+    rewrite_header(folder, change)
+
+
+def not_a_number(folder: Path) -> None:
+    found = tensors(folder)
+    found["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(found, folder / "model.safetensors")
+
+
+def infinite(folder: Path) -> None:
+    found = tensors(folder)
+    found["model.embed_tokens.weight"][3, 4] = float("inf")
+    save_file(found, folder / "model.safetensors")
+
+
+def missing_tensor(folder: Path) -> None:
+    found = tensors(folder)
+    del found["model.layers.1.mlp.up_proj.weight"]
+    save_file(found, folder / "model.safetensors")
+
+
+def wrong_shape(folder: Path) -> None:
+    found = tensors(folder)
+    found["model.norm.weight"] = torch.ones(7, dtype=torch.bfloat16)
+    save_file(found, folder / "model.safetensors")
+
+
+def missing_shard(folder: Path) -> None:
+    index = {"weight_map": dict.fromkeys(tensors(folder), "model-00001-of-00002.safetensors")}
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def shard_outside(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "../../etc/passwd"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def config_is_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[1, 2]")
+
+
+def deep_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a":' * 100_000)
+
+
+def unknown_family(folder: Path) -> None:
+    edit_config(folder, architectures=["SuperGPTForCausalLM"])
+
+
+def negative_layers(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=-3)
+
+
+def text_for_number(folder: Path) -> None:
+    edit_config(folder, hidden_size="128; import os")
+
+
+def gigantic_layers(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=10**9)
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def edit_config(folder: Path, **more: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+
+
+@pytest.mark.parametrize("damage, said", [
+    (truncate, "not a whole safetensors file"), (flip_header_bits, "safetensors"),
+    (absurd_sizes, "not a whole safetensors file"), (huge_header, "the header claims"),
+    (overlapping, "not a whole safetensors file"),
+    (not_a_number, "model.layers.1.mlp.up_proj.weight"), (infinite, "model.embed_tokens.weight"),
+    (missing_tensor, "model.layers.1.mlp.up_proj.weight"), (wrong_shape, "model.norm.weight"),
+    (missing_shard, "lacks 1 of 1 shards"), (shard_outside, "outside"), (pickled, "pickled"),
+    (no_config, "config.json"), (config_is_list, "config.json"), (deep_config, "config.json"),
+    (unknown_family, "LlamaForCausalLM"), (negative_layers, "num_hidden_layers"),
+    (text_for_number, "hidden_size"), (gigantic_layers, "num_hidden_layers"),
+    (no_tokenizer, "tokenizer.json"), (broken_tokenizer, "tokenizer.json"),
+], ids=lambda x: getattr(x, "__name__", ""))  # fmt: skip
+def test_damaged_models_are_refused(
+    model: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture,
+    damage: Callable[[Path], None], said: str,
+) -> None:  # fmt: skip
+    damage(model)
+    before = {p.name: p.read_bytes() for p in model.iterdir()}
+    out = tmp_path / "out"
+    code = call("compress", model, out, "--data", text_file, "--samples", 2, "--length", 32)
+    error = capsys.readouterr().err
+    assert code == 2 and said in error and "Traceback" not in error, error
+    assert 1 <= len(error.strip().splitlines()) <= 3
+    assert {p.name: p.read_bytes() for p in model.iterdir()} == before
+    assert not out.exists() and not partial_of(out).exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (("compress", "nowhere", "out"), "there is no folder"),
+    (("compress", "MODEL", "out", "--recipe", "gptq-int5"), "did you mean"),
+    (("compress", "MODEL", "out", "--memory", "2 potatoes"), "a size was expected"),
+    (("compress", "MODEL", "out", "--memory", "20MiB", "--data", "TEXT", "--samples", 2,
+      "--length", 32), "smallest cap that works"),
+    (("compress", "MODEL", "out", "--samples", 0), "samples"),
+    (("compress", "MODEL", "out", "--samples", "many"), "samples"),
+    (("compress", "MODEL", "out", "--data", "none.txt"), "there is no text file"),
+    (("compress", "MODEL", "out", "--data", "EMPTY"), "tokens"),
+    (("compress", "MODEL", "out", "--data", "BINARY"), "UTF-8"),
+    (("compress", "MODEL", "out", "--data", "TEXT", "--length", 4096), "tokens"),
+    (("compress", "MODEL", "out", "--data", "IDS"), "knows 300 tokens"),
+    (("compress", "MODEL", "MODEL"), "lies in the source"),
+    (("compress", "MODEL", "FULL"), "not empty"),
+    (("compress", "MODEL", "EMPTY"), "is a file"),
+    (("compress", "MODEL", "out", "--recipe", "KEY"), "did you mean 'group'"),
+    (("compress", "MODEL", "out", "--recipe", "BITS"), "2 to 8 bits"),
+    (("compress", "MODEL", "out", "--recipe", "GROUP"), "group"),
+    (("compress", "MODEL", "out", "--recipe", "TEXT"), "list of passes"),
+    (("compress", "MODEL", "out", "--recipe", "CODE"), "cannot be read"),
+    (("compress", "MODEL"), "OUT"),
+    (("run", "MODEL", "hi", "--temperature", "-1"), "temperature"),
+    (("run", "MODEL", "hi", "--temperature", "nan"), "temperature"),
+    (("run", "MODEL", "hi", "--max-tokens", 100000), "context"),
+    (("run", "MODEL", "hi", "--device", "tpu"), "tpu"),
+    (("eval", "MODEL", "--data", "TEXT", "--window", 99999), "context"),
+    (("eval", "MODEL", "--data", "TEXT", "--window", 64, "--stride", 128), "stride"),
+    (("eval", "MODEL", "--data", "EMPTY", "--bos", "none"), "too few"),
+    (("eval", "MODEL", "--task", "TEXT"), "line 1"),
+    (("inspect", "org/name/more"), "no folder"),
+    (("inspect", "MODEL", "--context", "-1"), "context"),
+    (("report", "MODEL"), "no report"),
+    (("recipes", "gptq"), "did you mean"),
+    (("frobnicate",), "frobnicate"),
+])  # fmt: skip
+def test_bad_requests(
+    tiny: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, words: tuple, said: str,
+) -> None:  # fmt: skip
+    files = {
+        "EMPTY": b"", "BINARY": b"\xff\xfe\x00\x01" * 50, "IDS": b"[[1, 2, 300]]",
+        "KEY": b"passes: [{gptq: {groupp: 64}}]", "BITS": b"passes: [{rtn: {bits: 9}}]",
+        "GROUP": b"passes: [{gptq: {group: 48}}]",
+        "CODE": b"passes: !!python/object/apply:os.system ['true']",
+    }  # fmt: skip
+    names = {"MODEL": str(tiny), "TEXT": str(text_file)}
+    for name, data in files.items():
+        suffix = {"IDS": ".json", "EMPTY": ".txt", "BINARY": ".txt"}.get(name, ".yaml")
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(data)
+        names[name] = str(path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thing").write_text("mine")
+    names["FULL"] = str(tmp_path / "full")
+    monkeypatch.chdir(tmp_path)
+    code = call(*(names.get(str(word), word) for word in words))
+    error = capsys.readouterr().err
+    assert code == 2 and said in error and "Traceback" not in error, error
+    assert 1 <= len(error.strip().splitlines()) <= 3, error
+    assert not (tmp_path / "out").exists() and not partial_of(tmp_path / "out").exists()
+    assert (tmp_path / "full" / "thing").read_text() == "mine"
+
+
+def test_group_that_does_not_divide(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from conftest import make_llama
+
+    folder = make_llama(tmp_path / "model", intermediate_size=176)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("passes: [{rtn: {bits: 4, group: 128}}]")
+    assert call("compress", folder, tmp_path / "out", "--recipe", recipe) == 2
+    error = capsys.readouterr().err
+    assert "feed_forward.down" in error and "176" in error
+
+
+def test_no_space_left(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
+                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert call("compress", tiny, tmp_path / "out", "--recipe", "rtn-int4") == 2
+    assert "are free" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_smallest_cap_that_works_works(tiny: Path, tmp_path: Path, text_file: Path,
+                                       capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+    """The cap named in the error is accepted by the same command."""
+    words = ("compress", tiny, tmp_path / "out", "--data", text_file, "--samples", 4, "--length", 64,
+             "--dry-run")  # fmt: skip
+    assert call(*words, "--memory", "1MiB") == 2
+    error = capsys.readouterr().err
+    named = error.split("that works is ")[1].split(" (")[0].replace(" ", "")
+    roomy = f"{parse_size(named) + (16 << 20)}"
+    assert call(*words, "--memory", roomy) == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_compress_report_run_eval(tiny: Path, tmp_path: Path, text_file: Path,
+                                  capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+    """The way a user goes: compress, look again, measure against the original, run."""
+    out = tmp_path / "out"
+    assert call("compress", tiny, out, "--recipe", "gptq-int4", "--data", text_file, "--samples", 4,
+                "--length", 64, "--json") == 0  # fmt: skip
+    printed = json.loads(capsys.readouterr().out)
+    assert {"rows", "environment"} <= printed.keys()
+    assert (out / "report.html").read_text().lower().startswith("<!doctype html>")
+    assert call("report", out, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == printed["rows"]
+    assert call("eval", out, "--data", text_file, "--against", tiny, "--json") == 0
+    rows = {row["what"]: row["value"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["kl"] > 0 and 0 < rows["top1_agreement"] <= 1 and rows["perplexity"] > 1
+    assert call("run", out, "The quick", "--max-tokens", 5, "--seed", 1, "--json") == 0
+    first = json.loads(capsys.readouterr().out)
+    assert call("run", out, "The quick", "--max-tokens", 5, "--seed", 1, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == first["notes"]
+    assert call("inspect", out, "--json") == 0
+    assert "int4-g128" in capsys.readouterr().out
+    assert call("compress", out, tmp_path / "again", "--recipe", "rtn-int8") == 2
+    assert "compressed already" in capsys.readouterr().err
+
+
+def test_force_and_resume(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    words = ("compress", tiny, out, "--recipe", "rtn-int8")
+    assert call(*words) == 0
+    first = (out / "model.safetensors").stat().st_mtime_ns
+    assert call(*words) == 2
+    assert call(*words, "--resume") == 0 and "finished" in capsys.readouterr().err
+    assert (out / "model.safetensors").stat().st_mtime_ns == first
+    assert call("compress", tiny, out, "--recipe", "rtn-int4", "--resume") == 2
+    assert call("compress", tiny, out, "--recipe", "rtn-int4", "--force") == 0
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_damaged_result_is_noticed(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert call("compress", tiny, out, "--recipe", "rtn-int8") == 0
+    path = out / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 0x40
+    path.write_bytes(data)
+    assert call("run", out, "hi", "--max-tokens", 2) == 2
+    assert "sha256" in capsys.readouterr().err
+
+
+def test_dry_run_touches_nothing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert (
+        call("compress", tiny, tmp_path / "out", "--recipe", "rtn-int4", "--dry-run", "--json") == 0
+    )
+    rows = {row["what"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows == {"planned_peak_bytes", "disk_bytes", "output_bytes", "seconds"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(BadRequest):
+        main(["inspect", "nowhere", "--debug"])
+
+
+def test_poisoned_config_runs_nothing(model: Path, tmp_path: Path) -> None:
+    """Fields that make other loaders import code are not looked at."""
+    marker = tmp_path / "ran"
+    (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
+    edit_config(model, auto_map={"AutoModelForCausalLM": "evil.Model"}, trust_remote_code=True,
+                _attn_implementation="evil/kernels")  # fmt: skip
+    assert call("inspect", model) == 0 and call("run", model, "hi", "--max-tokens", 1) == 0
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("text, size", [
+    ("6GiB", 6 << 30), ("6g", 6 << 30), ("6GB", 6 * 10**9), ("1.5 MiB", 3 << 19), ("123", 123),
+])  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1GiB", "0", "1e99", "nan", "6 QiB", "1" * 400])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(BadRequest):
+        parse_size(text)
+
+
+def test_imports_are_light() -> None:
+    """`import onecard` and `onecard --help` load neither torch nor NumPy."""
+    for code in (
+        "",
+        "from onecard.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+    ):
+        heavy = (
+            "import sys; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+        )
+        words = [sys.executable, "-c", f"import onecard\n{code}\n{heavy}"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert done.stdout.strip().endswith("[]")
+
+
+def test_hub_ids_offline(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    start = time.monotonic()
+    assert call("inspect", "nobody/nothing") == 2
+    error = capsys.readouterr().err
+    assert "could not be fetched" in error and "*.safetensors" in error
+    assert time.monotonic() - start < 60

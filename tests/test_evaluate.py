@@ -1,0 +1,173 @@
+"""Numbers against known answers, against transformers, and against each other."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from onecard.checkpoint.load import load_model
+from onecard.core.errors import BadRequest
+from onecard.evaluate import Reading, choose, cut, evaluate, log_likelihood, read_questions
+from onecard.nn.model import Model
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Model:
+    return load_model(tiny, "fp32")
+
+
+def test_stories_on_tinystories(stories: Path, data: Path) -> None:
+    """1.296 nats per token on the first 60 documents: the published figure of the checkpoint."""
+    text = (data / "tinystories" / "tinystories_sample_2MiB.txt").read_text()
+    found = evaluate(load_model(stories), text, Reading(documents="<|endoftext|>", limit=60))
+    assert found.value("nats_per_token") == pytest.approx(1.296, abs=0.0005)
+    assert found.value("perplexity") == pytest.approx(math.exp(1.296), rel=1e-3)
+
+
+@pytest.mark.parametrize("window, stride", [(64, 64), (64, 16), (50, 33), (256, 256)])
+def test_windows_equal_a_plain_loop(
+    model: Model, tiny: Path, text_file: Path, window: int, stride: int
+) -> None:
+    """The usual sliding-window loop over transformers' own model gives the same mean."""
+    text = text_file.read_text()[:2500]
+    found = evaluate(model, text, Reading(window, stride))
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    ids = torch.tensor(model.tokenizer.encode(text))
+    nats, count, start = 0.0, 0, 0
+    while start + window <= len(ids):
+        part = ids[start : start + window]
+        first = 1 if start == 0 else window - stride
+        with torch.no_grad():
+            logp = torch.log_softmax(peer(part[None]).logits[0, :-1], -1)
+        nats -= float(logp.gather(-1, part[1:, None])[max(first, 1) - 1 :].double().sum())
+        count += window - max(first, 1)
+        start += stride
+    assert found.value("predicted_tokens") == count
+    assert found.value("nats_per_token") == pytest.approx(nats / count, rel=1e-5)
+
+
+def test_kl_and_agreement(model: Model, tiny: Path, text_file: Path) -> None:
+    text = text_file.read_text()[:1500]
+    itself = evaluate(model, text, Reading(), model)
+    assert itself.value("kl") == pytest.approx(0, abs=1e-9) and itself.value("top1_agreement") == 1
+    other = load_model(tiny, "fp32")
+    with torch.no_grad():
+        other.network.stem.embedding.weight.mul_(1.5)
+    found = evaluate(other, text, Reading(), model)
+    ids = torch.tensor([model.tokenizer.encode(text)])[:, :200]
+    text = model.tokenizer.decode(ids[0].tolist())
+    assert model.tokenizer.encode(text) == ids[0].tolist()
+    with torch.no_grad():
+        p = torch.log_softmax(model.network(ids)[0, :-1], -1)
+        q = torch.log_softmax(other.network(ids)[0, :-1], -1)
+    single = evaluate(other, text, Reading(), model)
+    assert single.value("kl") == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    agreed = float((p.argmax(-1) == q.argmax(-1)).float().mean())
+    assert single.value("top1_agreement") == pytest.approx(agreed)
+    assert found.value("kl") > 0
+
+
+def test_uniform_model_counts_bits(model: Model, tiny: Path) -> None:
+    """A model that knows nothing: log of the vocabulary per token, and bytes counted in UTF-8."""
+    blank = load_model(tiny, "fp32")
+    with torch.no_grad():
+        blank.network.stem.embedding.weight.zero_()
+    text = "naïve 中文 text, 🙂 and more of it. " * 4
+    for reading in (Reading(bos="each"), Reading(documents="🙃")):
+        found = evaluate(blank, text, reading)
+        assert found.value("nats_per_token") == pytest.approx(math.log(300), rel=1e-5)
+        body = text.strip() if reading.documents else text
+        bits = found.value("predicted_tokens") * math.log2(300) / len(body.encode())
+        assert found.value("bits_per_byte") == pytest.approx(bits, rel=1e-4)
+
+
+def test_pieces_cover_the_text_once(model: Model, text_file: Path) -> None:
+    """Strided windows predict every token but the first exactly once."""
+    text = text_file.read_text()[:2000]
+    total = len(model.tokenizer.encode(text))
+    pieces, said = cut(model.tokenizer, text, Reading(40, 10), 256)
+    predicted = sum(len(p.ids) - p.first for p in pieces)
+    assert total - 40 <= predicted <= total - 1
+    assert "windows of 40" in said and "stride 10" in said
+
+
+def test_choices(model: Model, tmp_path: Path) -> None:
+    questions = tmp_path / "q.jsonl"
+    rows = [{"question": "The quick brown", "choices": [" fox", " zzqqxj"], "gold": 0}] * 3
+    questions.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    found = choose(model, read_questions(questions))
+    assert found.value("questions") == 3
+    assert found.value("accuracy") in (0.0, 1.0)
+    scores = [
+        log_likelihood(model, "Question: The quick brown\nAnswer:", c)[0]
+        for c in (" fox", " zzqqxj")
+    ]
+    assert found.value("accuracy") == float(scores[0] > scores[1])
+
+
+@pytest.mark.parametrize("name", ["piqa_valid", "arc_easy_test", "openbookqa_test"])
+def test_choice_files_are_read(data: Path, stories: Path, name: str) -> None:
+    questions = read_questions(data / "zeroshot" / f"{name}.jsonl")
+    assert len(questions) > 400
+    found = choose(load_model(stories), questions[:6])
+    assert 0 <= found.value("accuracy") <= 1
+
+
+def test_log_likelihood_is_the_sum_over_the_answer(model: Model) -> None:
+    total, greedy = log_likelihood(model, "The quick", " brown fox")
+    ids = [0, *model.tokenizer.encode("The quick brown fox")]
+    split = 1 + len(model.tokenizer.encode("The quick"))
+    with torch.no_grad():
+        logp = torch.log_softmax(model.network(torch.tensor([ids]))[0], -1)
+    wanted = sum(float(logp[i - 1, ids[i]]) for i in range(split, len(ids)))
+    assert total == pytest.approx(wanted, rel=1e-5)
+    assert greedy == all(int(logp[i - 1].argmax()) == ids[i] for i in range(split, len(ids)))
+
+
+def test_bad_readings(model: Model) -> None:
+    for reading in (Reading(1000), Reading(20, 30)):
+        with pytest.raises(BadRequest):
+            evaluate(model, "some text " * 50, reading)
+    with pytest.raises(BadRequest):
+        Reading(window=-1)
+    with pytest.raises(BadRequest):
+        evaluate(model, "", Reading())
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """The adapter, with the real lm-eval where it is installed, else with its two names."""
+    try:
+        import lm_eval  # noqa: F401
+    except ModuleNotFoundError:
+        for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.registry"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        sys.modules["lm_eval.api.model"].LM = object  # type: ignore[attr-defined]
+        sys.modules["lm_eval.api.registry"].register_model = lambda name: lambda cls: cls  # type: ignore[attr-defined]
+        monkeypatch.delitem(sys.modules, "onecard.harness", raising=False)
+    import onecard.harness
+
+    return onecard.harness
+
+
+def test_harness_adapter(harness, tiny: Path, model: Model) -> None:  # type: ignore[no-untyped-def]
+    lm = harness.OnecardLM(tiny, "fp32")
+    request = lambda *args: SimpleNamespace(args=args)  # noqa: E731
+    one = log_likelihood(model, "The quick", " brown")
+    assert lm.loglikelihood([request("The quick", " brown")]) == [one]
+    text = "The quick brown fox jumps"
+    (rolling,) = lm.loglikelihood_rolling([request(text)])
+    assert rolling == pytest.approx(log_likelihood(model, "", text)[0], rel=1e-5)
+    long = "The quick brown fox jumps over the lazy dog. " * 60
+    (rolling,) = lm.loglikelihood_rolling([request(long)])
+    assert math.isfinite(rolling) and rolling < 0
+    (out,) = lm.generate_until([request("The quick", {"until": ["."], "max_gen_toks": 8})])
+    assert isinstance(out, str) and "." not in out
