@@ -6,8 +6,9 @@ Writes the usual folder: config.json, model.safetensors in bfloat16, tokenizer.j
 deviation 0.02, norms are 1. Values are drawn, rounded and written a few million at a time, so that memory
 stays under two hundred megabytes whatever the shape. A seed gives the same weights, byte for byte.
 
-The tokenizer is a byte-level one trained on the docstrings of Python's standard library: any text goes in, and
-its ids all lie below the model's vocabulary, most of which it leaves unused. It depends on the Python that ran.
+The tokenizer is a byte-level one trained on the docstrings of Python's standard library: any text goes
+in, and its ids all lie below the model's vocabulary, most of which it leaves unused. It depends on the
+Python that ran.
 
     model.safetensors = u64 length of the header | header, JSON, padded to 8 | tensors, back to back
 """

@@ -43,6 +43,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 from zlib import crc32
 
 SEPARATOR = "<|endoftext|>"
@@ -159,7 +160,9 @@ def table() -> list[Source]:
     """The sources, Python itself first."""
     rows = [Source("Python", platform.python_version(), "PSF-2.0", "python")]
     for kind, text in (("wheel", WHEELS), ("sdist", SDISTS)):
-        rows += [Source(*line.split(" ", 2), kind) for line in text.strip().splitlines()]
+        for line in text.strip().splitlines():
+            name, version, licence = line.split(" ", 2)
+            rows.append(Source(name, version, licence, kind))
     return rows
 
 
@@ -499,7 +502,7 @@ def main() -> None:
     write(out / "held_out.txt", shuffled(held.values()))
     write(out / "calibration.txt", sample(documents_, settings.calibration))
     (out / "NOTICE").write_text(notice(sources, archives), encoding="utf-8")
-    sizes = [
+    sizes: list[dict[str, Any]] = [
         {
             "name": s.name,
             "version": s.version,

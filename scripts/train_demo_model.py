@@ -136,8 +136,11 @@ def prepare(corpus: Path, run: Path) -> tuple[Tokenizer, Tensor, Tensor]:
         np.save(train, encode(tokenizer, texts))
     tokenizer = Tokenizer.from_file(str(stored))
     held_out = encode(tokenizer, documents(corpus / "held_out.txt"))
-    rows = (torch.from_numpy(row.astype(np.int32)) for row in (np.load(train), held_out))
-    return tokenizer, *rows
+    return tokenizer, as_tensor(np.load(train)), as_tensor(held_out)
+
+
+def as_tensor(row: np.ndarray) -> Tensor:
+    return torch.from_numpy(row.astype(np.int32))
 
 
 def batch_of(step: int, length: int, tokens: Tensor, settings: Settings) -> Tensor:
@@ -232,7 +235,7 @@ class Run:
         self.folder, self.model, self.settings = folder, model, settings
         self.optimizers = optimizers(model, settings)
         self.peaks = [o.param_groups[0]["lr"] for o in self.optimizers]
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.smooth = 0, 0.0, 0.0
         self.total: int | None = None
 
     def save(self) -> None:
@@ -241,6 +244,7 @@ class Run:
             "optimizers": [o.state_dict() for o in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
+            "smooth": self.smooth,
             "total": self.total,
         }
         temporary = self.folder / "checkpoint.pt.part"
@@ -252,7 +256,12 @@ class Run:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.seconds, self.total = state["step"], state["seconds"], state["total"]
+        self.step, self.total = state["step"], state["total"]
+        self.seconds, self.smooth = state["seconds"], state["smooth"]
+        log = self.folder / "log.jsonl"
+        log.touch()
+        kept = (x for x in log.read_text().splitlines() if json.loads(x)["step"] <= self.step)
+        log.write_text("".join(f"{line}\n" for line in kept))
 
     def log(self, **row: float) -> None:
         line = json.dumps({"step": self.step, "seconds": round(self.seconds), **row})
@@ -263,7 +272,6 @@ class Run:
     def train(self, train: Tensor, held_out: Tensor, minutes: float | None) -> None:
         """Until `total`; if that is not known, it is set when the decay's share of time is left."""
         s, workers = self.settings, Workers(self.model, self.settings)
-        smooth = 0.0
         while self.total is None or self.step < self.total:
             began = time.monotonic()
             if self.total is None and minutes and self.seconds > minutes * 60 * (1 - s.decay):
@@ -277,11 +285,11 @@ class Run:
             for optimizer in self.optimizers:
                 optimizer.step()
             self.step += 1
-            smooth = 0.95 * smooth + 0.05 * loss if smooth else loss
+            self.smooth = 0.95 * self.smooth + 0.05 * loss if self.smooth else loss
             last = self.step == self.total
             if self.step % s.evaluate_every == 0 or last:
                 held = workers.evaluate(held_out, s.last_length)
-                self.log(train=round(smooth, 4), held_out=round(held, 4))
+                self.log(train=round(self.smooth, 4), held_out=round(held, 4))
             self.seconds += time.monotonic() - began
             if self.step % s.save_every == 0 or last:
                 self.save()
@@ -415,6 +423,8 @@ def main() -> None:
     run = Run(given.run, model, settings)
     if given.resume:
         run.load()
+    else:
+        (given.run / "log.jsonl").unlink(missing_ok=True)
     run.total = run.total or given.steps
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {len(train):,} tokens", flush=True)

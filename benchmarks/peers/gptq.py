@@ -3,9 +3,9 @@
     python benchmarks/peers/gptq.py quality --model DIR --text FILE [--calibration FILE] --work DIR
     python benchmarks/peers/gptq.py speed --model DIR --work DIR
 
-`quality` compresses a trained model and scores every result. `speed` needs no training and no text: it takes
-random token ids (make_llama.py writes a model of any size for it) and scores nothing. The question: is perplexity
-no worse than each peer's, and how many times less does it take.
+`quality` compresses a trained model and scores every result. `speed` needs no training and no text: it
+takes random token ids (make_llama.py writes a model of any size for it) and scores nothing. The
+question: is perplexity no worse than each peer's, and how many times less does it take.
 
 Peers run with their own defaults, only the weights' bits and group are set, each in its own environment under
 `--work`, made on first use with the pins below. Times, all on one clock:
@@ -14,11 +14,10 @@ Peers run with their own defaults, only the weights' bits and group are set, eac
     whole       the whole process, start to exit, loading and saving included
     peak        resident memory of that process at its largest, mapped pages of the checkpoint included
 
-The ratio is a peer's `seconds` over our `whole`, the reading that is worst for us. Perplexity is read by
-transformers in llm-compressor's environment, from windows of `--length` tokens that do not overlap. Nothing heavy
-is imported here, because a child's peak starts from its parent's. Logs of every run stay under `--work`; the numbers go
-to results/gptq-*.json as a report.
-"""
+The ratio is a peer's `seconds` over our `whole`, the reading that is worst for us. Perplexity is read
+by transformers in llm-compressor's environment, from windows of `--length` tokens that do not overlap.
+Nothing heavy is imported here, because a child's peak starts from its parent's. Logs of every run stay
+under `--work`; the numbers go to results/gptq-*.json as a report."""
 
 from __future__ import annotations
 

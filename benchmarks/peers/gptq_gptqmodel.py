@@ -2,9 +2,10 @@
 
     python gptq_gptqmodel.py MODEL TOKENS.json OUT --bits 4 --group 128 [--dense OUT]
 
-Everything is the library's default (damping 0.05, activation order within groups, min-max scales in float16,
-bfloat16 weights on a CPU) but bits and group. "seconds" is `quantize` alone: imports, loading and saving are
-apart. The library sorts the samples by length and packs on threads while it solves, so packing is part of "seconds".
+Everything is the library's default (damping 0.05, activation order within groups, min-max scales in
+float16, bfloat16 weights on a CPU) but bits and group. "seconds" is `quantize` alone: imports, loading
+and saving are apart. The library sorts the samples by length and packs on threads while it solves, so
+packing is part of "seconds".
 
 `--dense` also writes an ordinary folder in float32 whose weights the library itself dequantized, which the
 common evaluator reads. The last line printed is a JSON object.

@@ -3,9 +3,10 @@
     python perplexity.py tokens MODEL SOURCE OUT.json --length 512 [--samples 16]    text or ids -> windows of ids
     python perplexity.py score FOLDER WINDOWS.json                                    -> mean nats per token
 
-`score` loads the folder with transformers, a compressed-tensors one too, whoever wrote it: its weights are
-decompressed by the compressed-tensors library itself, in float32, so 3 bits run where no kernel exists. Windows do
-not overlap, nothing is put before them, and every token but a window's first is predicted.
+`score` loads the folder with transformers, a compressed-tensors one too, whoever wrote it: its weights
+are decompressed by the compressed-tensors library itself, in float32, so 3 bits run where no kernel
+exists. Windows do not overlap, nothing is put before them, and every token but a window's first is
+predicted.
 
 The last line printed is a JSON object.
 """

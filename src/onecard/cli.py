@@ -466,6 +466,8 @@ class Progress:
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point. Turns problems into short messages and exit codes."""
+    # Threads that wait for each other by spinning stand still together on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

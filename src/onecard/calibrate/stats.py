@@ -12,7 +12,8 @@ which is exact per product and uses the matrix units where there are some.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -50,8 +51,13 @@ class Statistics:
     def hessian(self) -> Tensor:
         """2 X^T X / n; zeros when no token came."""
         assert self._products is not None, "no pass asked for the Hessian"
-        upper = self._products.triu()
-        return (upper + upper.triu(1).T) * (2.0 / max(self.count, 1))
+        h = self._products * (2.0 / max(self.count, 1))
+        for start in range(0, self.size, 512):  # below the diagonal, mirror what is above it
+            end = min(start + 512, self.size)
+            h[end:, start:end] = h[start:end, end:].T
+            corner = h[start:end, start:end]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+        return h
 
     @property
     def norm(self) -> Tensor:
@@ -73,14 +79,22 @@ class Statistics:
 
 def _add_products(products: Tensor, x: Tensor) -> None:
     """products += X^T X, in panels on and above the diagonal (the rest is its mirror image)."""
-    exact = x.dtype == torch.bfloat16
+    precision = multiply_in_bfloat16() if x.dtype == torch.bfloat16 else nullcontext()
     x = x.float()
-    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if exact else "ieee"  # type: ignore[attr-defined]
-    try:
+    with precision:
         for start in range(0, x.shape[1], PANEL):
             end = min(start + PANEL, x.shape[1])
             panel = x[:, start:end].T
             products[start:end, start:].addmm_(panel, x[:, start:])
+
+
+@contextmanager
+def multiply_in_bfloat16() -> Iterator[None]:
+    """float32 matrix products round their factors to bfloat16 and sum in float32, on the matrix units."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore[attr-defined]
+        matmul.fp32_precision = before

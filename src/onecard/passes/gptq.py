@@ -7,8 +7,8 @@ upper triangular, and d = w - q for the columns already rounded, column j aims a
 
     t_j = w_j + sum_{k<j} R_kj d_k / R_jj            loss = sum_j (R_jj (t_j - q_j))^2
 
-so one factorization of in^3 / 3 is enough and nothing is written back: the sum over finished blocks of
-columns is one matrix product per block, the rest a vector product per column.
+so one factorization of in^3 / 3 is enough and nothing is written back: the sum over finished panels of
+columns is one wide matrix product per panel, a narrow one per block, a vector product per column.
 
 Order `activation` takes columns by falling diag(H) on groups fixed beforehand (static), so nothing but
 the result is stored. Moving groups take their scale when they are reached, from the weights as the
@@ -35,7 +35,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from onecard.calibrate.stats import HESSIAN
+from onecard.calibrate.stats import HESSIAN, multiply_in_bfloat16
 from onecard.calibrate.walk import Reached
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import Format
@@ -46,6 +46,7 @@ from onecard.passes.base import BlockPass, check_groups
 from onecard.passes.quantize import AUTO, make_format, require_finite_scale
 
 PRUNED_SHARE = 0.02
+PANEL = 512
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,9 @@ class GPTQ(BlockPass):
 
 
 def output_power(w: Tensor, hessian: Tensor) -> Tensor:
-    """w H w^T per row: twice the mean square of the output, [rows]."""
-    return ((w @ hessian) * w).sum(1)
+    """w H w^T per row: twice the mean square of the output, [rows]; three digits are enough."""
+    with multiply_in_bfloat16():
+        return torch.linalg.vecdot(w @ hessian, w)
 
 
 def _share(loss: Tensor, power: Tensor) -> float:
@@ -185,10 +187,10 @@ def solve(w: Tensor, hessian: Tensor, format: Format, rounding: Rounding) -> Sol
     order = torch.arange(columns)
     if rounding.order == "activation":
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    r, _ = factor(hessian[order][:, order], rounding.damp)
-    target = w.T[order].contiguous()  # [in, rows]; every column of W is a row from here on
+    r, _ = factor(hessian[order[:, None], order], rounding.damp)
+    target = w.T.contiguous()[order]  # [in, rows]; every column of W is a row from here on
     keep = target != 0
-    pruned = float(keep.sum()) < (1 - PRUNED_SHARE) * keep.numel()
+    pruned = int(torch.count_nonzero(keep)) < (1 - PRUNED_SHARE) * keep.numel()
 
     rounded, searched = round_columns, search_grid
     if convert.native(w, hessian):
@@ -200,12 +202,18 @@ def solve(w: Tensor, hessian: Tensor, format: Format, rounding: Rounding) -> Sol
     moving = not rounding.static_groups
 
     block = math.gcd(rounding.block, group) if moving else rounding.block
+    panel = block * max(1, PANEL // block)
     errors = torch.zeros(columns, rows)  # d = w - q, float32
     codes = torch.empty(columns, rows, dtype=torch.int8)
     loss = torch.zeros(rows)
     for start in range(0, columns, block):
         end = min(start + block, columns)
-        carried = r[:start, start:end].T @ errors[:start]  # [block, rows]
+        if start % panel == 0:  # one wide product for what comes from earlier panels
+            ahead = min(start + panel, columns)
+            from_panels = r[:start, start:ahead].T @ errors[:start]  # [panel, rows]
+        first = start - start % panel
+        near = r[first:start, start:end].T @ errors[first:start]
+        carried = near.add_(from_panels[start - first : end - first])  # [block, rows]
         if moving and start % group == 0:
             stop = min(start + group, columns)
             now = _updated(target, r, errors, start, stop)

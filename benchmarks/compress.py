@@ -1,0 +1,152 @@
+"""What compressing costs: time and memory on the 1.1 B-parameter Llama shape, and how light the door is.
+
+    python benchmarks/compress.py [--model DIR] [--check]
+
+Makes the checkpoint (random weights, make_llama.py) unless one is given. Rounding to int4 under 2 GiB is
+timed beside copying the same file, A B A B in one run, and the ratio's median is printed with its
+spread; GPTQ int4 runs once under 3 GiB. Peak memory is the child's own maximum resident set. `--check`
+ends with an error where a figure misses what docs/performance.md promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROUNDS = 5
+SAMPLES, LENGTH = 16, 512
+
+
+def measured(command: list[str]) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a command; its failure is ours."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    said = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{said}")
+    scale = 1 if sys.platform == "darwin" else 1024
+    return time.perf_counter() - start, usage.ru_maxrss * scale
+
+
+def onecard(*words: object) -> list[str]:
+    return [sys.executable, "-m", "onecard", *map(str, words)]
+
+
+def copying(model: Path, work: Path) -> float:
+    """Seconds to copy the weights file."""
+    start = time.perf_counter()
+    shutil.copyfile(model / "model.safetensors", work / "copy")
+    seconds = time.perf_counter() - start
+    (work / "copy").unlink()
+    return seconds
+
+
+def rounding(model: Path, work: Path) -> dict[str, float]:
+    """Round-to-nearest int4 under 2 GiB against copying, interleaved."""
+    ratios, seconds, peaks = [], [], []
+    for _ in range(ROUNDS):
+        copied = copying(model, work)
+        took, peak = measured(
+            onecard("compress", model, work / "rtn", "--recipe", "rtn-int4", "--memory", "2GiB")
+        )
+        shutil.rmtree(work / "rtn")
+        ratios.append(copied / took)
+        seconds.append(took)
+        peaks.append(peak)
+    return {
+        "rtn_seconds": statistics.median(seconds),
+        "rtn_speed_of_copy": statistics.median(ratios),
+        "rtn_speed_of_copy_least": min(ratios),
+        "rtn_speed_of_copy_most": max(ratios),
+        "rtn_peak_bytes": max(peaks),
+    }
+
+
+def second_order(model: Path, work: Path) -> dict[str, float]:
+    """GPTQ int4 under 3 GiB on random ids."""
+    ids = work / "ids.json"
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    rows = [[(7919 * i + 104729 * s) % vocabulary for i in range(LENGTH)] for s in range(SAMPLES)]
+    ids.write_text(json.dumps(rows))
+    took, peak = measured(
+        onecard("compress", model, work / "gptq", "--recipe", "gptq-int4", "--data", ids,
+                "--memory", "3GiB")
+    )  # fmt: skip
+    report = json.loads((work / "gptq" / "report.json").read_text())["rows"]
+    planned = next(row["value"] for row in report if row["what"] == "planned_peak_bytes")
+    return {"gptq_seconds": took, "gptq_peak_bytes": peak, "gptq_planned_bytes": planned}
+
+
+def door() -> dict[str, float]:
+    """Seconds of `import onecard` and of `onecard --help`, the start of Python taken off; medians."""
+    found: dict[str, list[float]] = {"python": [], "import": [], "help": []}
+    for _ in range(9):
+        found["python"].append(measured([sys.executable, "-c", "pass"])[0])
+        found["import"].append(measured([sys.executable, "-c", "import onecard"])[0])
+        found["help"].append(measured(onecard("--help"))[0])
+    python = statistics.median(found["python"])
+    return {
+        "import_seconds": statistics.median(found["import"]) - python,
+        "help_seconds": statistics.median(found["help"]),
+    }
+
+
+LIMITS = {
+    "rtn_speed_of_copy": (0.5, None), "rtn_peak_bytes": (None, 2 << 30),
+    "gptq_peak_bytes": (None, 3 << 30), "import_seconds": (None, 0.2), "help_seconds": (None, 0.4),
+}  # fmt: skip
+
+
+def missed(figures: dict[str, float]) -> list[str]:
+    """The figures outside their limits."""
+    found = []
+    for name, (least, most) in LIMITS.items():
+        value = figures[name]
+        if (least is not None and value < least) or (most is not None and value > most):
+            found.append(f"{name} is {value:.4g}, promised {least or ''}..{most or ''}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--check", action="store_true")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        model = asked.model
+        if model is None:
+            model = work / "llama-1.1b"
+            subprocess.run(
+                [sys.executable, HERE / "make_llama.py", model, "--shape", "1.1b"], check=True
+            )
+        figures = {**door(), **rounding(model, work), **second_order(model, work)}
+    figures["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    for name, value in figures.items():
+        print(
+            f"{name:26} {value / 2**20:10.1f} MiB"
+            if "bytes" in name
+            else f"{name:26} {value:10.3f}"
+        )
+    results = HERE.parent / "results"
+    results.mkdir(exist_ok=True)
+    (results / "compress.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if asked.check and (problems := missed(figures)):
+        raise SystemExit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()
