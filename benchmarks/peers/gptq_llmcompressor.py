@@ -62,8 +62,8 @@ def main() -> None:
         json.dumps(
             {
                 "peer": f"llm-compressor {version}",
-                "used": f"damp {gptq.dampening_frac}, block {gptq.block_size}, act-order {args.actorder.value}, "
-                f"observer {args.observer}, {model.dtype}, {torch.get_num_threads()} threads",
+                "used": f"damp {gptq.dampening_frac}, block {gptq.block_size}, "
+                f"act-order {args.actorder.value}, observer {args.observer}, {model.dtype}, {torch.get_num_threads()} threads",
                 "load_seconds": loaded - began,
                 "seconds": solved - loaded,
                 "save_seconds": saved - solved,

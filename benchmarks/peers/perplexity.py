@@ -1,7 +1,7 @@
 """One evaluator for every result: runs inside llm-compressor's environment, started by gptq.py.
 
-    python perplexity.py tokens MODEL SOURCE OUT.json --length 512 [--samples 16]    text or ids -> windows of ids
-    python perplexity.py score FOLDER WINDOWS.json                                    -> mean nats per token
+    python perplexity.py tokens MODEL SOURCE OUT.json --length 512 [--samples 16]   windows of ids
+    python perplexity.py score FOLDER WINDOWS.json                              mean nats per token
 
 `score` loads the folder with transformers, a compressed-tensors one too, whoever wrote it: its weights
 are decompressed by the compressed-tensors library itself, in float32, so 3 bits run where no kernel
