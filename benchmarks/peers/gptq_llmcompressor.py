@@ -63,7 +63,8 @@ def main() -> None:
             {
                 "peer": f"llm-compressor {version}",
                 "used": f"damp {gptq.dampening_frac}, block {gptq.block_size}, "
-                f"act-order {args.actorder.value}, observer {args.observer}, {model.dtype}, {torch.get_num_threads()} threads",
+                f"act-order {args.actorder.value}, observer {args.observer}, "
+                f"{model.dtype}, {torch.get_num_threads()} threads",
                 "load_seconds": loaded - began,
                 "seconds": solved - loaded,
                 "save_seconds": saved - solved,
