@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from onecard.calibrate.walk import Reached
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format
+from onecard.core.format import Format, dense
 from onecard.core.report import Row
-from onecard.core.spec import Spec, linear_shapes, sites
+from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 
 
 class BlockPass(ABC):
@@ -84,15 +84,14 @@ class Recipe:
         formats = [p.format_of(columns) for p in self.passes]
         return next((format for format in reversed(formats) if format), None)
 
-    def output_bytes(self, spec: Spec, layer_index: int, element: int) -> int:
-        """Exact bytes of a block's linears after the recipe (`element`: bytes of a dense number)."""
-        layer = spec.layers[layer_index]
+    def output_bytes(self, spec: Spec, layer: LayerSpec, stored: str) -> int:
+        """Exact bytes of a block's linears after the recipe of a model stored in the dtype `stored`."""
         shapes = linear_shapes(spec, layer)
         touched = {name for site in sites(layer) for name in site.linears}
         total = 0
         for name, shape in shapes.items():
             format = self.output_format(shape[1]) if name in touched else None
-            total += format.bytes(shape) if format else shape[0] * shape[1] * element
+            total += replace(format or dense(stored), scale=stored).bytes(shape)
         return total
 
     def settings(self) -> list[dict[str, Any]]:

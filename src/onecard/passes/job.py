@@ -31,7 +31,7 @@ from onecard.checkpoint.save import (
     source_hashes,
     verify,
 )
-from onecard.checkpoint.shards import Array, pread, read_header, read_json
+from onecard.checkpoint.shards import Array, Checkpoint, pread, read_header, read_json
 from onecard.core.device import resident, resident_peak
 from onecard.core.errors import BadRequest
 from onecard.core.format import DTYPE_BYTES, Format, parse_format
@@ -214,7 +214,7 @@ def make_plan(source: Source, recipe: Recipe, settings: Settings, ids: Tensor | 
     stored = DTYPE_BYTES[source.dtype]
     linears = sum(weight_count(spec, layer) for layer in spec.layers) * stored
     output = source.checkpoint.nbytes - linears
-    output += sum(recipe.output_bytes(spec, i, stored) for i in range(spec.num_layers))
+    output += sum(recipe.output_bytes(spec, layer, source.dtype) for layer in spec.layers)
     state = 0 if ids is None else ids.numel() * spec.hidden * element
     base = resident()
     stem = 0 if ids is None else max(
@@ -344,7 +344,8 @@ def compress(job: Prepared, progress: Progress = lambda done, total, what: None)
         write_text(journal.folder / "recipe.yaml", to_yaml(recipe))
         about = {"source": hashes.result(), **made(job)}
         complete(journal.folder, source, config_with(source, formats), weights, about)
-    report = summary(job, rows, time.perf_counter() - started)
+    after = Checkpoint(journal.folder).nbytes
+    report = summary(job, rows, after, time.perf_counter() - started)
     write_text(journal.folder / "report.json", report.to_json())
     journal.publish(job.settings.force)
     return report
@@ -422,10 +423,10 @@ def made(job: Prepared) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
-def summary(job: Prepared, rows: list[Row], seconds: float) -> Report:
-    """The report of a finished job."""
+def summary(job: Prepared, rows: list[Row], after: int, seconds: float) -> Report:
+    """The report of a finished job; `after` is the bytes of its tensors."""
     source = job.source
-    before, after = source.checkpoint.nbytes, job.plan.output
+    before = source.checkpoint.nbytes
     count = parameter_count(source)
     notes = [(f"reference: {p.title}", p.paper) for p in job.recipe.passes]
     notes.append(("convention: bits per weight", "8 * bytes of all tensors / parameters, "
