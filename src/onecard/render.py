@@ -188,7 +188,13 @@ def _rich(table: Table) -> RichTable:
     title = Text(table.title, "bold")
     drawn = RichTable(title=title, title_justify="left", box=None, pad_edge=False)
     for label, number in zip(table.head, table.numeric, strict=True):
-        drawn.add_column(Text(label, "dim"), justify="right" if number else "left", overflow="fold")
+        widest = max(map(len, label.split()), default=0)
+        drawn.add_column(
+            Text(label, "dim"),
+            justify="right" if number else "left",
+            overflow="fold",
+            min_width=widest,
+        )
     for name, lines in table.groups:
         if name:
             drawn.add_row(Text(name, "dim italic"))
@@ -277,7 +283,7 @@ def _comparison_answer(rows: list[Row], variants: list[str]) -> str:
     near = [name for name in rivals if _sure(quality[name]) <= (1 + NEAR) * level]
     within = f"{100 * NEAR:g} % of {original}"
     if near:
-        best = min(near, key=lambda name: _sure(size[name]))
+        best = min(near, key=lambda name: (_sure(size[name]), _sure(quality[name])))
         start = f"{best} is the smallest that keeps perplexity within {within}"
     else:
         best = min(rivals, key=lambda name: _sure(quality[name]))
