@@ -49,8 +49,8 @@ HEADLINE = ("format", "file_bytes", "bits_per_weight", "perplexity", "kl", "top1
 ANSWER = ("file_bytes", "perplexity", "top1_agreement", "accuracy", "decode_tokens_per_second")
 LABELS = {
     "file_bytes": "file size", "disk_bytes": "size on disk", "output_bytes": "output size",
-    "kl": "KL from original", "top1_agreement": "top-1 agreement", "energy_joules": "energy",
-    "decode_tokens_per_second": "generation", "prompt_tokens_per_second": "prompt reading",
+    "kl": "KL", "top1_agreement": "top-1 agreement", "energy_joules": "energy",
+    "decode_tokens_per_second": "decode", "prompt_tokens_per_second": "prompt reading",
     "bandwidth_share": "share of bandwidth", "operations_share": "share of operations",
     "peak_memory_bytes": "peak memory", "planned_peak_bytes": "planned peak memory",
     "seconds": "time",
