@@ -44,7 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from onecard.nn.families import family_of, spec_of
@@ -115,6 +115,9 @@ def train_tokenizer(texts: list[str], path: Path) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(  # prompts begin as documents do
+        single=f"{END} $A", special_tokens=[(END, tokenizer.token_to_id(END))]
+    )
     tokenizer.save(str(path))
     return tokenizer
 
@@ -122,7 +125,8 @@ def train_tokenizer(texts: list[str], path: Path) -> Tokenizer:
 def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """One long row of tokens, each document opened by <|endoftext|>."""
     end = tokenizer.token_to_id(END)
-    rows = (token for e in tokenizer.encode_batch_fast(texts) for token in (end, *e.ids))
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    rows = (token for e in encoded for token in (end, *e.ids))
     return np.fromiter(rows, dtype=np.uint16)
 
 
@@ -346,7 +350,7 @@ def ship(model: Transformer, corpus: Path, run: Path, out: Path) -> None:
 def sample(model: Transformer, tokenizer: Tokenizer, prompt: str, count: int, heat: float) -> str:
     """`count` tokens behind a prompt, seeded by it."""
     generator = torch.Generator().manual_seed(len(prompt))
-    ids = [CONFIG["bos_token_id"], *tokenizer.encode(prompt).ids]
+    ids = tokenizer.encode(prompt).ids
     for _ in range(count):
         chances = torch.softmax(model(torch.tensor([ids]))[0, -1].float() / heat, -1)
         token = int(torch.multinomial(chances, 1, generator=generator))

@@ -297,6 +297,9 @@ def test_compress_report_run_eval(tiny: Path, tmp_path: Path, text_file: Path,
                 "--length", 64, "--json") == 0  # fmt: skip
     printed = json.loads(capsys.readouterr().out)
     assert {"rows", "environment"} <= printed.keys()
+    proven = {row["what"]: row for row in printed["rows"] if row["where"] == "model"}
+    assert proven["perplexity"]["before"] > 1 and proven["kl"]["value"] > 0
+    assert [title for title, _ in printed["notes"]].count("sample: compressed") == 1
     assert (out / "report.html").read_text().lower().startswith("<!doctype html>")
     assert call("report", out, "--json") == 0
     assert json.loads(capsys.readouterr().out)["rows"] == printed["rows"]

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "onecard"
 FLOORS = (
     ("core", "__init__"), ("kernels",), ("nn",), ("checkpoint", "parallel"), ("calibrate", "runtime"),
-    ("passes", "evaluate", "export", "serve"), ("search", "inspect", "harness"),
+    ("passes", "evaluate", "export", "serve"), ("search", "inspect", "harness", "prove"),
     ("bench", "render", "demo"), ("cli",), ("__main__",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

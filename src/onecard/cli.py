@@ -128,6 +128,8 @@ def compress(
     dry_run: Annotated[bool, Flag] = False,
     resume: Annotated[bool, Flag] = False,
     force: Annotated[bool, Flag] = False,
+    prove: bool | None = None,
+    held_out: Path | None = None,
     json: Json = False,
 ) -> None:
     """Compress MODEL into the folder OUT by a recipe. Run it again to go on after an interruption.
@@ -145,10 +147,14 @@ def compress(
     dry_run: print the plan (peak memory, disk, time, output size) and stop
     resume: where OUT is finished already by the same command, say so and stop
     force: replace OUT, and throw away unfinished work of another job
+    prove: measure quality against the original and show samples; by itself for small models only
+    held_out: text to prove it on; without it, the shipped held-out text
     """
-    from onecard.calibrate.data import Calibration
+    from onecard.calibrate.data import Calibration, read_text
     from onecard.passes import find_recipe
     from onecard.passes import job as jobs
+    from onecard.prove import is_small
+    from onecard.prove import prove as proof
     from onecard.render import to_html
 
     cap = None if memory is None else parse_size(memory)
@@ -157,12 +163,18 @@ def compress(
         say(f"{out} is finished")
         show(Report.from_json((out / "report.json").read_text(encoding="utf-8")), json)
         return
+    if held_out is not None:
+        read_text(held_out)
     prepared = jobs.prepare(model, out, find_recipe(recipe), settings)
     if dry_run:
         show(Report(prepared.plan.rows(), title="Plan, nothing was done"), json)
         return
     with Progress("compressing") as progress:
         found = jobs.compress(prepared, progress)
+        if prove or (prove is None and is_small(int(found.value("parameters") or 0), cap)):
+            found = proof(model, out, found, held_out, progress)
+        elif prove is None:
+            say(f"its quality was not measured: onecard eval {out} --against {model}")
     write_text(out / "report.html", to_html(found))
     show(found, json)
     say(f"model: {out}\nreport: {out / 'report.html'}")

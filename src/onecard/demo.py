@@ -26,9 +26,7 @@ from onecard.passes.gptq import GPTQ
 from onecard.passes.job import Settings, compress, parameter_count, prepare
 from onecard.passes.prune import Prune
 from onecard.passes.quantize import RoundToNearest
-from onecard.runtime.engine import complete, prompt_ids
-from onecard.runtime.reference import TorchExecutor
-from onecard.runtime.sample import Sampling
+from onecard.prove import PROMPT, sample
 
 VARIANTS = (
     Recipe("int8", (RoundToNearest(bits=8),)),
@@ -38,7 +36,6 @@ VARIANTS = (
     Recipe("int3 GPTQ", (GPTQ(bits=3),)),
     Recipe("50 % pruning", (Prune(share=0.5),)),
 )
-PROMPT = "The function returns"
 DOCUMENTS = Reading(documents="<|endoftext|>", limit=64)
 CALIBRATION = Calibration(samples=64, length=512)
 
@@ -96,8 +93,7 @@ def measure(
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """Bytes, quality, speed and a sample of one variant."""
     quality = evaluate(model, text, DOCUMENTS, dense, where=name)
-    ids = prompt_ids(model.tokenizer, PROMPT)
-    result = complete(TorchExecutor(model), model.tokenizer, ids, Sampling(48, ignore_eos=True))
+    result = sample(model)
     rows = [
         Row.of(name, "file_bytes", nbytes),
         Row.of(name, "bits_per_weight", 8 * nbytes / count),
