@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from onecard.checkpoint import save
-from onecard.checkpoint.load import Source, load_model
+from onecard.checkpoint.load import Source, load_model, verify
 from onecard.checkpoint.shards import Checkpoint, read_header, write_file
 from onecard.core.errors import BadRequest
 from onecard.passes import Prune, RoundToNearest
@@ -50,7 +50,7 @@ def test_large_results_are_sharded(
     assert len(files) > 3 and all((tmp_path / "many" / name).is_file() for name in files)
     assert index["metadata"]["total_size"] == Checkpoint(tmp_path / "one").nbytes
     assert torch.equal(logits(tmp_path / "many"), logits(tmp_path / "one"))
-    save.verify(tmp_path / "many")
+    verify(tmp_path / "many")
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "many", dtype=torch.float32)
     with torch.no_grad():
         assert (peer(IDS).logits - logits(tmp_path / "many")).abs().max() < 1e-4
@@ -94,6 +94,10 @@ def test_untied_and_tied_heads(tmp_path: Path) -> None:
     save_file(found, untied / "model.safetensors", {"format": "pt"})
     network = load_model(untied, tokenizer=False).network
     assert network.tail.head.weight is network.stem.embedding.weight
+    compress(prepare(untied, tmp_path / "said", Recipe("r", (RoundToNearest(8),)), Settings()))
+    assert (
+        json.loads((tmp_path / "said" / "config.json").read_text())["tie_word_embeddings"] is True
+    )
 
 
 def test_mixed_dtypes(tiny: Path, tmp_path: Path) -> None:
@@ -118,7 +122,9 @@ def test_scales_follow_the_stored_dtype(tmp_path: Path, dtype: str) -> None:
     found = load_file(tmp_path / "out" / "model.safetensors")
     scales = {str(v.dtype) for k, v in found.items() if k.endswith("weight_scale")}
     assert scales == {f"torch.{dtype}"}
-    assert report.value("file_bytes") == sum(v.nbytes for v in found.values())
+    size = sum(v.nbytes for v in found.values())
+    assert report.value("bits_per_weight") == 8 * size / report.value("parameters")
+    assert report.value("file_bytes") == (tmp_path / "out" / "model.safetensors").stat().st_size
 
 
 def test_extra_tensors_are_named(tiny: Path, tmp_path: Path) -> None:

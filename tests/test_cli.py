@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import struct
@@ -266,6 +267,97 @@ def test_group_that_does_not_divide(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert call("compress", folder, tmp_path / "out", "--recipe", recipe) == 2
     error = capsys.readouterr().err
     assert "feed_forward.down" in error and "176" in error
+
+
+@pytest.mark.parametrize("where", ["parent", "cwd", "home", "stranger"])
+def test_force_replaces_only_results(
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    """--force never removes the source, a folder above it, where one stands, or a stranger's folder."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("precious")
+    source = tiny
+    if where == "parent":
+        source = Path(shutil.copytree(tiny, folder / "model"))
+    elif where == "cwd":
+        monkeypatch.chdir(folder)
+    elif where == "home":
+        monkeypatch.setenv("HOME", str(folder))
+    for words in (("compress", source, folder, "--recipe", "rtn-int8", "--force"),
+                  ("demo", folder, "--force")):  # fmt: skip
+        assert call(*words) == 2, words
+    assert (folder / "notes.txt").read_text() == "precious"
+    assert where != "parent" or (source / "model.safetensors").is_file()
+    assert len(capsys.readouterr().err.strip().splitlines()) <= 6
+
+
+def test_output_through_a_link(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert call("compress", tiny, tmp_path / "link", "--recipe", "rtn-int8", "--no-prove") == 0
+    assert (tmp_path / "real" / "config.json").is_file()
+    assert (
+        call(
+            "compress", tiny, tmp_path / "real" / ".." / "two", "--recipe", "rtn-int8", "--no-prove"
+        )
+        == 0
+    )
+    assert (tmp_path / "two" / "report.html").is_file()
+    assert call("compress", tiny, tmp_path / ("x" * 250), "--recipe", "rtn-int8") == 2
+
+
+def test_alias_bombs_are_refused(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [
+        f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]" for i in range(9)
+    ]
+    bomb = tmp_path / "bomb.yaml"
+    bomb.write_text("\n".join([*lines, "good_for: *j", "passes: [rtn: {bits: 8}]"]))
+    assert call("compress", tiny, tmp_path / "out", "--recipe", bomb) == 2
+    assert "aliases" in capsys.readouterr().err
+
+
+def test_prompt_from_standard_input(tiny: Path, capsys: pytest.CaptureFixture,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The quick"))
+    assert call("run", tiny, "-", "--max-tokens", 2, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rows"]
+
+
+def test_chat(tiny: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversation longer than the context goes on without its oldest turns; --json is one report."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello there\n" * 6))
+    assert call("chat", tiny, "--max-tokens", 60, "--seed", 1) == 0
+    assert "left out" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert call("chat", tiny, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == []
+
+
+def test_help_describes_every_option(capsys: pytest.CaptureFixture) -> None:
+    assert call("compress", "--help") == 0
+    text = capsys.readouterr().out
+    for words in ("calibration text", "cap for the whole process", "print the plan"):
+        assert words in text
+
+
+def test_unexpected_errors_are_short(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onecard import inspect
+
+    def broken(*ignored: object) -> None:
+        raise KeyError("inner")
+
+    monkeypatch.setattr(inspect, "inspect_model", broken)
+    assert call("inspect", "demo") == 1
+    error = capsys.readouterr().err
+    assert "--debug" in error and "Traceback" not in error
 
 
 def test_no_space_left(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture,

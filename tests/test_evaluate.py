@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from conftest import TEXT
 
+import onecard.evaluate
 from onecard.checkpoint.load import load_model
 from onecard.core.errors import BadRequest
 from onecard.evaluate import Reading, choose, cut, evaluate, log_likelihood, read_questions
@@ -99,6 +101,28 @@ def test_pieces_cover_the_text_once(model: Model, text_file: Path) -> None:
     assert "windows of 40" in said and "stride 10" in said
 
 
+@pytest.mark.parametrize("stride", [0, 39, 10])
+def test_bos_in_every_window_loses_no_token(model: Model, stride: int) -> None:
+    """Each window predicts what the one before did not; with the tail all tokens are predicted."""
+    ids = model.tokenizer.encode(TEXT[:2000])
+    pieces, said = cut(
+        model.tokenizer, TEXT[:2000], Reading(40, stride, "each", keep_tail=True), 256
+    )
+    assert [i for p in pieces for i in p.ids[p.first :]] == ids
+    assert sum(p.nbytes for p in pieces) == len(TEXT[:2000].encode())
+    assert all(p.ids[0] == 0 and len(p.ids) <= 40 for p in pieces)
+    assert "last partial window kept" in said
+    dropped, said = cut(model.tokenizer, TEXT[:2000], Reading(40, stride, "each"), 256)
+    assert dropped == pieces[: len(dropped)] and len(dropped) >= len(pieces) - 1
+
+
+def test_limit_takes_the_first_windows(model: Model) -> None:
+    every, _ = cut(model.tokenizer, TEXT[:2000], Reading(40), 256)
+    pieces, said = cut(model.tokenizer, TEXT[:2000], Reading(40, limit=3), 256)
+    assert pieces == every[:3] and f"only the first 3 of {len(every)} windows" in said
+    assert cut(model.tokenizer, TEXT[:2000], Reading(40, limit=999), 256)[0] == every
+
+
 def test_choices(model: Model, tmp_path: Path) -> None:
     questions = tmp_path / "q.jsonl"
     rows = [{"question": "The quick brown", "choices": [" fox", " zzqqxj"], "gold": 0}] * 3
@@ -111,6 +135,29 @@ def test_choices(model: Model, tmp_path: Path) -> None:
         for c in (" fox", " zzqqxj")
     ]
     assert found.value("accuracy") == float(scores[0] > scores[1])
+    assert "BOS none" in found.notes[0][1]
+
+
+@pytest.mark.parametrize("bad", [
+    b'{"question": "\xff", "choices": ["a"], "gold": 0}', b"[" * 100_000, b"[]", b"1", b"",
+    b'{"question": 1, "choices": ["a"], "gold": 0}', b'{"question": "", "choices": "ab", "gold": 0}',
+    b'{"question": "", "choices": ["a", 1], "gold": 0}', b'{"question": "", "choices": [], "gold": 0}',
+    b'{"question": "", "choices": ["a", " "], "gold": 0}', b'{"question": "", "choices": ["a"]}',
+    b'{"question": "", "choices": ["a", "b"], "gold": true}',
+    b'{"question": "", "choices": ["a", "b"], "gold": 1.0}',
+    b'{"question": "", "choices": ["a", "b"], "gold": "1"}',
+    b'{"question": "", "choices": ["a", "b"], "gold": 2}',
+])  # fmt: skip
+def test_bad_questions(tmp_path: Path, bad: bytes) -> None:
+    (tmp_path / "q.jsonl").write_bytes(bad)
+    with pytest.raises(BadRequest, match=r"q\.jsonl"):
+        read_questions(tmp_path / "q.jsonl")
+
+
+def test_a_question_may_hold_other_line_separators(tmp_path: Path) -> None:
+    row = '{"question": "a\u2028b", "choices": ["c"], "gold": 0}\r\n'
+    (tmp_path / "q.jsonl").write_bytes(row.encode())
+    assert read_questions(tmp_path / "q.jsonl")[0].question == "a\u2028b"
 
 
 @pytest.mark.parametrize("name", ["piqa_valid", "arc_easy_test", "openbookqa_test"])
@@ -123,8 +170,8 @@ def test_choice_files_are_read(data: Path, stories: Path, name: str) -> None:
 
 def test_log_likelihood_is_the_sum_over_the_answer(model: Model) -> None:
     total, greedy = log_likelihood(model, "The quick", " brown fox")
-    ids = [0, *model.tokenizer.encode("The quick brown fox")]
-    split = 1 + len(model.tokenizer.encode("The quick"))
+    ids = model.tokenizer.encode("The quick brown fox")
+    split = len(model.tokenizer.encode("The quick"))
     with torch.no_grad():
         logp = torch.log_softmax(model.network(torch.tensor([ids]))[0], -1)
     wanted = sum(float(logp[i - 1, ids[i]]) for i in range(split, len(ids)))
@@ -132,8 +179,24 @@ def test_log_likelihood_is_the_sum_over_the_answer(model: Model) -> None:
     assert greedy == all(int(logp[i - 1].argmax()) == ids[i] for i in range(split, len(ids)))
 
 
+def test_bos_is_where_the_tokenizer_puts_it(
+    model: Model, stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In front of a prompt only if the tokenizer adds it; in front of an empty prompt always."""
+    seen: list[list[int]] = []
+    monkeypatch.setattr(
+        onecard.evaluate, "token_likelihood", lambda model, head, rest: seen.append(head) or (0.0, True)
+    )  # fmt: skip
+    llama = load_model(stories)
+    assert llama.tokenizer.adds_bos and not model.tokenizer.adds_bos
+    for subject, prompt in ((model, "The"), (model, ""), (llama, "The"), (llama, "")):
+        log_likelihood(subject, prompt, " quick")
+    assert seen[:2] == [model.tokenizer.encode("The"), [model.tokenizer.bos_id]]
+    assert seen[2:] == [[1, *llama.tokenizer.encode("The")], [1]]
+
+
 def test_bad_readings(model: Model) -> None:
-    for reading in (Reading(1000), Reading(20, 30)):
+    for reading in (Reading(1000), Reading(20, 30), Reading(1)):
         with pytest.raises(BadRequest):
             evaluate(model, "some text " * 50, reading)
     with pytest.raises(BadRequest):
@@ -168,6 +231,13 @@ def test_harness_adapter(harness, tiny: Path, model: Model) -> None:  # type: ig
     assert rolling == pytest.approx(log_likelihood(model, "", text)[0], rel=1e-5)
     long = "The quick brown fox jumps over the lazy dog. " * 60
     (rolling,) = lm.loglikelihood_rolling([request(long)])
-    assert math.isfinite(rolling) and rolling < 0
+    ids = model.tokenizer.encode(long)
+    wanted, body = 0.0, model.spec.max_context - 1
+    for start in range(0, len(ids), body):
+        part = torch.tensor([[0, *ids[start : start + body]]])
+        with torch.no_grad():
+            logp = torch.log_softmax(model.network(part)[0, :-1], -1)
+        wanted += float(logp.gather(-1, part[0, 1:, None]).double().sum())
+    assert len(ids) > 2 * body and rolling == pytest.approx(wanted, rel=1e-5)
     (out,) = lm.generate_until([request("The quick", {"until": ["."], "max_gen_toks": 8})])
     assert isinstance(out, str) and "." not in out

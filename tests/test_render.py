@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from onecard.core.errors import BadRequest
 from onecard.core.report import Report, Row, Value
 from onecard.render import to_html, to_terminal
 
@@ -209,13 +210,51 @@ def test_an_answer_may_be_given() -> None:
         ("seconds", 99.97, "100.0 s"), ("seconds", 7261, "2 h 1 min"),
         ("parameters", 7.24e9, "7.24 billion"), ("unheard_of", -1e-9, "-1e-09"),
         ("calibration_tokens", 262144, "262,144"), ("format", "int4-g128", "int4-g128"),
-        ("streamed", True, "yes"), ("unheard_of", 0.00123456, "0.001235"),
+        ("read_bandwidth", 23.456e9, "23.46 GB/s"), ("peak_fp32", 98.7654e9, "98.77 GOP/s"),
+        ("peak_int8", 1.5e12, "1.500 TOP/s"), ("peak_memory_bytes", 1024, "1.00 KiB"),
+        ("accuracy_by_length", 0.25, "25.00 %"), ("streamed", True, "yes"),
+        ("unheard_of", 0.00123456, "0.001235"),
     ],
 )  # fmt: skip
 def test_numbers_for_eyes(what: str, value: Value, shown: str) -> None:
-    units = {"kl": "nat", "bits_per_weight": "bit"}
+    units = {"kl": "nat", "bits_per_weight": "bit", "read_bandwidth": "B/s", "peak_fp32": "1/s",
+             "peak_int8": "1/s"}  # fmt: skip
     report = Report((Row("model", what, value, units.get(what, "")),))
     assert shown in Page(to_html(report)).text.splitlines()
+
+
+def test_recipes_are_a_plain_list() -> None:
+    rows = tuple(Row(name, "good_for", f"what {name} is for") for name in ("int8", "gptq-int4"))
+    for shown in (to_terminal(Report(rows, title="Recipes")), Page(to_html(Report(rows))).text):
+        assert "recorded" not in shown and "Measured" not in shown
+        assert shown.count("gptq-int4") == 2 and shown.count("int8") == 2
+
+
+def test_rows_are_in_sensible_groups() -> None:
+    rows = (Row("model", "questions", 3), Row("model", "accuracy", 0.5), Row("model", "part_bytes", 9),
+            Row("plan", "disk_bytes", 1), Row("plan", "output_bytes", 1))  # fmt: skip
+    shown = to_terminal(Report(rows))
+    assert "Memory and work" not in shown
+    assert "working space on disk" in shown and "output size" in shown
+    assert shown.index("Size") < shown.index("output size") < shown.index("Quality")
+    assert shown.index("Quality") < shown.index("questions")
+
+
+ROW = '{"rows": [{"where": "a", "what": "b", "value": 1}]'
+
+
+@pytest.mark.parametrize("junk", [
+    "", "[" * 100_000, '{"rows":' * 100_000, "[]", "1", "null", "{}", '{"rows": 1}',
+    '{"rows": [1]}', '{"rows": [{}]}', '{"rows": [{"where": 1, "what": "b", "value": 1}]}',
+    '{"rows": [{"where": "a", "what": "b", "value": []}]}', ROW + ', "title": 1}',
+    ROW + ', "notes": 1}', ROW + ', "notes": [[1, 2]]}', ROW + ', "notes": [["a"]]}',
+    ROW + ', "environment": []}', ROW + ', "environment": {"a": []}}',
+    '{"rows": [' + "9" * 5000 + "]}",
+])  # fmt: skip
+def test_junk_is_no_report(junk: str) -> None:
+    assert Report.from_json(ROW + "}").value("b") == 1
+    with pytest.raises(BadRequest, match="not a report"):
+        Report.from_json(junk)
 
 
 @pytest.mark.parametrize("name", REPORTS)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,16 +26,21 @@ from onecard.core.settings import parse_size
 if TYPE_CHECKING:
     from onecard.checkpoint.tokenizer import Tokenizer
     from onecard.nn.model import Model
+    from onecard.runtime.chat import Conversation
     from onecard.runtime.engine import Executor, Piece, Result
+    from onecard.runtime.sample import Sampling
 
 app = App(
     name="onecard",
     help="Make a large model fit and run fast on the one card, or the one CPU, that you have.\n\n"
-    "MODEL is a folder, a hub id such as org/name, or `demo` for the shipped model.",
+    "MODEL is a folder, a hub id such as org/name, or `demo` for the shipped model. --json prints one "
+    "report; --debug shows the traceback of an error.",
     version=__version__,
     help_format="plaintext",
 )
 
+QUIET = 10.0
+"""Seconds between lines of progress where there is no terminal."""
 Json = Annotated[
     bool, Parameter(name="--json", negative="", help="print one JSON report, nothing else")
 ]
@@ -50,7 +57,8 @@ def info(*, refresh: Annotated[bool, Flag] = False, json: Json = False) -> None:
 
     Parameters
     ----------
-    refresh: measure again instead of using the cached figures
+    refresh
+        measure again instead of using the cached figures
     """
     from onecard.kernels import cpu
 
@@ -63,9 +71,12 @@ def inspect(model: str, /, *, context: int = 2048, batch: int = 1, json: Json = 
 
     Parameters
     ----------
-    model: a model folder, hub id, or demo
-    context: tokens of context for the KV cache
-    batch: sequences at once for the KV cache
+    model
+        a model folder, hub id, or demo
+    context
+        tokens of context for the KV cache
+    batch
+        sequences at once for the KV cache
     """
     from onecard.inspect import inspect_model
 
@@ -78,7 +89,8 @@ def recipes(name: str | None = None, /, *, json: Json = False) -> None:
 
     Parameters
     ----------
-    name: print this recipe as YAML, to start one of your own from
+    name
+        print this recipe as YAML, to start one of your own from
     """
     from onecard.core.report import Row
     from onecard.passes import RECIPES, find_recipe, to_yaml
@@ -96,7 +108,8 @@ def report(folder: Path, /, *, json: Json = False) -> None:
 
     Parameters
     ----------
-    folder: a folder with a report.json
+    folder
+        a folder with a report.json
     """
     from onecard.render import to_html
 
@@ -136,19 +149,32 @@ def compress(
 
     Parameters
     ----------
-    model: a model folder, hub id, or demo
-    out: the folder to write; it appears when everything is done
-    recipe: a name from `onecard recipes`, or a YAML file
-    data: calibration text (UTF-8), or a .json list of lists of token ids; without it, shipped text
-    samples: windows of calibration text
-    length: tokens per window
-    dtype: what blocks are run in while calibrating
-    memory: cap for the whole process, 3GiB say; refused at once where it cannot be kept
-    dry_run: print the plan (peak memory, disk, time, output size) and stop
-    resume: where OUT is finished already by the same command, say so and stop
-    force: replace OUT, and throw away unfinished work of another job
-    prove: measure quality against the original and show samples; by itself for small models only
-    held_out: text to prove it on; without it, the shipped held-out text
+    model
+        a model folder, hub id, or demo
+    out
+        the folder to write; it appears when everything is done
+    recipe
+        a name from `onecard recipes`, or a YAML file
+    data
+        calibration text (UTF-8), or a .json list of lists of token ids; without it, shipped text
+    samples
+        windows of calibration text
+    length
+        tokens per window
+    dtype
+        what blocks are run in while calibrating
+    memory
+        cap for the whole process, 3GiB say; refused at once where it cannot be kept
+    dry_run
+        print the plan (peak memory, disk, time, output size) and stop
+    resume
+        where OUT is finished already by the same command, say so and stop
+    force
+        replace OUT, and throw away unfinished work of another job
+    prove
+        measure quality against the original and show samples; by itself for small models only
+    held_out
+        text to prove it on; without it, the shipped held-out text
     """
     from onecard.calibrate.data import Calibration, read_text
     from onecard.passes import find_recipe
@@ -169,13 +195,19 @@ def compress(
     if dry_run:
         show(Report(prepared.plan.rows(), title="Plan, nothing was done"), json)
         return
+
+    def page(folder: Path, made: Report) -> Report:
+        write_text(folder / "report.html", to_html(made))
+        return made
+
     with Progress("compressing") as progress:
-        found = jobs.compress(prepared, progress)
+        found = jobs.compress(prepared, progress, page)
         if prove or (prove is None and is_small(int(found.value("parameters") or 0), cap)):
             found = proof(model, out, found, held_out, progress)
+            write_text(out / "report.json", found.to_json())
+            write_text(out / "report.html", to_html(found))
         elif prove is None:
             say(f"its quality was not measured: onecard eval {out} --against {model}")
-    write_text(out / "report.html", to_html(found))
     show(found, json)
     say(f"model: {out}\nreport: {out / 'report.html'}")
 
@@ -188,12 +220,14 @@ def demo(
     force: Annotated[bool, Flag] = False,
     json: Json = False,
 ) -> None:
-    """Compress the shipped model five ways, prove what each costs, run them, write a report.
+    """Compress the shipped model six ways, prove what each costs, run them, write a report.
 
     Parameters
     ----------
-    out: folder for the models and the report (default: ./onecard-demo)
-    force: replace OUT
+    out
+        folder for the models and the report (default: ./onecard-demo)
+    force
+        replace OUT
     """
     from onecard.demo import run_demo
     from onecard.render import to_html
@@ -231,22 +265,36 @@ def evaluate(
 
     Parameters
     ----------
-    model: a model folder, hub id, or demo
-    data: text to read; without it, the shipped held-out text
-    against: a reference model for KL and top-1 agreement
-    window: tokens per context (0: the model's own, at most 2048)
-    stride: tokens between windows (0: the window)
-    bos: where the beginning-of-sequence token goes: start, each, none
-    documents: cut the text at this separator; each document is read on its own
-    limit: only the first N documents or questions (0: all)
-    task: JSON lines of {question, choices, gold} instead of a text
-    template: how a question becomes a prompt
-    dtype: what to compute in (auto: as stored)
+    model
+        a model folder, hub id, or demo
+    data
+        text to read; without it, the shipped held-out text
+    against
+        a reference model for KL and top-1 agreement
+    window
+        tokens per context (0: the model's own, at most 2048)
+    stride
+        tokens between windows (0: the window)
+    bos
+        where the beginning-of-sequence token goes: start, each, none
+    documents
+        cut the text at this separator; each document is read on its own
+    limit
+        only the first N documents or questions (0: all)
+    task
+        JSON lines of {question, choices, gold} instead of a text
+    template
+        how a question becomes a prompt
+    dtype
+        what to compute in (auto: as stored)
     """
     from onecard import evaluate as ev
     from onecard.calibrate.data import read_text
 
     reading = ev.Reading(window, stride, bos, documents, limit)
+    if task and (data or against or window or stride or documents):
+        raise BadRequest("--task answers questions, it reads no text", do="leave out --data, --against, "
+                         "--window, --stride and --documents")  # fmt: skip
     questions = ev.read_questions(task)[: limit or None] if task else []
     text = "" if task else read_text(data, "held_out.txt")
     if data is None and documents is None:
@@ -268,7 +316,7 @@ def evaluate(
 @app.command
 def run(
     model: str,
-    prompt: str,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     /,
     *,
     max_tokens: int = 128,
@@ -288,17 +336,28 @@ def run(
 
     Parameters
     ----------
-    model: a model folder, hub id, or demo
-    prompt: the text to continue; - reads it from standard input
-    max_tokens: new tokens at most
-    temperature: 0 is greedy
-    top_k: keep the k likeliest tokens (0: all)
-    top_p: keep the likeliest tokens up to this probability
-    min_p: drop tokens below this share of the likeliest
-    repetition_penalty: above 1 makes repeating less likely
-    seed: the same seed gives the same text
-    stop: end where this text appears (may be given several times)
-    ignore_eos: go on behind the model's end token
+    model
+        a model folder, hub id, or demo
+    prompt
+        the text to continue; - reads it from standard input
+    max_tokens
+        new tokens at most
+    temperature
+        0 is greedy
+    top_k
+        keep the k likeliest tokens (0: all)
+    top_p
+        keep the likeliest tokens up to this probability
+    min_p
+        drop tokens below this share of the likeliest
+    repetition_penalty
+        above 1 makes repeating less likely
+    seed
+        the same seed gives the same text
+    stop
+        end where this text appears (may be given several times)
+    ignore_eos
+        go on behind the model's end token
     """
     from onecard.runtime.engine import generate, prompt_ids
     from onecard.runtime.sample import Sampling
@@ -336,15 +395,24 @@ def chat(
 
     Parameters
     ----------
-    model: a model folder, hub id, or demo
-    system: instructions in front of the conversation
-    max_tokens: new tokens per answer at most
-    temperature: 0 is greedy
-    top_k: keep the k likeliest tokens (0: all)
-    top_p: keep the likeliest tokens up to this probability
-    min_p: drop tokens below this share of the likeliest
-    repetition_penalty: above 1 makes repeating less likely
-    seed: the same seed gives the same answers
+    model
+        a model folder, hub id, or demo
+    system
+        instructions in front of the conversation
+    max_tokens
+        new tokens per answer at most
+    temperature
+        0 is greedy
+    top_k
+        keep the k likeliest tokens (0: all)
+    top_p
+        keep the likeliest tokens up to this probability
+    min_p
+        drop tokens below this share of the likeliest
+    repetition_penalty
+        above 1 makes repeating less likely
+    seed
+        the same seed gives the same answers
     """
     from onecard.runtime.chat import Conversation
     from onecard.runtime.sample import Sampling
@@ -356,10 +424,28 @@ def chat(
     executor, tokenizer = executor_of(model, dtype, device)
     talk = Conversation(tokenizer, system)
     result = None
+    sampling = replace(sampling, max_tokens=min(max_tokens, max(1, executor.max_context // 2)))
     while question := _ask():
-        result = stream(talk.ask(executor, question, sampling), quiet=json)
+        result = stream(_reply(talk, executor, question, sampling), quiet=json)
     if result is not None:
         finish(model, result, json)
+    elif json:
+        show(Report((), environment(model=model)), True)
+
+
+def _reply(
+    talk: Conversation, executor: Executor, question: str, sampling: Sampling
+) -> Iterator[Piece]:
+    """The answer; the oldest turns are left out, and that is said, when the context is full."""
+    while True:
+        try:
+            return talk.ask(executor, question, sampling)
+        except BadRequest:
+            first = 1 if talk.messages and talk.messages[0]["role"] == "system" else 0
+            if len(talk.messages) < first + 2:
+                raise
+            del talk.messages[first : first + 2]
+            say("(the context is full: the oldest question and answer were left out)")
 
 
 def _ask() -> str:
@@ -415,16 +501,13 @@ def load(model: str, dtype: str, device: str) -> Model:
 
     from onecard.checkpoint.hub import find_model
     from onecard.checkpoint.load import load_model
-    from onecard.checkpoint.save import verify
 
     kind = device.split(":", maxsplit=1)[0]
     if kind not in ("cpu", "cuda"):
         raise BadRequest(f"there is no device {device!r}", do=nearest(device, ("cpu", "cuda")))
     if kind == "cuda" and not torch.cuda.is_available():
         raise BadRequest("no CUDA device is available here", do="--device cpu")
-    folder = find_model(model)
-    verify(folder)
-    return load_model(folder, None if dtype == "auto" else dtype, device)
+    return load_model(find_model(model), None if dtype == "auto" else dtype, device)
 
 
 def show(found: Report, json: bool) -> None:
@@ -448,7 +531,8 @@ class Progress:
     """A progress bar with time left on standard error; a few plain lines where that is no terminal."""
 
     def __init__(self, what: str) -> None:
-        self.what, self.last = what, -1
+        self.what = what
+        self.began = self.last = time.monotonic()
         self.bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -470,6 +554,10 @@ class Progress:
             self.bar.update(
                 self.task, completed=done, total=total, description=f"{self.what}: {what}"
             )
+        elif time.monotonic() - self.last > QUIET and 0 < done < total:
+            self.last = time.monotonic()
+            left = (self.last - self.began) / done * (total - done)
+            say(f"{self.what}: {what}, {done} of {total}, about {left:.0f} s left")
 
     def __exit__(self, *failure: object) -> None:
         if self.bar is not None:
@@ -508,8 +596,15 @@ def main(arguments: list[str] | None = None) -> None:
         advice = "free some space; the same command goes on" if full else ""
         code = _fail(Problem(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), do=advice),
                      debug)  # fmt: skip
+    except RecursionError as error:
+        code = _fail(BadRequest("the input is nested too deeply", seen=str(error)), debug)
     except MemoryError:
         code = _fail(Problem("the machine ran out of memory", do="give a --memory cap"), debug)
+    except Exception as error:
+        if debug:
+            raise
+        code = _fail(Problem(f"onecard failed: {type(error).__name__}: {str(error)[:200]}",
+                             do="this is a bug; --debug shows where"), debug)  # fmt: skip
     sys.exit(code)
 
 

@@ -23,7 +23,7 @@ from onecard.evaluate import Progress, Reading, evaluate
 from onecard.nn.model import Model
 from onecard.passes.base import Recipe
 from onecard.passes.gptq import GPTQ
-from onecard.passes.job import Settings, compress, parameter_count, prepare
+from onecard.passes.job import Settings, compress, file_bytes, parameter_count, prepare
 from onecard.passes.prune import Prune
 from onecard.passes.quantize import RoundToNearest
 from onecard.prove import PROMPT, sample
@@ -49,8 +49,9 @@ def run_demo(
             "the shipped model is missing from this installation", do="reinstall onecard"
         )
     check_target(out, SHIPPED, force)
+    out = out.resolve()
     if force:
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)  # check_target has seen that it is a result
         shutil.rmtree(partial_of(out), ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     started, steps = time.perf_counter(), len(VARIANTS) + 1
@@ -58,7 +59,7 @@ def run_demo(
     progress(0, steps, "dense")
     dense = load_model(SHIPPED)
     checkpoint, count = Checkpoint(SHIPPED), parameter_count(Source(SHIPPED))
-    rows, notes = measure(dense, dense, "dense", text, checkpoint.nbytes, count)
+    rows, notes = measure(dense, dense, "dense", text, checkpoint, count)
     conventions = []
     for number, recipe in enumerate(VARIANTS):
         progress(number + 1, steps, recipe.name)
@@ -66,8 +67,7 @@ def run_demo(
         prepared = prepare(SHIPPED, folder, recipe, Settings(CALIBRATION))
         found = compress(prepared)
         variant = load_model(folder)
-        nbytes = Checkpoint(folder).nbytes
-        more, said = measure(variant, dense, recipe.name, text, nbytes, count)
+        more, said = measure(variant, dense, recipe.name, text, Checkpoint(folder), count)
         rows += more
         rows.append(Row(recipe.name, "compress_seconds", found.value("seconds", "walk"), "s"))
         notes += said
@@ -89,14 +89,14 @@ def run_demo(
 
 
 def measure(
-    model: Model, dense: Model, name: str, text: str, nbytes: int, count: int
+    model: Model, dense: Model, name: str, text: str, checkpoint: Checkpoint, count: int
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """Bytes, quality, speed and a sample of one variant."""
     quality = evaluate(model, text, DOCUMENTS, dense, where=name)
     result = sample(model)
     rows = [
-        Row.of(name, "file_bytes", nbytes),
-        Row.of(name, "bits_per_weight", 8 * nbytes / count),
+        Row.of(name, "file_bytes", file_bytes(checkpoint)),
+        Row.of(name, "bits_per_weight", 8 * checkpoint.nbytes / count),
         *(row for row in quality.rows if row.what in ("perplexity", "kl", "top1_agreement")),
         Row.of(name, "decode_tokens_per_second", result.decode_tokens_per_second),
     ]

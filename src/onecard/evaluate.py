@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,7 +41,9 @@ class Reading:
     """How a text is read. `window` 0 is the model's context, at most 2048; `stride` 0 is the window.
 
     `bos`: `start` puts it once in front of the text as the tokenizer itself does, `each` in front of
-    every window, `none` nowhere. Documents have it in front where the tokenizer knows one.
+    every window, `none` nowhere. Documents have it in front where the tokenizer knows one. `limit`
+    takes the first documents, or without `documents` the first windows. `keep_tail` keeps the last
+    window although it is shorter: log likelihoods of whole texts need it, means gain little.
     """
 
     window: int = 0
@@ -49,6 +51,7 @@ class Reading:
     bos: Literal["start", "each", "none"] = "start"
     documents: str | None = None
     limit: int = 0
+    keep_tail: bool = False
 
     def __post_init__(self) -> None:
         for name in ("window", "stride", "limit"):
@@ -124,6 +127,8 @@ def cut(tokenizer: Tokenizer, text: str, reading: Reading, context: int) -> tupl
     stride = reading.stride or window
     if reading.window > context:
         raise BadRequest(f"windows of {reading.window} tokens, the model's context is {context}")
+    if window < 2:
+        raise BadRequest("windows of one token predict nothing", do="--window 2 or more")
     if stride > window:
         raise BadRequest(f"a stride of {stride} skips text between windows of {window}")
     ids, ends = _encoded(tokenizer, text)
@@ -132,11 +137,14 @@ def cut(tokenizer: Tokenizer, text: str, reading: Reading, context: int) -> tupl
     if reading.bos == "start" and tokenizer.adds_bos:
         ids, ends = bos + ids, [0, *ends]
     body = window - len(each)
-    starts = list(range(0, max(len(ids) - body, 0) + 1, stride)) if len(ids) > body else [0]
+    stride = min(stride, body)  # a BOS in every window leaves room for one token less
+    starts = _starts(len(ids), body, stride, reading.keep_tail)
+    limited = starts[: reading.limit] if reading.limit else starts
     pieces = []
-    for number, start in enumerate(starts):
+    for start in limited:
         piece = each + ids[start : start + body]
-        first = max(1, len(piece) - stride) if number else 1
+        seen = start + body - stride if start else 0  # where the window before ended
+        first = max(1, len(each) + seen - start)
         if len(piece) > first:
             begin = start + first - len(each)
             pieces.append(Piece(tuple(piece), first, ends[start + len(piece) - len(each) - 1]
@@ -145,11 +153,22 @@ def cut(tokenizer: Tokenizer, text: str, reading: Reading, context: int) -> tupl
         raise BadRequest(f"the text gives {len(ids)} tokens, too few to predict any")
     policy = {"start": "as the tokenizer sets it, once" if tokenizer.adds_bos else "none set by the "
               "tokenizer", "each": "in front of every window", "none": "none"}[reading.bos]  # fmt: skip
-    tail = "last partial window dropped" if len(starts) > 1 else "one window"
+    kept = "kept" if reading.keep_tail else "dropped"
+    tail = f"last partial window {kept}" if len(starts) > 1 else "one window"
+    if len(limited) < len(starts):
+        tail = f"only the first {len(limited)} of {len(starts)} windows"
     return pieces, (
         f"one stream, windows of {window} tokens, stride {stride}, BOS {policy}, {tail}; mean over "
         "all predicted tokens"
     )
+
+
+def _starts(count: int, body: int, stride: int, keep_tail: bool) -> list[int]:
+    """Where windows of `body` tokens begin; with `keep_tail` the last reaches the end."""
+    starts = list(range(0, max(count - body, 0) + 1, stride))
+    if keep_tail and starts[-1] + body < count:
+        starts.append(starts[-1] + stride)
+    return starts
 
 
 def _documents(
@@ -251,23 +270,37 @@ def read_questions(path: Path) -> list[Question]:
     """Questions from JSON lines of {question, choices, gold}. BadRequest names the bad line."""
     if not path.is_file():
         raise BadRequest(f"there is no file of questions {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{path} is not UTF-8 text", seen=str(error)) from error
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other line separators
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            question = Question(
-                str(row["question"]), tuple(map(str, row["choices"])), int(row["gold"])
-            )
-            if not 0 <= question.gold < len(question.choices):
-                raise ValueError(f"gold {question.gold} of {len(question.choices)} choices")
-        except (ValueError, KeyError, TypeError) as error:
+            questions.append(_question(json.loads(line)))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadRequest(f"{path}, line {number} is not a question", seen=str(error)) from error
-        questions.append(question)
     if not questions:
         raise BadRequest(f"{path} holds no questions")
     return questions
+
+
+def _question(row: Any) -> Question:
+    """A question from one line's JSON. Raises ValueError, KeyError or TypeError."""
+    text, choices, gold = row["question"], row["choices"], row["gold"]
+    if not isinstance(text, str):
+        raise TypeError("the question is not a string")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise TypeError("choices is not a list of strings")
+    if not all(choice.strip() for choice in choices):
+        raise ValueError("an answer is empty")
+    if isinstance(gold, bool) or not isinstance(gold, int):
+        raise TypeError("gold is not a whole number")
+    if not 0 <= gold < len(choices):
+        raise ValueError(f"gold {gold} of {len(choices)} choices")
+    return Question(text, tuple(choices), gold)
 
 
 def choose(
@@ -284,19 +317,20 @@ def choose(
         scores = [
             log_likelihood(model, prompt, " " + choice.strip())[0] for choice in question.choices
         ]
-        sizes = [max(len(choice.strip().encode()), 1) for choice in question.choices]
+        sizes = [len(choice.strip().encode("utf-8", "replace")) for choice in question.choices]
         right += scores.index(max(scores)) == question.gold
         rates = [score / size for score, size in zip(scores, sizes, strict=True)]
         right_by_byte += rates.index(max(rates)) == question.gold
     count = len(questions)
+    bos = "in front as the tokenizer sets it" if model.tokenizer.adds_bos else "none"
     return Report(
         (Row.of(where, "accuracy", right / count),
          Row(where, "accuracy_by_length", right_by_byte / count),
          Row(where, "questions", count)),
         environment(),
         notes=(("convention: accuracy",
-                f"zero-shot, prompt {TEMPLATES[template]!r}, answer after one space; by_length divides "
-                "the log likelihood by the answer's UTF-8 bytes"),),
+                f"zero-shot, prompt {TEMPLATES[template]!r}, BOS {bos}, answer after one space; "
+                "by_length divides the log likelihood by the answer's UTF-8 bytes"),),
     )  # fmt: skip
 
 
@@ -304,15 +338,16 @@ def choose(
 def log_likelihood(model: Model, prompt: str, answer: str) -> tuple[float, bool]:
     """log p(answer | prompt), and whether greedy decoding would give the answer.
 
-    The answer's tokens are those that the whole text has and the prompt has not.
+    The answer's tokens are those that the whole text has and the prompt has not. BOS is in front where
+    the tokenizer itself puts it, and where nothing else is: the first token needs a context.
     """
     tokenizer = model.tokenizer
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    head = bos + tokenizer.encode(prompt)
-    whole = bos + tokenizer.encode(prompt + answer)
+    head, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
     split = next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b),
-                 min(len(head), len(whole) - 1))  # fmt: skip
-    return token_likelihood(model, whole[:split], whole[split:])
+                 max(min(len(head), len(whole) - 1), 0))  # fmt: skip
+    needed = tokenizer.bos_id is not None and (tokenizer.adds_bos or split == 0)
+    bos = [tokenizer.bos_id] if needed and tokenizer.bos_id is not None else []
+    return token_likelihood(model, bos + whole[:split], whole[split:])
 
 
 @torch.no_grad()

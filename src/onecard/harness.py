@@ -41,12 +41,17 @@ class OnecardLM(LM):
         ]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """log p of each whole text, in windows of the model's context that do not overlap."""
+        """log p of each whole text, every token predicted once, in windows of the model's context.
+
+        BOS is in front of each; where there is none, windows share a token, so that only the first
+        token of the text has no context.
+        """
+        context = self.model.spec.max_context
+        reading = Reading(context, context - 1, bos="each", keep_tail=True)
         found = []
         for request in requests:
             (text,) = request.args
-            context = self.model.spec.max_context
-            pieces, _ = cut(self.model.tokenizer, text, Reading(context, bos="each"), context)
+            pieces, _ = cut(self.model.tokenizer, text, reading, context)
             found.append(-sum(tally(self.model, [piece], None).nats for piece in pieces))
         return found
 

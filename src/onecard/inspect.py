@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from onecard.checkpoint.hub import find_model
 from onecard.checkpoint.packed import Schemes
@@ -12,12 +13,13 @@ from onecard.core.report import Report, Row, environment
 from onecard.core.spec import Spec
 from onecard.nn.families import family_of
 
+# The first that fits: embed_out is a head, and self_attn_layer_norm a norm.
 PARTS = (
-    ("embedding", ("embed", "wte", "wpe", "project_in", "project_out")),
     ("head", ("lm_head", "embed_out")),
+    ("embedding", ("embed", "wte", "wpe", "project_in", "project_out")),
     ("experts", (".experts.", ".shared_expert.")),
-    ("attention", ("attn", "attention.")),
     ("norms", ("norm", "ln_")),
+    ("attention", ("attn", "attention.")),
     ("feed-forward", ("mlp", "fc1", "fc2", "block_sparse_moe", "dense_")),
 )
 
@@ -33,12 +35,16 @@ def inspect_model(model: str, context: int = 2048, batch: int = 1) -> Report:
     family = family_of(config)
     spec = family.spec(config)
     checkpoint = Checkpoint(folder)
+    if not checkpoint.entries:
+        raise BadRequest(f"{folder} holds no model", seen="there are no tensors in its files")
+    file_bytes = sum(path.stat().st_size for path in checkpoint.files)
     sizes: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
     for name, entry in checkpoint.entries.items():
         sizes[part_of(name)] += entry.nbytes
         dtypes[entry.dtype] += entry.nbytes
-    rows = [Row.of("model", "file_bytes", checkpoint.nbytes)]
+    sizes["headers"] = file_bytes - checkpoint.nbytes
+    rows = [Row.of("model", "file_bytes", file_bytes)]
     rows += [Row(part, "part_bytes", size, "B") for part, size in sizes.most_common()]
     rows += [
         Row("model", "architecture", family.architecture),
@@ -53,8 +59,11 @@ def inspect_model(model: str, context: int = 2048, batch: int = 1) -> Report:
         ),
         Row("kv cache", "cache_bytes", kv_bytes(spec, context, batch), "B"),
     ]
-    notes = (("convention: kv cache", f"{batch} x {context} tokens, 2 bytes per number"),)
-    return Report(tuple(rows), environment(), folder.name, notes)
+    notes = [("convention: kv cache", f"{batch} x {context} tokens, 2 bytes per number")]
+    if context > spec.max_context:
+        text = f"{context} tokens are more than the {spec.max_context} that the model is made for"
+        notes.append(("context", text))
+    return Report(tuple(rows), environment(), folder.name, tuple(notes))
 
 
 def part_of(name: str) -> str:
@@ -65,12 +74,12 @@ def part_of(name: str) -> str:
     return "other"
 
 
-def formats(config: dict, checkpoint: Checkpoint) -> list[str]:
+def formats(config: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
     """Names of the packed formats in a folder, none for a dense one."""
     packed = [n.removesuffix(".weight_packed") for n in checkpoint.entries if n.endswith("_packed")]
     if not packed:
         return []
-    schemes = Schemes(config.get("quantization_config") or {})
+    schemes = Schemes(config.get("quantization_config"))
     return sorted({schemes.format_of(name).name for name in packed})
 
 

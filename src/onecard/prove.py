@@ -12,7 +12,7 @@ from pathlib import Path
 from onecard.calibrate.data import read_text
 from onecard.checkpoint.load import load_model
 from onecard.core.device import available_memory
-from onecard.core.report import Report, Row, write_text
+from onecard.core.report import Report, Row
 from onecard.evaluate import Progress, Reading, evaluate
 from onecard.nn.model import Model
 from onecard.runtime.engine import Result, complete, prompt_ids
@@ -42,7 +42,7 @@ def prove(
     original: str | Path, result: Path, report: Report, text: Path | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> Report:  # fmt: skip
-    """`report` with perplexity before and after, KL, agreement and samples; report.json is rewritten."""
+    """`report` with perplexity before and after, KL, agreement and samples."""
     dense, made = load_model(original), load_model(result)
     words = read_text(text, "held_out.txt")
     reading = DOCUMENTS if text is None else Reading()
@@ -57,7 +57,5 @@ def prove(
              for name, model in (("original", dense), ("compressed", made))]  # fmt: skip
     name = text.name if text else "the shipped held-out text"
     notes += [(title, f"{name}: {said}") for title, said in after.notes]
-    whole = replace(report, rows=(*report.rows[:3], *rows, *report.rows[3:]),
+    return replace(report, rows=(*report.rows[:3], *rows, *report.rows[3:]),
                     notes=(*report.notes, *notes))  # fmt: skip
-    write_text(result / "report.json", whole.to_json())
-    return whole

@@ -36,10 +36,10 @@ from onecard.core.report import Report, Row, Value
 from onecard.core.settings import format_size
 
 GROUPS = {
-    "Size": ("format", "file_bytes", "disk_bytes", "output_bytes", "bits_per_weight", "parameters",
-             "sparsity"),
+    "Size": ("format", "file_bytes", "part_bytes", "disk_bytes", "output_bytes", "bits_per_weight",
+             "parameters", "sparsity"),
     "Quality": ("perplexity", "nats_per_token", "bits_per_byte", "kl", "top1_agreement",
-                "accuracy"),
+                "accuracy", "accuracy_by_length", "predicted_tokens", "questions"),
     "Speed": ("decode_tokens_per_second", "prompt_tokens_per_second", "time_to_first_token",
               "bandwidth_share", "operations_share", "energy_joules"),
 }  # fmt: skip
@@ -48,22 +48,25 @@ HEADLINE = ("format", "file_bytes", "bits_per_weight", "perplexity", "kl", "top1
             "accuracy", "decode_tokens_per_second")  # fmt: skip
 ANSWER = ("file_bytes", "perplexity", "top1_agreement", "accuracy", "decode_tokens_per_second")
 LABELS = {
-    "file_bytes": "file size", "disk_bytes": "size on disk", "output_bytes": "output size",
+    "file_bytes": "file size", "disk_bytes": "working space on disk",
+    "output_bytes": "output size", "part_bytes": "size",
     "kl": "KL", "top1_agreement": "top-1 agreement", "energy_joules": "energy",
     "decode_tokens_per_second": "decode", "prompt_tokens_per_second": "prompt reading",
     "bandwidth_share": "share of bandwidth", "operations_share": "share of operations",
     "peak_memory_bytes": "peak memory", "planned_peak_bytes": "planned peak memory",
     "seconds": "time",
 }  # fmt: skip
-SHARES = {"top1_agreement", "accuracy", "bandwidth_share", "operations_share", "sparsity",
-          "relative_output_error", "relative_weight_error"}  # fmt: skip
-MORE_IS_BETTER = {*GROUPS["Speed"], "top1_agreement", "accuracy", "calibration_tokens"} - {
-    "time_to_first_token", "energy_joules"}  # fmt: skip
+SHARES = {"top1_agreement", "accuracy", "accuracy_by_length", "bandwidth_share",
+          "operations_share", "sparsity", "relative_output_error", "relative_weight_error"}  # fmt: skip
+MORE_IS_BETTER = {*GROUPS["Speed"], "top1_agreement", "accuracy", "accuracy_by_length",
+                  "calibration_tokens"} - {"time_to_first_token", "energy_joules"}  # fmt: skip
 PREFIXES, TITLES = ("sample", "reference", "convention"), ("answer", "run")
 DECIMALS = {"perplexity": 3, "bits_per_weight": 2, "nats_per_token": 4, "bits_per_byte": 4, "kl": 4}
-WORDS = {"B": ("larger", "smaller"), "1/s": ("faster", "slower"), "s": ("longer", "shorter")}
+WORDS = {"B": ("larger", "smaller"), "1/s": ("faster", "slower"), "s": ("longer", "shorter"),
+         "B/s": ("faster", "slower")}  # fmt: skip
 HEAT = ("relative_output_error", "relative_weight_error", "sparsity")
-VARIANT = {"file_bytes", "bits_per_weight", "decode_tokens_per_second", *GROUPS["Quality"]}
+VARIANT = {"file_bytes", "bits_per_weight", "decode_tokens_per_second", *GROUPS["Quality"]} - {
+    "predicted_tokens", "questions"}  # fmt: skip
 ORIGINALS = ("dense", "original", "baseline")
 NEAR = 0.01
 """A variant keeps the quality when its perplexity rises by no more than this share."""
@@ -267,6 +270,8 @@ def _answer(rows: list[Row], variants: list[str]) -> str:
         change = f" ({_change(row)})" if _change(row) else ""
         before = "" if row.before is None else f"from {_before(row)} to "
         parts.append(f"{_label(row.what)} {before}{_shown(row)}{change}")
+    if rows and _listing(rows):
+        return "Each name, and what it is good for."
     if not parts:
         return f"{len(rows)} values were recorded." if rows else "Nothing was measured."
     return f"{_capital('; '.join(parts))}."
@@ -296,9 +301,17 @@ def _comparison_answer(rows: list[Row], variants: list[str]) -> str:
 # Tables.
 
 
+def _listing(rows: list[Row]) -> bool:
+    """Whether nothing was measured: the rows only say what recipes are good for."""
+    return all(row.what == "good_for" for row in rows)
+
+
 def _before_after(rows: list[Row]) -> list[Table]:
     if not rows:
         return []
+    if _listing(rows):
+        lines = [[Cell(row.where), Cell(_shown(row))] for row in rows]
+        return [Table("Good for", ("name", "good for"), [("", lines)])]
     changed = any(row.before is not None for row in rows)
     usual = "model" if any(row.where == "model" for row in rows) else rows[0].where
     groups = []
@@ -529,6 +542,11 @@ def _shown(row: Row) -> str:
         return format_size(number)
     if unit == "s":
         return _duration(number)
+    if unit == "B/s":
+        return f"{_figures(number / 1e9)} GB/s"
+    if unit == "1/s" and what.startswith("peak_"):
+        tera = abs(number) >= 1e12
+        return f"{_figures(number / (1e12 if tera else 1e9))} {'TOP/s' if tera else 'GOP/s'}"
     if unit == "1/s":
         digits = 0 if abs(number) >= 100 else 1 if abs(number) >= 10 else 2
         return f"{number:,.{digits}f} {'tok/s' if 'token' in what else unit}"

@@ -18,11 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from onecard.checkpoint.shards import Array, Checkpoint, sha256_of, write_file
+from onecard.checkpoint.shards import Array, Checkpoint, read_json, sha256_of, write_file
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.settings import format_size
 
 Key = Mapping[str, Any]
+LONGEST_NAME = 200
 
 
 class Journal:
@@ -32,6 +33,7 @@ class Journal:
         self.out, self.folder = out, partial_of(out)
         self.key = json.loads(json.dumps(key, sort_keys=True))
         self.lines: list[dict[str, Any]] = []
+        self.fresh = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         try:
@@ -114,6 +116,10 @@ class Journal:
             )
         return file
 
+    def discard(self) -> None:
+        """Leave nothing behind: the request turned out to be impossible."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def publish(self, replace: bool) -> None:
         """The completed folder gets its final name, in one step."""
         for name in ("journal.jsonl", "lock"):
@@ -138,20 +144,37 @@ def partial_of(out: Path) -> Path:
 
 
 def check_target(out: Path, source: Path, force: bool) -> None:
-    """OUT can be written: not the source, not a file, empty or to be replaced."""
-    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+    """OUT can be written: apart from the source, not a file, empty, or a result to be replaced."""
+    out, source = out.resolve(), source.resolve()
+    if out == source or source in out.parents:
         raise BadRequest(f"the output {out} lies in the source", do="give another folder")
+    for kept in (source, Path.cwd().resolve(), Path.home().resolve()):
+        if out == kept or out in kept.parents:
+            raise BadRequest(f"the output {out} would replace {kept}", do="give another folder")
+    if len(out.name.encode()) > LONGEST_NAME:
+        raise BadRequest(f"the name {out.name[:40]}... is too long for a folder")
     if out.exists() and not out.is_dir():
         raise BadRequest(f"{out} is a file", do="give a folder")
     if out.is_dir() and any(out.iterdir()) and not force:
         raise BadRequest(
-            f"{out} is not empty", do="give a new folder, or --force to replace what is there"
+            f"{out} is not empty", do="give a new folder, or --force to replace a former result"
+        )
+    if out.is_dir() and any(out.iterdir()) and not is_result(out):
+        raise BadRequest(
+            f"{out} is not empty and no result of onecard", do="--force replaces only results"
         )
     parent = out.parent
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK) or not parent.is_dir():
         raise BadRequest(f"{parent} cannot be written to")
+
+
+def is_result(folder: Path) -> bool:
+    """A folder that onecard wrote: it has a manifest, or the report of a demo."""
+    if (folder / "manifest.json").is_file():
+        return "onecard" in read_json(folder / "manifest.json")
+    return (folder / "report.json").is_file() and "rows" in read_json(folder / "report.json")
 
 
 def check_space(out: Path, needed: int) -> None:

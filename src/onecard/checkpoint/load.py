@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from onecard.checkpoint.hub import find_model
 from onecard.checkpoint.packed import Schemes
-from onecard.checkpoint.shards import Array, Checkpoint, read_json
+from onecard.checkpoint.shards import Array, Checkpoint, read_json, sha256_of
 from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format, Weight
+from onecard.core.format import DENSE, Format, Weight
 from onecard.core.spec import Spec
 from onecard.kernels.reference import DTYPES, NAMES, pack, unpack
 from onecard.nn.families import Family, Stored, family_of
@@ -55,6 +55,7 @@ class Source:
                 and f"{head}.weight_packed" not in self.checkpoint
             ):
                 self.spec = replace(self.spec, tied=True)
+                self.config = {**self.config, "tie_word_embeddings": True}
         self.extra = self._check()
 
     @property
@@ -147,12 +148,19 @@ class Source:
                             f"{self.folder} lacks the tensor {name}",
                             do="the download is incomplete, or config.json is another model's",
                         )
-                    seen = self.checkpoint.entries[name].shape
+                    seen, dtype = (
+                        self.checkpoint.entries[name].shape,
+                        self.checkpoint.entries[name].dtype,
+                    )
+                    if part in ("weight", "bias") and dtype not in DENSE:
+                        raise BadRequest(
+                            f"{name} is stored as {dtype}", do=f"weights are {', '.join(DENSE)}"
+                        )
                     if seen != shape:
                         raise BadRequest(
                             f"{name} has shape {list(seen)}, config.json makes it {list(shape)}"
                         )
-        extra = (set(self.checkpoint.entries) - expected) - {self.name("lm_head") + ".weight"}
+        extra = set(self.checkpoint.entries) - expected
         return tuple(sorted(name for name in extra if not name.endswith(IGNORED)))
 
     def _expected(
@@ -184,11 +192,18 @@ class Source:
     # reading
 
     def tensor(self, name: str) -> Tensor:
-        """One stored tensor."""
+        """One stored tensor. BadRequest where it holds NaN or infinite values."""
         entry, data = self.checkpoint.read(name)
         if not data.size:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        return torch.frombuffer(data.data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+        tensor = torch.frombuffer(data.data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+        if not is_finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise BadRequest(
+                f"{name} holds {bad} values that are NaN or infinite",
+                do="the checkpoint is damaged or was trained into overflow: fetch it again",
+            )
+        return tensor
 
     def stem(self, dtype: torch.dtype | None = None) -> Stem:
         return self._filled(Stem, None, dtype)
@@ -329,14 +344,42 @@ def as_array(tensor: Tensor) -> Array:
     return NAMES[tensor.dtype], tuple(tensor.shape), data
 
 
+MANIFEST = "manifest.json"
+
+
+def verify(folder: Path) -> None:
+    """The files of a result are those its manifest names. BadRequest where one was damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    files = read_json(path).get("files")
+    for name, expected in (files if isinstance(files, dict) else {}).items():
+        file = folder / Path(str(name)).name
+        if not file.is_file():
+            raise BadRequest(f"{folder} lacks {name}, which its manifest names")
+        if sha256_of(file) != expected:
+            raise BadRequest(
+                f"{file} is not what was written: its sha256 differs from the manifest's",
+                do="copy the result again, or delete manifest.json if you changed it yourself",
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Neither NaN nor infinite anywhere: both survive in the smallest or the largest value."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
 def load_model(
     folder: str | Path, dtype: str | None = None, device: str = "cpu", tokenizer: bool = True
 ) -> Model:
     """A whole model in memory. `dtype`: fp32, bf16, fp16 or None for what is stored.
 
-    Raises BadRequest when the folder is not a model that can be run.
+    Raises BadRequest when the folder is not a model that can be run, or is a damaged result.
     """
     source = Source(folder)
+    verify(source.folder)
     kind = DTYPES[dtype or source.dtype]
     with torch.device("meta"):
         network = Transformer(replace(source.spec, tied=False))

@@ -7,7 +7,6 @@ same layout under `quant_method: onecard`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,8 @@ METHODS = ("compressed-tensors", "onecard")
 class Schemes:
     """The weight formats that a `quantization_config` declares."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Any) -> None:
+        config = _object(config, "itself")
         method = config.get("quant_method")
         layout = config.get("format", "pack-quantized")
         if method not in METHODS or layout not in ("pack-quantized", "dense"):
@@ -29,11 +29,12 @@ class Schemes:
                 do="readable: compressed-tensors pack-quantized (integers of 2 to 8 bits)",
             )
         self.targets: list[tuple[str, Format]] = []
-        for group in (config.get("config_groups") or {}).values():
+        for name, found in _object(config.get("config_groups"), "config_groups").items():
+            group = _object(found, name)
             if group.get("input_activations"):
                 raise BadRequest("the model quantizes activations too, which is not run yet")
-            format = _format(group.get("weights") or {})
-            self.targets += [(str(target), format) for target in group.get("targets", ())]
+            format = _format(_object(group.get("weights"), "weights"))
+            self.targets += [(target, format) for target in _targets(group.get("targets"))]
 
     def format_of(self, module: str) -> Format:
         """The format of a packed module; exact names win over patterns, patterns over classes."""
@@ -44,19 +45,39 @@ class Schemes:
         raise BadRequest(f"{module} is packed, but no scheme of quantization_config covers it")
 
 
+def _object(value: Any, name: str) -> Mapping[str, Any]:
+    """An object of the file; it may hold anything, absent is empty."""
+    if value is not None and not isinstance(value, Mapping):
+        raise BadRequest(f"quantization_config: {name} is not an object")
+    return value or {}
+
+
+def _targets(value: Any) -> list[str]:
+    """The names of what a scheme covers."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise BadRequest("quantization_config: targets is not a list of names")
+    return value
+
+
 def _exact(target: str, module: str) -> bool:
     return target == module
 
 
 def _pattern(target: str, module: str) -> bool:
-    """Patterns come from a file: only literals with `.*` are honoured, so none can run away."""
+    """Patterns come from a file: only literals with `.*` are honoured, so none can run away.
+
+    They are looked for one behind the other: as a regular expression, twenty of them could take years.
+    """
     if not target.startswith("re:"):
         return False
-    pieces = target[3:].rstrip("$").split(".*")
-    return (
-        re.match(".*".join(re.escape(piece.replace("\\.", ".")) for piece in pieces), module)
-        is not None
-    )
+    first, *rest = (piece.replace("\\.", ".") for piece in target[3:].rstrip("$").split(".*"))
+    at = len(first) if module.startswith(first) else -1
+    for piece in rest:
+        start = module.find(piece, at) if at >= 0 else -1
+        at = start + len(piece) if start >= 0 else -1
+    return at >= 0
 
 
 def _class(target: str, module: str) -> bool:
@@ -75,7 +96,10 @@ def _format(weights: Mapping[str, Any]) -> Format:
     bits = weights.get("num_bits")
     if isinstance(bits, bool) or not isinstance(bits, int):
         raise BadRequest(f"quantization_config: num_bits is {bits!r}")
-    return integers(bits, group, zero_point=not weights.get("symmetric", True))
+    symmetric = weights.get("symmetric", True)
+    if not isinstance(symmetric, bool):
+        raise BadRequest(f"quantization_config: symmetric is {str(symmetric)[:80]}")
+    return integers(bits, group, zero_point=not symmetric)
 
 
 def quantization_config(

@@ -19,13 +19,12 @@ from torch import nn
 
 from onecard import __version__
 from onecard.checkpoint.journal import check_target, partial_of
-from onecard.checkpoint.load import Source, stored_arrays
+from onecard.checkpoint.load import MANIFEST, Source, stored_arrays
 from onecard.checkpoint.packed import quantization_config
 from onecard.checkpoint.shards import (
     copy_range,
     header_of,
     read_header,
-    read_json,
     sha256_of,
     write_chunks,
     write_file,
@@ -37,7 +36,6 @@ from onecard.nn.layers import Linear
 from onecard.nn.model import Model
 
 SINGLE_FILE = 256 << 20
-MANIFEST = "manifest.json"
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
            "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
            "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")  # fmt: skip
@@ -96,22 +94,6 @@ def source_hashes(source: Source) -> dict[str, str]:
     """sha256 of the source's weights and config."""
     files = [*source.checkpoint.files, source.folder / "config.json"]
     return {file.name: sha256_of(file) for file in files}
-
-
-def verify(folder: Path) -> None:
-    """The files of a result are those its manifest names. BadRequest where one was damaged."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return
-    for name, expected in (read_json(path).get("files") or {}).items():
-        file = folder / Path(str(name)).name
-        if not file.is_file():
-            raise BadRequest(f"{folder} lacks {name}, which its manifest names")
-        if sha256_of(file) != expected:
-            raise BadRequest(
-                f"{file} is not what was written: its sha256 differs from the manifest's",
-                do="copy the result again, or delete manifest.json if you changed it yourself",
-            )
 
 
 def config_with(source: Source, formats: Mapping[str, Format]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,9 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise _broken(path, f"the header claims {length} bytes, the file has {size}")
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
-        entries = {name: _entry(path, row, 8 + length, size) for name, row in header.items()}
+        entries = {name: _entry(path, name, row, 8 + length, size) for name, row in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _broken(path, f"the header cannot be read ({error})") from error
     end = 8 + length
@@ -73,10 +74,25 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(path: Path, row: Mapping[str, Any], base: int, size: int) -> Entry:
-    if row["dtype"] not in SAFETENSORS:
-        raise ValueError(f"unknown dtype {row['dtype']!r}")
-    dtype, shape = SAFETENSORS[row["dtype"]], tuple(row["shape"])
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header; of two tensors with one name, readers would differ in which they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _entry(path: Path, name: str, row: Mapping[str, Any], base: int, size: int) -> Entry:
+    code = row["dtype"]
+    known = code in SAFETENSORS
+    if not known and re.fullmatch("[A-Z][A-Z0-9_]{1,15}", code):
+        raise BadRequest(
+            f"{path}: dtype {code} is not read yet", seen=f"tensor {name}",
+            do="readable: " + ", ".join(SAFETENSORS),
+        )  # fmt: skip
+    if not known:
+        raise ValueError(f"unknown dtype {code!r}")
+    dtype, shape = SAFETENSORS[code], tuple(row["shape"])
     begin, end = row["data_offsets"]
     for number in (*shape, begin, end):
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= size:
@@ -147,15 +163,7 @@ def _files(folder: Path) -> list[Path]:
         raise BadRequest(
             f"{folder} holds no model", seen="neither model.safetensors nor an index of shards"
         )
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadRequest(f"{index} cannot be read", seen=str(error)) from error
-    paths = []
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise BadRequest(f"{index} names a file outside its folder: {name!r}")
-        paths.append(folder / name)
+    paths = [folder / name for name in _shards(index)]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise BadRequest(
@@ -163,6 +171,22 @@ def _files(folder: Path) -> list[Path]:
             do="fetch the missing files",
         )  # fmt: skip
     return paths
+
+
+def _shards(index: Path) -> list[str]:
+    """The file names in an index, none of which may lead out of its folder."""
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise BadRequest(
+            f"{index} cannot be read", seen="its weight_map is not an object of file names"
+        )
+    if not named:
+        raise BadRequest(f"{index} names no shard", do="fetch or copy it again")
+    names = sorted(set(named.values()))
+    for name in names:
+        if not name or "\0" in name or Path(name).name != name:
+            raise BadRequest(f"{index} names a file outside its folder: {name[:200]!r}")
+    return names
 
 
 def read_json(path: Path) -> dict[str, Any]:

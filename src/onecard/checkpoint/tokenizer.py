@@ -77,19 +77,23 @@ class Tokenizer:
 
     def _special(self, config: dict[str, Any], key: str, *others: dict[str, Any]) -> int | None:
         content = _content(config.get(key))
-        found = self.backend.token_to_id(content) if content else None
+        found = self._id(content) if content else None
         if found is not None:
             return found
-        ids = (other.get(f"{key}_id") for other in others)
-        ids = (i[0] if isinstance(i, list) and i else i for i in ids)
-        return next((i for i in ids if isinstance(i, int) and 0 <= i < self.size), None)
+        ids = (i for other in others for i in _ids(other, f"{key}_id")[:1])
+        return next((i for i in ids if 0 <= i < self.size), None)
+
+    def _id(self, content: str) -> int | None:
+        try:
+            return self.backend.token_to_id(content)
+        except (TypeError, UnicodeError):  # half of a surrogate pair: no token is that
+            return None
 
     def _stops(self, config: dict[str, Any], *others: dict[str, Any]) -> frozenset[int]:
         found = {self._special(config, "eos_token", *others)}
         for other in others:
-            ids = other.get("eos_token_id")
-            found |= set(ids if isinstance(ids, list) else [ids])
-        return frozenset(i for i in found if isinstance(i, int))
+            found |= set(_ids(other, "eos_token_id"))
+        return frozenset(i for i in found if i is not None)
 
 
 class Stream:
@@ -166,6 +170,18 @@ def _content(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
+def _ids(config: dict[str, Any], key: str) -> list[int]:
+    """The token ids under a key that holds one, several or none. Raises BadRequest for others."""
+    value = config.get(key)
+    given: list[Any] = value if isinstance(value, list) else [value]
+    ids = [i for i in given if i is not None]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise BadRequest(
+            f"{key} is {str(value)[:80]}", do="a token id, or a list of token ids, is needed"
+        )
+    return ids
+
+
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -173,6 +189,6 @@ def _template(folder: Path, config: dict[str, Any]) -> str | None:
             return opened.read(LARGEST_TEMPLATE + 1)
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}
-        template = named.get("default")
+        rows = [row for row in template if isinstance(row, dict)]
+        template = next((row.get("template") for row in rows if row.get("name") == "default"), None)
     return template if isinstance(template, str) else None

@@ -74,21 +74,32 @@ class Report:
         try:
             data = json.loads(text)
             rows = tuple(_row(row) for row in data["rows"])
-            notes = tuple((str(a), str(b)) for a, b in data.get("notes", ()))
-            return Report(rows, dict(data.get("environment", {})), data.get("title", ""), notes)
-        except (ValueError, KeyError, TypeError) as error:
+            notes = tuple((_text(a), _text(b)) for a, b in data.get("notes", ()))
+            facts = {key: _value(key, fact) for key, fact in data.get("environment", {}).items()}
+            return Report(rows, facts, _text(data.get("title", "")), notes)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadRequest("this is not a report", seen=str(error)) from error
 
 
 def _row(data: dict[str, Any]) -> Row:
     row = Row(**data)
-    for name in ("where", "what", "unit"):
-        if not isinstance(getattr(row, name), str):
-            raise TypeError(f"{name} is {getattr(row, name)!r}")
+    for text in (row.where, row.what, row.unit):
+        _text(text)
     for value in (row.value, row.before):
-        if not isinstance(value, (float, int, str, bool, type(None))):
-            raise TypeError(f"{row.what} is {value!r}")
+        _value(row.what, value)
     return row
+
+
+def _text(given: Any) -> str:
+    if not isinstance(given, str):
+        raise TypeError(f"a text was expected, not {type(given).__name__}")
+    return given
+
+
+def _value(name: str, given: Any) -> Value:
+    if not isinstance(given, (float, int, str, bool, type(None))):
+        raise TypeError(f"{name} is {type(given).__name__}")
+    return given
 
 
 def environment(**more: Value) -> dict[str, Value]:

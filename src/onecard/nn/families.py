@@ -7,6 +7,7 @@ tensors lie and how: whole, as a run of rows of a fused matrix (Phi-3), interlea
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,43 +65,65 @@ def _is_expert_part(path: str) -> bool:
 
 
 class Reader:
-    """A config.json read by allow-listed keys, each checked for its type and range."""
+    """A config.json read by allow-listed keys, each checked for its type and range.
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    A config may hold anything, so nothing of it is used before one of these methods has read it.
+    """
+
+    def __init__(self, config: Config, where: str = "config.json") -> None:
+        self.config, self.where = config, where
 
     def get(self, key: str, default: Any = None) -> Any:
         value = self.config.get(key)
         return default if value is None else value
 
-    def count(self, key: str, default: int | None = None, most: int = 10_000_000) -> int:
+    def bad(self, key: str, value: Any, do: str) -> BadRequest:
+        """The error about one setting; a long value is shown by its ends."""
+        return BadRequest(f"{self.where}: {key} is {shown(value)}", do=do)
+
+    def count(
+        self, key: str, default: int | None = None, most: int = 10_000_000, least: int = 1
+    ) -> int:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-            raise BadRequest(
-                f"config.json: {key} is {value!r}", do=f"a whole number from 1 to {most} is needed"
-            )
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.bad(key, value, f"a whole number from {least} to {most} is needed")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(
+        self, key: str, default: float | None = None, least: float = -1e12, most: float = 1e12
+    ) -> float:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e12:
-            raise BadRequest(f"config.json: {key} is {value!r}", do="a number is needed")
+        if not _is_number(value, least, most):
+            raise self.bad(key, value, f"a number from {least:g} to {most:g} is needed")
         return float(value)
 
-    def optional(self, key: str) -> float | None:
-        return None if self.get(key) is None else self.number(key)
+    def positive(self, key: str, default: float | None = None, most: float = 1e6) -> float:
+        """A number that something is divided by, so neither zero nor next to it."""
+        return self.number(key, default, 1e-6, most)
+
+    def epsilon(self, key: str, default: float) -> float:
+        """What a norm adds to a mean square."""
+        return self.number(key, default, 0.0, 1.0)
+
+    def cap(self, key: str) -> float | None:
+        """A soft cap on scores or logits, if there is one."""
+        return None if self.get(key) is None else self.positive(key)
+
+    def theta(self, key: str = "rope_theta") -> float:
+        """The base of rope frequencies; yarn divides by its logarithm."""
+        return self.number(key, 10000.0, 1.001)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise BadRequest(f"config.json: {key} is {value!r}", do="true or false is needed")
+            raise self.bad(key, value, "true or false is needed")
         return value
 
     def refuse(self, key: str, *allowed: Any) -> None:
         """Refuse a setting of this family that is not built."""
         value = self.config.get(key)
         if value is not None and value not in allowed:
-            raise BadRequest(f"config.json: {key} = {value!r} is not supported by onecard")
+            raise BadRequest(f"config.json: {key} = {shown(value)} is not supported by onecard")
 
     def heads(self) -> tuple[int, int, int]:
         """Heads, key/value heads, head size."""
@@ -127,8 +150,8 @@ class Reader:
             "silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu",
             "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
         }  # fmt: skip
-        if value not in known:
-            raise BadRequest(f"config.json: {key} is {value!r}", do=nearest(str(value), known))
+        if not isinstance(value, str) or value not in known:
+            raise self.bad(key, value, nearest(str(value)[:80], known))
         return known[value]
 
     def context(self) -> int:
@@ -136,30 +159,93 @@ class Reader:
 
     def rope(self, head_dim: int, layer_type: str | None = None) -> Rope:
         """The rope of a layer, from `rope_parameters` (transformers 5) or the older keys."""
-        given = self.get("rope_parameters") or self.get("rope_scaling") or {}
-        if layer_type in given:
+        given = {key: value for key, value in self._rope(layer_type).items() if value is not None}
+        outer = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+        outside = {key: self.get(key) for key in outer}
+        read = Reader({**outside, **given}, f"{self.where}, rope")
+        kind = read.get("rope_type", read.get("type", "default"))
+        kind = "longrope" if kind == "su" else kind
+        if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
+            raise read.bad("rope_type", kind, nearest(str(kind)[:80], ROPE_NUMBERS))
+        dims = int(head_dim * read.number("partial_rotary_factor", 1.0, 1e-6, 1.0))
+        least = 4 if kind == "dynamic" else 2  # its exponent is dims / (dims - 2)
+        if dims < least or dims % 2:
+            raise BadRequest(
+                f"{self.where}: rope would turn {dims} of the {head_dim} numbers of a head",
+                do=f"an even count from {least} is needed",
+            )
+        original = read.count("original_max_position_embeddings", 0, least=0)
+        if kind == "longrope" and (original or self.context()) < 2:
+            raise read.bad(outer[2], original, "longrope needs at least 2")
+        return Rope(dims, read.theta(), kind, _rope_factors(read, kind, dims), original)
+
+    def _rope(self, layer_type: str | None) -> Config:
+        """The rope settings that hold for a layer type, as they stand in the file."""
+        given: Any = {}
+        for key in ("rope_parameters", "rope_scaling"):
+            given = given or self.get(key, {})
+            if not isinstance(given, Mapping):
+                raise self.bad(key, given, "an object of settings is needed")
+        if layer_type is not None and layer_type in given:
             given = given[layer_type]
-        if not isinstance(given, Mapping):
-            raise BadRequest(f"config.json: rope settings are {given!r}")
-        kind = given.get("rope_type", given.get("type", "default"))
-        kinds = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-        if kind == "su":
-            kind = "longrope"
-        if kind not in kinds:
-            raise BadRequest(f"config.json: rope type {kind!r}", do=nearest(str(kind), kinds))
-        theta = given.get("rope_theta", self.number("rope_theta", 10000.0))
-        share = given.get("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
-        original = given.get(
-            "original_max_position_embeddings", self.get("original_max_position_embeddings", 0)
-        )
-        skipped = ("rope_type", "type", "rope_theta", "partial_rotary_factor",
-                   "original_max_position_embeddings")  # fmt: skip
-        factors = tuple(
-            (key, tuple(value) if isinstance(value, list) else value)
-            for key, value in sorted(given.items())
-            if key not in skipped
-        )
-        return Rope(int(head_dim * share), float(theta), kind, factors, int(original or 0))
+            if not isinstance(given, Mapping):
+                raise self.bad(f"rope of {layer_type}", given, "an object of settings is needed")
+        return given
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+
+
+def shown(value: Any) -> str:
+    """A value from a file, short enough for one line of an error."""
+    return _SHORT.repr(value)
+
+
+def _is_number(value: Any, least: float, most: float) -> bool:
+    """A number in the range; NaN is in none."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return known and least <= value <= most
+
+
+ROPE_NUMBERS: Mapping[str, Mapping[str, float | None]] = {
+    "default": {},
+    "linear": {"factor": None},
+    "dynamic": {"factor": None},
+    "llama3": {"factor": None, "low_freq_factor": None, "high_freq_factor": None},
+    "yarn": {"factor": None, "attention_factor": 1e-6, "beta_fast": 1e-6, "beta_slow": 1e-6,
+             "mscale": 0.0, "mscale_all_dim": 0.0},
+    "longrope": {"factor": 1e-6, "attention_factor": 1e-6},
+}  # fmt: skip
+"""kind -> the numbers it reads: the least one may be where it is optional, None where it is needed.
+
+What else stands in the file (`finetuned`, say) changes nothing and is left there.
+"""
+
+
+def _rope_factors(read: Reader, kind: str, dims: int) -> tuple[tuple[str, Any], ...]:
+    """The factors of a rope, all of them numbers, tuples of numbers or a flag: a Rope is a key."""
+    found: dict[str, Any] = {}
+    for name, least in ROPE_NUMBERS[kind].items():
+        if least is None:
+            found[name] = read.positive(name)
+        elif read.get(name) is not None:
+            found[name] = read.number(name, None, least, 1e6)
+    if kind == "llama3" and found["low_freq_factor"] >= found["high_freq_factor"]:
+        low, high = found["low_freq_factor"], found["high_freq_factor"]
+        raise BadRequest(f"{read.where}: low_freq_factor {low:g} is not below high_freq_factor "
+                         f"{high:g}")  # fmt: skip
+    if kind == "yarn" and read.get("truncate") is not None:
+        found["truncate"] = read.flag("truncate", True)
+    if kind == "longrope":
+        for name in ("long_factor", "short_factor"):
+            values = read.get(name)
+            if not isinstance(values, list) or len(values) != dims // 2:
+                raise read.bad(name, values, f"a list of {dims // 2} numbers is needed")
+            if not all(_is_number(value, 1e-6, 1e6) for value in values):
+                raise read.bad(name, values, "numbers from 1e-06 to 1e+06 are needed")
+            found[name] = tuple(float(value) for value in values)
+    return tuple(sorted(found.items()))
 
 
 def _window(read: Reader, index: int, kind: str | None) -> int | None:
@@ -169,9 +255,11 @@ def _window(read: Reader, index: int, kind: str | None) -> int | None:
 
 def _layer_types(read: Reader, default: Callable[[int], str]) -> list[str]:
     count = read.layers()
-    types = read.get("layer_types") or [default(i) for i in range(count)]
-    known = ("full_attention", "sliding_attention")
-    if len(types) != count or any(kind not in known for kind in types):
+    types = read.get("layer_types", [])
+    if types == []:
+        return [default(i) for i in range(count)]
+    known, fits = ("full_attention", "sliding_attention"), isinstance(types, list)
+    if not fits or len(types) != count or any(kind not in known for kind in types):
         raise BadRequest("config.json: layer_types does not name one of "
                          f"{', '.join(known)} for each of {count} layers")  # fmt: skip
     return list(types)
@@ -202,7 +290,7 @@ def _llama_like(
         ))  # fmt: skip
     return Spec(
         family, read.count("vocab_size"), read.count("hidden_size"), tuple(layers),
-        Norm("rms", read.number("rms_norm_eps", 1e-6)), read.context(),
+        Norm("rms", read.epsilon("rms_norm_eps", 1e-6)), read.context(),
         tied=read.flag("tie_word_embeddings", more.pop("tied", False)), **more,
     )  # fmt: skip
 
@@ -226,7 +314,7 @@ def _mistral(config: Config) -> Spec:
 
 def _qwen_windows(read: Reader) -> Callable[[int], str]:
     on = read.flag("use_sliding_window", False) and read.get("sliding_window") is not None
-    first = read.get("max_window_layers", 28)
+    first = read.count("max_window_layers", 28, least=0)
     return lambda i: "sliding_attention" if on and i >= first else "full_attention"
 
 
@@ -255,7 +343,10 @@ def _mixtral(config: Config) -> Spec:
 def _qwen_experts(shared: bool) -> Callable[[Reader, int], tuple[int, Experts] | None]:
     def experts(read: Reader, i: int) -> tuple[int, Experts] | None:
         sparse = (i + 1) % read.count("decoder_sparse_step", 1) == 0
-        if i in read.get("mlp_only_layers", ()) or not sparse:
+        plain = read.get("mlp_only_layers", [])
+        if not isinstance(plain, list):
+            raise read.bad("mlp_only_layers", plain, "a list of layers is needed")
+        if i in plain or not sparse:
             return None
         count = read.count("num_experts", read.get("num_local_experts"), most=1024)
         top = read.count("num_experts_per_tok", 8 if not shared else 4, most=count)
@@ -292,7 +383,7 @@ def _phi3(config: Config) -> Spec:
 def _gemma(config: Config, family: str, head_norm: bool, types: Callable[[int], str]) -> Spec:
     read = Reader(config)
     heads, kv_heads, head_dim = read.heads()
-    scale = read.number("query_pre_attn_scalar", 256) ** -0.5
+    scale = read.positive("query_pre_attn_scalar", 256) ** -0.5
     bias = read.flag("attention_bias", False)
     read.refuse("use_bidirectional_attention", False)
     layers = []
@@ -300,19 +391,19 @@ def _gemma(config: Config, family: str, head_norm: bool, types: Callable[[int], 
         rope = read.rope(head_dim, kind)
         if kind == "sliding_attention" and read.get("rope_local_base_freq") is not None:
             if kind not in (read.get("rope_parameters") or {}):
-                rope = Rope(head_dim, read.number("rope_local_base_freq"))
+                rope = Rope(head_dim, read.theta("rope_local_base_freq"))
         layers.append(LayerSpec(
             Attention(heads, kv_heads, head_dim, scale, rope, _window(read, i, kind), bias, bias,
-                      head_norm, read.optional("attn_logit_softcapping")),
+                      head_norm, read.cap("attn_logit_softcapping")),
             FeedForward(read.count("intermediate_size"),
                         read.activation("hidden_activation", "gelu_pytorch_tanh")),
             "sandwich",
         ))  # fmt: skip
     return Spec(
         family, read.count("vocab_size"), read.count("hidden_size"), tuple(layers),
-        Norm("rms", read.number("rms_norm_eps", 1e-6), 1.0), read.context(),
+        Norm("rms", read.epsilon("rms_norm_eps", 1e-6), 1.0), read.context(),
         tied=read.flag("tie_word_embeddings", True), embed_scale=read.count("hidden_size") ** 0.5,
-        final_soft_cap=read.optional("final_logit_softcapping"),
+        final_soft_cap=read.cap("final_logit_softcapping"),
     )  # fmt: skip
 
 
@@ -351,7 +442,7 @@ def _gpt2(config: Config) -> Spec:
         ))  # fmt: skip
     return Spec(
         "gpt2", read.count("vocab_size"), hidden, tuple(layers),
-        Norm("layer", read.number("layer_norm_epsilon", 1e-5), bias=True), context,
+        Norm("layer", read.epsilon("layer_norm_epsilon", 1e-5), bias=True), context,
         tied=read.flag("tie_word_embeddings", True), learned_positions=context,
     )  # fmt: skip
 
@@ -359,8 +450,8 @@ def _gpt2(config: Config) -> Spec:
 def _neox(config: Config) -> Spec:
     read = Reader(config)
     heads, _, head_dim = read.heads()
-    share = read.number("rotary_pct", 0.25)
-    given = {"partial_rotary_factor": share, "rope_theta": read.number("rotary_emb_base", 10000.0)}
+    share = read.number("rotary_pct", 0.25, 1e-6, 1.0)
+    given = {"partial_rotary_factor": share, "rope_theta": read.theta("rotary_emb_base")}
     rope = Reader({**given, **config}).rope(head_dim)
     bias = read.flag("attention_bias", True)
     layer = LayerSpec(
@@ -371,7 +462,7 @@ def _neox(config: Config) -> Spec:
     )  # fmt: skip
     return Spec(
         "gpt_neox", read.count("vocab_size"), read.count("hidden_size"), (layer,) * read.layers(),
-        Norm("layer", read.number("layer_norm_eps", 1e-5), bias=True), read.context(),
+        Norm("layer", read.epsilon("layer_norm_eps", 1e-5), bias=True), read.context(),
         tied=read.flag("tie_word_embeddings", False),
     )  # fmt: skip
 
@@ -524,7 +615,7 @@ def family_of(config: Config) -> Family:
         ):
             return family
     raise BadRequest(
-        f"the architecture {name or config.get('model_type')!r} is not supported",
+        f"the architecture {shown(name or config.get('model_type'))} is not supported",
         do="supported: " + ", ".join(family.architecture for family in FAMILIES),
     )
 

@@ -57,12 +57,21 @@ def find_recipe(name: str) -> Recipe:
     )
 
 
+class Plain(yaml.SafeLoader):
+    """YAML without aliases, with which a few lines can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        return super().compose_node(parent, index)
+
+
 def read_recipe(path: Path) -> Recipe:
     """A recipe from a YAML file; every key and value is checked."""
     try:
         if path.stat().st_size > 1 << 20:
             raise ValueError("it is too large")
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Plain)  # a SafeLoader
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise BadRequest(f"the recipe {path} cannot be read", seen=str(error)[:300]) from error
     return recipe_of(data, str(path))
@@ -79,7 +88,10 @@ def recipe_of(data: Any, where: str) -> Recipe:
                 do=nearest(str(key), ("name", "passes", "good_for")),
             )
     passes = tuple(_pass(item, f"{where}: pass {i + 1}") for i, item in enumerate(data["passes"]))
-    return Recipe(str(data.get("name", Path(where).stem)), passes, str(data.get("good_for", "")))
+    for key in ("name", "good_for"):
+        if not isinstance(data.get(key, ""), str):
+            raise BadRequest(f"{where}: {key} is not text")
+    return Recipe(data.get("name", Path(where).stem), passes, data.get("good_for", ""))
 
 
 def _pass(item: Any, where: str) -> BlockPass:

@@ -8,8 +8,9 @@ that was finished.
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,14 +23,13 @@ from onecard import __version__
 from onecard.calibrate.data import Calibration, calibration_ids, digest
 from onecard.calibrate.walk import Progress, batches, peak_bytes, walk, weight_count
 from onecard.checkpoint.journal import Journal, check_space, check_target, fingerprint
-from onecard.checkpoint.load import Source, as_array, stored_arrays
+from onecard.checkpoint.load import MANIFEST, Source, as_array, stored_arrays, verify
 from onecard.checkpoint.save import (
-    MANIFEST,
+    SINGLE_FILE,
     assemble,
     complete,
     config_with,
     source_hashes,
-    verify,
 )
 from onecard.checkpoint.shards import Array, Checkpoint, pread, read_header, read_json
 from onecard.core.device import resident, resident_peak
@@ -44,7 +44,8 @@ from onecard.nn.transformer import Block, positions_of
 from onecard.passes import to_yaml
 from onecard.passes.base import Recipe
 
-SLACK = 192 << 20
+SLACK = 256 << 20
+SMALL_FILES = 4 << 20
 """Allowance for the allocator and library scratch on top of what is counted."""
 
 
@@ -104,6 +105,8 @@ class ModelBlocks:
 def apply(model: Model, recipe: Recipe, ids: Tensor | None) -> Report:
     """Apply a recipe to a model in memory. `ids` [samples, length] calibrate it, if it needs any."""
     recipe.check(model.spec)
+    if any(not linear.format.dense for _, linear in model.linears()):
+        raise BadRequest("the model is compressed already", do="start from the original model")
     hidden: list[Tensor] = []
     if recipe.needs:
         if ids is None:
@@ -136,11 +139,6 @@ class StreamedBlocks:
 
     def _read(self, index: int) -> Block:
         block = self.source.block(index, self.dtype)
-        if self.dtype is None:
-            for _, module, stored in self.source.modules(block, index):
-                for name, parameter in module.named_parameters(recurse=False):
-                    if not is_finite(parameter):
-                        require_finite(self.source, [f"{stored.name}.{name}"])
         return block
 
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
@@ -179,23 +177,10 @@ def compressed_arrays(source: Source, block: Block, index: int) -> dict[str, Arr
     return arrays
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Neither NaN nor infinite anywhere: both survive in the smallest or the largest value."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
-
-
 def require_finite(source: Source, names: list[str]) -> None:
     """BadRequest naming the first tensor with NaN or infinite values."""
     for name in names:
-        tensor = source.tensor(name)
-        if not is_finite(tensor):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise BadRequest(
-                f"{name} holds {bad} values that are NaN or infinite",
-                do="the checkpoint is damaged or was trained into overflow: fetch it again",
-            )
+        source.tensor(name)
 
 
 def compute_dtype(source: Source, wanted: str) -> str:
@@ -229,7 +214,7 @@ def make_plan(source: Source, recipe: Recipe, settings: Settings, ids: Tensor | 
     def peak(replay: bool) -> int:
         walking = peak_bytes(spec, ids, recipe.needs, element, replay, site_bytes)
         ahead = 0 if recipe.needs else linears // spec.num_layers  # the block being read meanwhile
-        return base + SLACK + max(walking + ahead, stem + state, largest)
+        return max(resident_peak(), base + SLACK + max(walking + ahead, stem + state, largest))
 
     replay = (
         settings.memory is not None
@@ -244,7 +229,9 @@ def make_plan(source: Source, recipe: Recipe, settings: Settings, ids: Tensor | 
             "raise --memory" + (", or lower --samples or --length" if state else ""),
         )
     seconds = estimate_seconds(source, recipe, ids, dtype, replay)
-    return Plan(peak(replay), output + 2 * state, output, seconds, replay, dtype)
+    copies = 2 if output <= SINGLE_FILE else 1  # parts are joined while they are still there
+    disk = copies * output + 2 * state + SMALL_FILES
+    return Plan(peak(replay), disk, output, seconds, replay, dtype)
 
 
 def estimate_seconds(
@@ -304,7 +291,8 @@ class Prepared:
 
 def prepare(model: str | Path, out: str | Path, recipe: Recipe, settings: Settings) -> Prepared:
     """Check everything that can be checked from headers, settings and text. Raises BadRequest."""
-    source, out = Source(model), Path(out)
+    source, out = Source(model), Path(out).expanduser().resolve()
+    verify(source.folder)
     if source.compressed:
         raise BadRequest(
             f"{source.folder} is compressed already ({', '.join(source.format_names())})",
@@ -329,8 +317,16 @@ def prepare(model: str | Path, out: str | Path, recipe: Recipe, settings: Settin
     return Prepared(source, out, recipe, settings, ids, plan)
 
 
-def compress(job: Prepared, progress: Progress = lambda done, total, what: None) -> Report:
-    """Carry out a prepared job; OUT appears when it is complete. Killed, a second call goes on."""
+def compress(
+    job: Prepared,
+    progress: Progress = lambda done, total, what: None,
+    finish: Callable[[Path, Report], Report] = lambda folder, report: report,
+) -> Report:
+    """Carry out a prepared job; OUT appears when it is complete. Killed, a second call goes on.
+
+    `finish(folder, report)` sees the completed folder before it gets its name: it may add files, such
+    as a page, and returns the report to keep.
+    """
     started = time.perf_counter()
     source, recipe = job.source, job.recipe
     if recipe.needs:
@@ -338,14 +334,19 @@ def compress(job: Prepared, progress: Progress = lambda done, total, what: None)
     journal = Journal(job.out, job.key(), job.settings.force)
     with ThreadPoolExecutor(1) as aside:
         hashes = aside.submit(source_hashes, source)
-        rows = _walk_into(job, journal, progress)
+        try:
+            rows = _walk_into(job, journal, progress)
+        except BadRequest:
+            if journal.fresh:
+                journal.discard()
+            raise
         formats = output_formats(source, rows)
         weights = assemble(journal.folder, journal.hashes())
         write_text(journal.folder / "recipe.yaml", to_yaml(recipe))
         about = {"source": hashes.result(), **made(job)}
         complete(journal.folder, source, config_with(source, formats), weights, about)
-    after = Checkpoint(journal.folder).nbytes
-    report = summary(job, rows, after, time.perf_counter() - started)
+    report = summary(job, rows, Checkpoint(journal.folder), time.perf_counter() - started)
+    report = finish(journal.folder, report)
     write_text(journal.folder / "report.json", report.to_json())
     journal.publish(job.settings.force)
     return report
@@ -423,15 +424,15 @@ def made(job: Prepared) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
-def summary(job: Prepared, rows: list[Row], after: int, seconds: float) -> Report:
-    """The report of a finished job; `after` is the bytes of its tensors."""
+def summary(job: Prepared, rows: list[Row], made: Checkpoint, seconds: float) -> Report:
+    """The report of a finished job; `made` is its checkpoint."""
     source = job.source
-    before = source.checkpoint.nbytes
+    before, after = file_bytes(source.checkpoint), file_bytes(made)
     count = parameter_count(source)
     notes = [(f"reference: {p.title}", p.paper) for p in job.recipe.passes]
     notes.append(("convention: bits per weight", "8 * bytes of all tensors / parameters, "
                   "embeddings and scales included"))  # fmt: skip
-    notes.append(("run", f'onecard run {job.out.name} "Once upon a time"'))
+    notes.append(("run", f'onecard run {shlex.quote(str(job.out))} "The"'))
     if source.extra:
         notes.append(
             ("left out", "tensors the architecture does not use: " + ", ".join(source.extra))
@@ -439,7 +440,7 @@ def summary(job: Prepared, rows: list[Row], after: int, seconds: float) -> Repor
     return Report(
         (
             Row.of("model", "file_bytes", after, before),
-            Row.of("model", "bits_per_weight", 8 * after / count, 8 * before / count),
+            Row.of("model", "bits_per_weight", 8 * made.nbytes / count, 8 * source.checkpoint.nbytes / count),
             Row.of("model", "parameters", count),
             *job.plan.rows(),
             Row("walk", "seconds", round(seconds, 2), "s"),
@@ -449,11 +450,17 @@ def summary(job: Prepared, rows: list[Row], after: int, seconds: float) -> Repor
         environment(
             model=source.folder.name, recipe=job.recipe.name, threads=torch.get_num_threads(),
             torch=torch.__version__, onecard=__version__, dtype=job.plan.dtype,
+            calibration_samples=0 if job.ids is None else job.ids.shape[0],
             calibration_tokens=0 if job.ids is None else job.ids.numel(),
         ),
         f"{source.folder.name} by {job.recipe.name}: {format_size(before)} to {format_size(after)}",
         tuple(notes),
     )  # fmt: skip
+
+
+def file_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the weight files on disk."""
+    return sum(path.stat().st_size for path in checkpoint.files)
 
 
 def parameter_count(source: Source) -> int:
