@@ -112,11 +112,10 @@ def compress_block(
     """Bring one block through all passes; returns its outputs, the inputs of the next block."""
     needs = needs_of(passes)
     contexts = [_context(blocks.spec, h) for h in hidden]
-    places = [site for site in sites(block.layer)]
     runs: list[Sites] = (
         [] if replay else [block.stages(h, c) for h, c in zip(hidden, contexts, strict=True)]
     )
-    for number, site in enumerate(places):
+    for number, site in enumerate(sites(block.layer)):
         linears = {name: block.linear(name) for name in site.linears}
         stats = Statistics(next(iter(linears.values())).shape[1], needs)
         for i in range(len(hidden)):

@@ -31,7 +31,6 @@ from onecard.nn.transformer import Block, Stem, Tail, Transformer
 
 IGNORED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias",
            "attention.masked_bias", "attention.rotary_emb.inv_freq")  # fmt: skip
-PACKED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
 class Source:
