@@ -15,7 +15,8 @@ The network is onecard's own. What is chosen here:
   process (mallopt), because page faults would otherwise cost more than the arithmetic.
 * The batch of step s is a function of (seed, s): documents are packed with <|endoftext|> between,
   cut into windows, and every epoch visits all windows in an order of its own. With the optimizers
-  in the checkpoint, `--resume` continues exactly.
+  in the checkpoint, `--resume` alone continues exactly; with a longer time or more steps a finished
+  run goes on from the peak rate.
 
     python scripts/train_demo_model.py CORPUS RUN --minutes 80
 
@@ -429,7 +430,8 @@ def main() -> None:
         run.load()
     else:
         (given.run / "log.jsonl").unlink(missing_ok=True)
-    run.total = run.total or given.steps
+    if given.minutes or given.steps:  # a finished run goes on, from the peak rate again
+        run.total = given.steps
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {len(train):,} tokens", flush=True)
     run.train(train, held_out, given.minutes)
