@@ -13,6 +13,7 @@
 
 #include <sys/mman.h>
 
+#include "engine.h"
 #include "kernels.h"
 #include "onecard.h"
 
@@ -31,12 +32,9 @@ namespace {
 
 // ---------------------------------------------------------------------- instruction-set classes
 
-struct Class {
-  const char *name;
-  const oc::Kernels *kernels;
-  const oc::Gptq *gptq;
-  bool supported;
-};
+using oc::Class;
+
+#define OC_TABLES(name) &oc::name, &oc::gptq::name, &oc::matmul::name, &oc::rows::name, &oc::attention::name
 
 #if defined(__x86_64__)
 
@@ -78,12 +76,12 @@ std::vector<Class> find_classes() {
       avx512 && cpuid_has(7, 0, 0, 0, vbmi_vbmi2, 0) && cpuid_has(7, 1, 1u << 5, 0, 0, 0);
   const bool amx = avx512bf16 && system_saves(0x60000) &&
                    cpuid_has(7, 0, 0, 0, 0, tile_int8_bf16) && tiles_granted();
-  return {{"plain", &oc::plain, &oc::gptq::plain, true},
-          {"avx2", &oc::avx2, &oc::gptq::avx2, avx2},
-          {"avxvnni", &oc::avxvnni, &oc::gptq::avxvnni, avxvnni},
-          {"avx512", &oc::avx512, &oc::gptq::avx512, avx512},
-          {"avx512bf16", &oc::avx512bf16, &oc::gptq::avx512bf16, avx512bf16},
-          {"amx", &oc::amx, &oc::gptq::amx, amx}};
+  return {{"plain", OC_TABLES(plain), true},
+          {"avx2", OC_TABLES(avx2), avx2},
+          {"avxvnni", OC_TABLES(avxvnni), avxvnni},
+          {"avx512", OC_TABLES(avx512), avx512},
+          {"avx512bf16", OC_TABLES(avx512bf16), avx512bf16},
+          {"amx", OC_TABLES(amx), amx}};
 }
 
 #elif defined(__aarch64__)
@@ -95,12 +93,12 @@ std::vector<Class> find_classes() {
 #else
   const bool dotprod = true;  // every Apple processor with this architecture
 #endif
-  return {{"plain", &oc::plain, &oc::gptq::plain, true}, {"dotprod", &oc::dotprod, &oc::gptq::dotprod, dotprod}};
+  return {{"plain", OC_TABLES(plain), true}, {"dotprod", OC_TABLES(dotprod), dotprod}};
 }
 
 #else
 
-std::vector<Class> find_classes() { return {{"plain", &oc::plain, &oc::gptq::plain, true}}; }
+std::vector<Class> find_classes() { return {{"plain", OC_TABLES(plain), true}}; }
 
 #endif
 
@@ -122,9 +120,9 @@ std::atomic<int> &chosen() {
   return isa;
 }
 
-const oc::Kernels &kernels() { return *classes()[size_t(chosen().load())].kernels; }
+const oc::Kernels &kernels() { return *oc::chosen_class().kernels; }
 
-const oc::Gptq &gptq() { return *classes()[size_t(chosen().load())].gptq; }
+const oc::Gptq &gptq() { return *oc::chosen_class().gptq; }
 
 // --------------------------------------------------------------------------------------- threads
 
@@ -210,6 +208,8 @@ bool group_fits(int64_t columns, int64_t group) {
 bool is_float(int dtype) { return dtype == OC_FP32 || dtype == OC_FP16 || dtype == OC_BF16; }
 
 }  // namespace
+
+const oc::Class &oc::chosen_class() { return classes()[size_t(chosen().load())]; }
 
 // ------------------------------------------------------------------------------------- interface
 

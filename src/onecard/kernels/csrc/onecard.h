@@ -121,6 +121,92 @@ OC_API int oc_search_grid(const float *weight, const float *importance, int64_t 
                           int bits, int64_t group, int scale_dtype, const float *shrink, int candidates,
                           int zero_point, int threads, float *scale, float *zero);
 
+/* ------------------------------------------------------------------------------ running a model
+ *
+ * The kernel layout of a matrix [rows, columns]: tiles of 16 rows, each contiguous, missing rows zero.
+ * Every tile begins at a multiple of 64 bytes.
+ *
+ *   integers  columns are padded to whole blocks; a block shares a scale in every row, as in
+ *             w = (u - zero) * scale with u = q + 2^(bits-1) >= 0. A tile is
+ *               scales  [blocks][16] in `dtype`, padded to 64 bytes
+ *               zeros   [blocks][16] uint8, padded to 64 bytes; only with a zero point, else 2^(bits-1)
+ *               codes   lines of 64 bytes: byte 4 r + j belongs to row r
+ *                 8 bits  a line has columns k .. k+3: u of column k + j
+ *                 4 bits  k .. k+7: u of k + j in the low half, of k + 4 + j in the high half
+ *                 2 bits  k .. k+15: u of k + 4 i + j in bits 2 i and 2 i + 1
+ *                 3 bits  per block, the low two bits as with 2 bits, then for each four columns
+ *                         k .. k+3 eight bytes whose bit 4 r + j is the high bit of u
+ *             A padded column has u = zero, a padded row scale 0.
+ *   dense     [columns][16] in `dtype`
+ */
+typedef struct {
+  const void *data;   /* NULL: there is no such matrix */
+  int64_t rows, columns;
+  int32_t bits;       /* 2, 3, 4 or 8; 0 for dense */
+  int32_t block;      /* 32, 64 or 128; 0 for dense */
+  int32_t dtype;      /* of the scales, or of the dense weights: OC_FP32, OC_FP16 or OC_BF16 */
+  int32_t zero_point; /* 1 if there are zeros */
+  int32_t exact;      /* 1: inputs stay float32; 0: integers multiply inputs rounded to int8 per block */
+  const float *bias;  /* [rows] or NULL */
+} oc_matrix;
+
+enum { OC_RMS = 0, OC_LAYER = 1 };
+
+/* `weight` has the offset added already. */
+typedef struct {
+  const float *weight; /* [width]; NULL: there is no such norm */
+  const float *bias;   /* or NULL */
+  int32_t kind;
+  float eps;
+} oc_norm;
+
+enum { OC_SILU = 0, OC_RELU = 1, OC_GELU = 2, OC_GELU_TANH = 3 };
+enum { OC_PRE = 0, OC_POST = 1, OC_SANDWICH = 2, OC_PARALLEL = 3 };
+
+typedef struct {
+  int32_t width, activation;
+  oc_matrix gate; /* may be absent */
+  oc_matrix up, down;
+} oc_mlp;
+
+typedef struct {
+  int32_t order;
+  int32_t heads, kv_heads, head_dim;
+  int32_t window; /* positions a token sees, itself included; 0: all */
+  int32_t rope;   /* index of the model's ropes, or -1 */
+  float scale, soft_cap; /* cap 0: none */
+  oc_norm attention_in, attention_out, feed_forward_in, feed_forward_out, q_norm, k_norm;
+  oc_matrix q, k, v, o;
+  int32_t experts, top, renormalize; /* experts 0: mlps[0] is the feed-forward */
+  oc_matrix router;
+  oc_matrix shared_gate; /* may be absent */
+  int32_t shared;        /* 1: mlps[experts] is the shared expert */
+  const oc_mlp *mlps;
+} oc_layer;
+
+/* The first 2 * half numbers of a head turn; cos and sin are multiplied by scale. */
+typedef struct {
+  const float *inverse; /* [half] */
+  int32_t half;
+  float scale;
+} oc_rope;
+
+typedef struct {
+  int64_t vocab, hidden, embed;
+  int32_t layers, ropes;
+  const oc_layer *layer;
+  const oc_rope *rope;
+  const void *embedding; /* [vocab, embed] row-major */
+  int32_t embedding_dtype;
+  float embed_scale;
+  const float *positions; /* [learned, hidden] or NULL */
+  int64_t learned, position_offset;
+  oc_matrix project_in, project_out; /* embed <-> hidden; may be absent */
+  oc_norm norm;                      /* may be absent */
+  oc_matrix head;
+  float soft_cap; /* of the logits; 0: none */
+} oc_model;
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,7 @@
+#include "engine.h"
+
+namespace oc::attention {
+
+const Attention OC_CLASS = {};
+
+}  // namespace oc::attention

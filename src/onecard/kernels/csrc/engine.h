@@ -1,0 +1,126 @@
+// The parts of a forward pass that are compiled once per instruction-set class, and what they share.
+// forward.cpp calls them from several threads at once; none of them starts a thread or allocates.
+//
+// The promise that rests on this file: a number depends on its own row alone. Each function fixes the
+// order of every floating-point sum without looking at how many rows there are, which thread runs
+// or where a chunk of a prompt begins, so a token's logits have the same bits in any batch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "onecard.h"
+
+namespace oc {
+
+// Rows rounded to int8 per block: x = q * scale, and the sum of each block's q.
+struct Quantized {
+  int8_t *q;       // [rows][stride], zero from the last column to whole blocks
+  float *scale;    // [rows][blocks]
+  int32_t *sum;    // [rows][blocks]
+  int64_t stride;  // bytes, a multiple of 64
+  int64_t blocks;
+  int block;
+};
+
+// What a matrix multiplies: float rows, and for integer matrices that are not `exact` their rounding.
+struct Input {
+  const float *x;
+  int64_t stride;
+  int64_t rows;
+  const Quantized *quantized;
+};
+
+// matmul.cpp
+struct Matmul {
+  // y[m][16 t + r] for the tiles t of [begin, end), without bias; y has stride floats per row, and room
+  // for whole tiles. `scratch` is the thread's own, scratch_bytes(matrix, rows) long, 64-byte aligned.
+  void (*multiply)(const oc_matrix &w, const Input &input, int64_t begin, int64_t end, float *y,
+                   int64_t stride, void *scratch);
+  int64_t (*scratch_bytes)(const oc_matrix &w, int64_t rows);
+};
+
+// rows.cpp: one row at a time. NaN and infinity go through everything here and come out as such.
+struct Rows {
+  // out[i] = table[id][i] * scale
+  void (*gather)(const void *table, int dtype, int64_t id, int64_t width, float scale, float *out);
+  // y may be x. The sums are float32, 16 lanes (column modulo 16), halves added to halves.
+  void (*norm)(const oc_norm &norm, const float *x, int64_t width, float *y);
+  // q, scale and sum of one row. scale = max|x| / 127, q = rint(x * (127 / max|x|)), half to even; a
+  // block of zeros has scale 0. A block with NaN or infinity has that in its scale.
+  void (*quantize)(const float *x, int64_t columns, int block, int8_t *q, float *scale, int32_t *sum);
+  // y[i] = act(gate[i]) * up[i]; up NULL: act(gate[i]). y may be either.
+  void (*activate)(int activation, const float *gate, const float *up, int64_t count, float *y);
+  // cos and sin [half] of position * inverse (a float32 product), times scale.
+  void (*angles)(const oc_rope &rope, int64_t position, float *cos, float *sin);
+  // The first 2 * half numbers of each of `heads` heads of x turn: (a, b) -> (a cos - b sin, b cos + a sin)
+  // with a at i and b at half + i.
+  void (*rotate)(float *x, int heads, int head_dim, int half, const float *cos, const float *sin);
+  // y[i] += x[i] * factor
+  void (*add)(const float *x, float factor, int64_t count, float *y);
+  // x[i] = cap * tanh(x[i] / cap)
+  void (*soft_cap)(float *x, int64_t count, float cap);
+  // Chances of one row: x becomes softmax(x).
+  void (*softmax)(float *x, int64_t count);
+};
+
+// attention.cpp
+constexpr int page_tokens = 32;  // positions in a page
+constexpr int span_tokens = 256; // positions whose scores are handled at once; a multiple of a page
+
+// The keys and values of one layer: `pages` pages of page_bytes each.
+struct Pages {
+  uint8_t *data;
+  int64_t page_bytes;
+  int dtype;  // OC_FP16, OC_BF16 or OC_INT8
+  int kv_heads, head_dim;
+};
+
+// One request in a step: `count` new positions behind `past`, whose rows begin at `row`.
+struct Span {
+  const int32_t *table;  // page numbers
+  int64_t past, count, row;
+};
+
+struct Attention {
+  int64_t (*page_bytes)(int dtype, int kv_heads, int head_dim);
+  // Writes the keys and values [kv_heads * head_dim] of one position.
+  void (*store)(const Pages &pages, const int32_t *table, int64_t position, const float *k, const float *v);
+  // A task is one key/value head of one request and a few of its queries, over all spans or, for a single
+  // query, over one span: see attention.cpp. Every task may run on any thread; when all are done, so
+  // may the merges.
+  int64_t (*tasks)(const oc_layer &layer, const Span *spans, int64_t count);
+  void (*run)(const oc_layer &layer, const Pages &pages, const Span *spans, int64_t count, int64_t task,
+              const float *q, float *y, int64_t stride, float *partial, void *scratch);
+  int64_t (*merges)(const oc_layer &layer, const Span *spans, int64_t count);
+  void (*merge)(const oc_layer &layer, const Span *spans, int64_t count, int64_t merge, float *y,
+                int64_t stride, const float *partial);
+  int64_t (*partial_floats)(const oc_layer &layer, const Span *spans, int64_t count);  // shared by all
+  int64_t (*scratch_bytes)(const oc_layer &layer);                                     // of a thread
+};
+
+namespace matmul {
+extern const Matmul plain, avx2, avxvnni, avx512, avx512bf16, amx, dotprod;
+}
+namespace rows {
+extern const Rows plain, avx2, avxvnni, avx512, avx512bf16, amx, dotprod;
+}
+namespace attention {
+extern const Attention plain, avx2, avxvnni, avx512, avx512bf16, amx, dotprod;
+}
+
+// native.cpp: the tables of one class, and the class in use.
+struct Kernels;
+struct Gptq;
+struct Class {
+  const char *name;
+  const Kernels *kernels;
+  const Gptq *gptq;
+  const Matmul *matmul;
+  const Rows *rows;
+  const Attention *attention;
+  bool supported;
+};
+const Class &chosen_class();
+
+}  // namespace oc

@@ -1,0 +1,7 @@
+#include "engine.h"
+
+namespace oc::matmul {
+
+const Matmul OC_CLASS = {};
+
+}  // namespace oc::matmul
