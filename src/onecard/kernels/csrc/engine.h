@@ -13,14 +13,22 @@
 
 namespace oc {
 
-// Rows rounded to int8 per block: x = q * scale, and the sum of each block's q.
+// Rows rounded to int8 per block: x = q * scale, and the sum of each block's q. They lie in chunks of 16
+// rows x 64 columns, row after row within a chunk, a chunk's right neighbour behind it: what a matrix
+// unit loads at once is contiguous, and so is what a row has within 64 columns. There is room for a
+// multiple of 32 rows; columns are zero from the last to the end of its chunk.
 struct Quantized {
-  int8_t *q;       // [rows][stride], zero from the last column to whole blocks
+  static constexpr int64_t chunk = 16 * 64;
+  int8_t *q;
   float *scale;    // [rows][blocks]
   int32_t *sum;    // [rows][blocks]
-  int64_t stride;  // bytes, a multiple of 64
+  int64_t stride;  // bytes of 16 rows: chunks per row * chunk
   int64_t blocks;
   int block;
+
+  const int8_t *at(int64_t row, int64_t column) const {
+    return q + row / 16 * stride + column / 64 * chunk + row % 16 * 64 + column % 64;
+  }
 };
 
 // What a matrix multiplies: float rows, and for integer matrices that are not `exact` their rounding.
@@ -48,7 +56,7 @@ struct Rows {
   void (*norm)(const oc_norm &norm, const float *x, int64_t width, float *y);
   // q, scale and sum of one row. scale = max|x| / 127, q = rint(x * (127 / max|x|)), half to even; a
   // block of zeros has scale 0. A block with NaN or infinity has that in its scale.
-  void (*quantize)(const float *x, int64_t columns, int block, int8_t *q, float *scale, int32_t *sum);
+  void (*quantize)(const float *x, int64_t columns, const Quantized &to, int64_t row);
   // y[i] = act(gate[i]) * up[i]; up NULL: act(gate[i]). y may be either.
   void (*activate)(int activation, const float *gate, const float *up, int64_t count, float *y);
   // cos and sin [half] of position * inverse (a float32 product), times scale.
