@@ -70,7 +70,15 @@ struct Rows {
   void (*soft_cap)(float *x, int64_t count, float cap);
   // Chances of one row: x becomes softmax(x).
   void (*softmax)(float *x, int64_t count);
+
+  // For sample.cpp. The largest number of each `peak_block`, NaN passed over; whether there is no NaN.
+  bool (*peaks)(const float *x, int64_t count, float *peak);
+  // The sum of exp(x[i] - most), as in norm; meant for a block.
+  float (*exp_sum)(const float *x, int64_t count, float most);
+  // chance[i] = exp((x[i] - most) / temperature) in float64, for x[i] <= most.
+  void (*chances)(const float *x, int64_t count, float most, double temperature, double *chance);
 };
+constexpr int peak_block = 128;
 
 // attention.cpp
 constexpr int page_tokens = 32;  // positions in a page

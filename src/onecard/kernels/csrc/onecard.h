@@ -26,7 +26,8 @@ enum { OC_FP32 = 0, OC_FP16 = 1, OC_BF16 = 2, OC_INT8 = 3 };
 
 enum {
   OC_BAD_ARGUMENT = -1, /* a size, a code or a pointer that makes no sense */
-  OC_NO_MEMORY = -2     /* the system refused memory */
+  OC_NO_MEMORY = -2,    /* the system refused memory */
+  OC_NOT_FINITE = -3    /* NaN, or no finite number where one is needed */
 };
 
 OC_API int oc_abi(void);
@@ -206,6 +207,29 @@ typedef struct {
   oc_matrix head;
   float soft_cap; /* of the logits; 0: none */
 } oc_model;
+
+/* How the next id of one request is chosen, by the rules of runtime/sample.py. */
+typedef struct {
+  double temperature, top_p, min_p; /* neutral: 1, 1, 0; temperature 0 takes the largest logit */
+  double repetition, presence, frequency; /* neutral: 1, 0, 0 */
+  int64_t top_k;                          /* 0: all */
+  const int32_t *previous; /* [count] ids, `prompt` of the prompt and then the reply's; for the penalties */
+  int64_t count, prompt;
+  double draw;       /* from [0, 1) */
+  float *logprob;    /* NULL, or where the logarithm of the chosen id's chance goes: softmax(logits) */
+  int32_t likeliest; /* how many of the likeliest ids (lower ids first on ties) are told, with the same */
+  int32_t *ids;      /* [likeliest] */
+  float *logprobs;   /* [likeliest] */
+} oc_sampling;
+
+/* The next id from logits [vocab], or an error: OC_NOT_FINITE for NaN or a largest logit that is infinite
+ * (others may be -infinity), OC_BAD_ARGUMENT for settings out of range. `scratch` has oc_sample_scratch
+ * (vocab) bytes, aligned to 8; what is in it does not matter. No threads, no memory of its own. */
+OC_API int64_t oc_sample_scratch(int64_t vocab);
+OC_API int32_t oc_sample(const float *logits, int64_t vocab, const oc_sampling *sampling, void *scratch);
+
+/* The table `Rows` of engine.h of the class in use: for tests. */
+OC_API const void *oc_rows(void);
 
 #ifdef __cplusplus
 }
