@@ -79,7 +79,7 @@ def rounded(x: Tensor, dtype: str) -> Tensor:
     if dtype != "int8":
         return x.to(reference.DTYPES[dtype]).float()
     top = x.abs().amax(-1, keepdim=True)
-    return torch.where(top > 0, (x * (127 / top)).round(), 0) * (top / 127)
+    return torch.where(top > 0, (x * (torch.tensor(127.0) / top)).round(), 0) * (top / 127)
 
 
 def expected(
