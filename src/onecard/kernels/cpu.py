@@ -144,6 +144,11 @@ def _with_prototypes(native: ctypes.CDLL) -> ctypes.CDLL:
             [pointer, pointer, c_int64, c_int64, c_int, c_int64, c_int, pointer, c_int, c_int, c_int,
              pointer, pointer],
         ),
+        "oc_attend": (
+            c_int,
+            [c_int, c_int, c_int, c_int64, ctypes.c_float, ctypes.c_float, c_int, c_int64,
+             *[pointer] * 5, c_int, c_int, pointer, pointer],
+        ),
     }  # fmt: skip
     for name, (result, arguments) in prototypes.items():
         function = getattr(native, name)

@@ -1,7 +1,707 @@
+// Attention over a paged cache of keys and values for one instruction-set class, compiled once per class
+// like kernels.cpp.
+//
+//   y = sum_j 2^(t_j - m) v_j / sum_j 2^(t_j - m),    t_j = log2(e) cap(scale q . k_j),   m = max t_j
+//
+// Exactness. A result's bits depend on its query, on what it sees and on its position, however prompts
+// are cut, batched or shared out. Positions are walked in segments of 256, aligned at position 0. Each
+// gives (m, sum, acc) with every sum in a fixed order: a score over the head's numbers in rising order, acc
+// over positions in rising order, the sum of weights in lanes (position modulo `width`) folded by halves.
+// Segments are merged in rising order. What a query may not see has weight +0, and stored values are
+// finite (`store` sees to it), so it adds zero: how far beyond its own positions a query's tile is
+// computed changes at most the sign of a zero, which the last step takes away.
+//
+// Layout. A page holds, for each key/value head, K, V and for int8 their scales [2][32]. K is a matrix
+// [head_dim][32 positions] and V a matrix [32 positions][head_dim], so that the sum runs down the rows of
+// both and lanes are columns. Either is stored as panels of 32 columns (the last may be 16), each
+// contiguous. fp16 panels are row-major; in bf16 and int8 panels two rows are interleaved, number by
+// number, which is what dot products of pairs and AMX tiles read.
+//
+// Work. A task takes up to `most_rows` rows (a row is a query and a head) that share a key/value head. For
+// many rows the panels of a segment are expanded to float32 once and stay in the second-level cache; few
+// rows read them as they are stored. Both multiply in the same order.
+
 #include "engine.h"
+#include "numbers.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+using oc::Attend;
+using oc::Pages;
+using oc::Span;
+using oc::Work;
+
+constexpr int page = oc::page_tokens, segment = oc::segment_tokens, pages_of_segment = segment / page;
+constexpr int line = 256;         // floats from row to row of all scratch matrices
+constexpr int panel_columns = 32;
+constexpr int most_rows = 128;    // of a task, unless one query has more heads
+constexpr int few_rows = 16;      // up to here panels are read as they are stored
+constexpr float log2_e = 0x1.715476p0f;
+static_assert(line >= segment && line >= oc::most_head_dim, "a row must fit");
+
+// ----------------------------------------------------------------------------------------- vectors
+
+// tall x wide vectors of sums fit into the registers beside their operands.
+#if defined(__AVX512F__)
+constexpr int width = 16, wide = 2, tall = 12;
+#elif defined(__AVX2__)
+constexpr int width = 8, wide = 2, tall = 6;
+#elif defined(__ARM_NEON)
+constexpr int width = 4, wide = 4, tall = 6;
+#else
+constexpr int width = 4, wide = 2, tall = 4;
+#endif
+typedef float floats __attribute__((vector_size(4 * width)));
+typedef int32_t ints __attribute__((vector_size(4 * width)));
+typedef uint32_t words __attribute__((vector_size(4 * width)));
+typedef int16_t shorts __attribute__((vector_size(2 * width)));
+typedef uint16_t halves __attribute__((vector_size(2 * width)));
+
+template <class V>
+inline V take(const void *from) {
+  V x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline floats load(const float *from) { return take<floats>(from); }
+inline void give(float *to, floats x) { memcpy(to, &x, sizeof x); }
+inline floats splat(float x) { return x - floats{}; }
+inline floats floats_of(words x) { return (floats)x; }
+
+#if defined(__AVX512F__)
+inline floats fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline floats widen_fp16(halves x) { return _mm512_maskz_cvtph_ps(0xffff, (__m256i)x); }
+#elif defined(__AVX2__)
+inline floats fma(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline floats widen_fp16(halves x) { return _mm256_cvtph_ps((__m128i)x); }
+#elif defined(__ARM_NEON)
+inline floats fma(floats a, floats b, floats c) {
+  return (floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+inline floats widen_fp16(halves x) { return (floats)vcvt_f32_f16((float16x4_t)x); }
+#else
+inline floats fma(floats a, floats b, floats c) { return a * b + c; }
+inline floats widen_fp16(halves x) {  // NaN included, unlike Fp16::read
+  const words bits = __builtin_convertvector(x, words);
+  const words sign = (bits & 0x8000) << 16, rest = bits & 0x7fff;
+  const words special = (words)(rest >= 0x7c00) & (112u << 23);
+  const floats tiny = __builtin_convertvector((ints)rest, floats) * 0x1p-24f;
+  const words normal = (rest << 13) + (112u << 23) + special;
+  const words is_tiny = (words)(rest < 0x0400);
+  return floats_of(sign | (is_tiny & (words)tiny) | (~is_tiny & normal));
+}
+#endif
+
+inline ints iota() {
+  ints x;
+  for (int i = 0; i < width; i++) x[i] = i;
+  return x;
+}
+
+inline float fold_sum(floats x) {
+  float lane[width];
+  memcpy(lane, &x, sizeof lane);
+  for (int half = width / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+inline float fold_max(floats x) {
+  float lane[width];
+  memcpy(lane, &x, sizeof lane);
+  for (int half = width / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+  return lane[0];
+}
+
+// 2^t for t <= 1 within 2 ulp; 0 below 2^-100, where no sum can tell, and for -infinity; NaN for NaN.
+inline floats exp2(floats t) {
+  constexpr float least = -100;
+#if defined(__AVX512F__)
+  const floats part = _mm512_reduce_ps(t, 0x01);  // t - floor(t)
+#else
+  const floats low = t < least ? splat(least) : t;
+  const floats shifted = (low - 0.5f) + magic;
+  const floats part = low - (shifted - magic);
+#endif
+  floats y = splat(0x1.e974fcp-10f);
+  y = fma(y, part, splat(0x1.277854p-7f));
+  y = fma(y, part, splat(0x1.c91ce6p-5f));
+  y = fma(y, part, splat(0x1.ebdb56p-3f));
+  y = fma(y, part, splat(0x1.62e4bap-1f));
+  y = fma(y, part, splat(1));
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, splat(least), _CMP_NLT_UQ), y, t);
+#else
+  const words scaled = (words)y + ((words)shifted << 23);
+  return floats_of((scaled & ~(words)(t < least)) | (words)(t != t));
+#endif
+}
+
+// Within a few ulp; NaN for NaN.
+inline floats tanh(floats x) {
+  const words sign = (words)x & 0x80000000;
+  const floats a = floats_of((words)x & 0x7fffffff), square = a * a;
+  const floats e = exp2(a * (-2 * log2_e)), large = (1 - e) / (1 + e);
+  floats p = splat(-0x1.b3a652p-8f);
+  p = fma(p, square, splat(0x1.5cf24p-6f));
+  p = fma(p, square, splat(-0x1.b98accp-5f));
+  p = fma(p, square, splat(0x1.110f22p-3f));
+  p = fma(p, square, splat(-0x1.555552p-2f));
+  const floats small = fma(a * square, p, a);
+  const floats y = a < 0.5f ? small : large;
+  return floats_of((words)y | sign);
+}
+
+// ------------------------------------------------------------------------------------------ panels
+
+// How the numbers of a panel are stored. `load` reads `pair` rows of `width` columns as float32.
+struct Float {
+  typedef float Stored;
+  static constexpr int pair = 1;
+  static inline void load(const float *from, floats *x) { x[0] = ::load(from); }
+};
+
+struct Half {
+  typedef uint16_t Stored;
+  static constexpr int pair = 1;
+  static inline void load(const uint16_t *from, floats *x) { x[0] = widen_fp16(take<halves>(from)); }
+};
+
+struct Brain {
+  typedef uint16_t Stored;
+  static constexpr int pair = 2;
+  static inline void load(const uint16_t *from, floats *x) {
+    const words both = take<words>(from);
+    x[0] = floats_of(both << 16);
+    x[1] = floats_of(both & 0xffff0000);
+  }
+};
+
+struct Int8 {
+  typedef int8_t Stored;
+  static constexpr int pair = 2;
+  static inline void load(const int8_t *from, floats *x) {
+    const ints both = __builtin_convertvector(take<shorts>(from), ints);
+    x[0] = __builtin_convertvector((ints)((words)both << 24) >> 24, floats);
+    x[1] = __builtin_convertvector(both >> 8, floats);
+  }
+};
+
+// Where a matrix [rows][columns] has an element.
+inline int64_t offset(int pair, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+  const int64_t first = column / panel_columns * panel_columns;
+  const int64_t across = columns - first < panel_columns ? columns - first : panel_columns;
+  return first * rows + row / pair * pair * across + (column - first) * pair + row % pair;
+}
+
+// One head of a page. Sizes in numbers.
+struct Head {
+  int64_t k_rows, v_columns;
+
+  explicit Head(int head_dim) : k_rows((head_dim + 1) & ~1), v_columns((head_dim + 15) & ~15) {}
+  int64_t keys() const { return k_rows * page; }
+  int64_t values() const { return v_columns * page; }
+  int64_t bytes(int dtype) const {
+    const int64_t numbers = keys() + values();
+    return dtype == OC_INT8 ? numbers + 2 * page * 4 : 2 * numbers;
+  }
+};
+
+int64_t page_bytes(int dtype, int kv_heads, int head_dim) {
+  return kv_heads * Head(head_dim).bytes(dtype);
+}
+
+// ------------------------------------------------------------------------------------------ storing
+
+template <class T>
+inline bool round_to(const float *x, int count, uint16_t *out) {
+  uint32_t bad = 0;
+  for (int i = 0; i < count; i++) {
+    out[i] = T::round(x[i]);
+    bad |= (pattern(x[i]) & 0x7f800000) == 0x7f800000;
+    bad |= (out[i] & T::infinity) == T::infinity;
+  }
+  return !bad;
+}
+
+template <class T>
+void store_float(const Head &head, int head_dim, int pair, uint8_t *to, int at, const float *k,
+                 const float *v) {
+  constexpr uint16_t nan = uint16_t(T::infinity | T::infinity >> 1);
+  uint16_t key[oc::most_head_dim], value[oc::most_head_dim];
+  const bool good = round_to<T>(k, head_dim, key) & round_to<T>(v, head_dim, value);
+  for (int i = 0; !good && i < head_dim; i++) {
+    key[i] = nan;
+    value[i] = 0;
+  }
+  uint16_t *const keys = reinterpret_cast<uint16_t *>(to), *const values = keys + head.keys();
+  for (int i = 0; i < head_dim; i++) keys[offset(pair, head.k_rows, page, i, at)] = key[i];
+  for (int i = 0; i < head_dim; i++) values[offset(pair, page, head.v_columns, at, i)] = value[i];
+}
+
+// q and scale with x = q * scale; scale = max|x| / 127. Returns whether all is finite.
+inline bool quantize(const float *x, int count, int8_t *q, float *scale) {
+  uint32_t most = 0;
+  for (int i = 0; i < count; i++) {
+    const uint32_t bits = pattern(x[i]) & 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  const float top = number(most), up = most >= pattern(0x1p-100f) ? 127 / top : 0;
+  if (most >= 0x7f800000) return false;
+  for (int i = 0; i < count; i++) q[i] = int8_t(pattern(x[i] * up + magic));
+  *scale = up ? top / 127 : 0;
+  return true;
+}
+
+void store_int8(const Head &head, int head_dim, uint8_t *to, int at, const float *k, const float *v) {
+  int8_t key[oc::most_head_dim], value[oc::most_head_dim];
+  float k_scale, v_scale;
+  if (!quantize(k, head_dim, key, &k_scale) || !quantize(v, head_dim, value, &v_scale)) {
+    memset(key, 0, sizeof key);
+    memset(value, 0, sizeof value);
+    k_scale = __builtin_nanf("");
+    v_scale = 0;
+  }
+  int8_t *const keys = reinterpret_cast<int8_t *>(to), *const values = keys + head.keys();
+  for (int i = 0; i < head_dim; i++) keys[offset(2, head.k_rows, page, i, at)] = key[i];
+  for (int i = 0; i < head_dim; i++) values[offset(2, page, head.v_columns, at, i)] = value[i];
+  float *const scale = reinterpret_cast<float *>(to + head.keys() + head.values());
+  scale[at] = k_scale;
+  scale[page + at] = v_scale;
+}
+
+void store(const Pages &pages, const int32_t *table, int64_t position, const float *k, const float *v) {
+  const Head head(pages.head_dim);
+  uint8_t *const to = pages.data + table[position / page] * pages.page_bytes;
+  const int at = int(position % page), head_dim = pages.head_dim;
+  for (int i = 0; i < pages.kv_heads; i++, k += head_dim, v += head_dim) {
+    uint8_t *const place = to + i * head.bytes(pages.dtype);
+    if (pages.dtype == OC_FP16) store_float<Fp16>(head, head_dim, 1, place, at, k, v);
+    if (pages.dtype == OC_BF16) store_float<Bf16>(head, head_dim, 2, place, at, k, v);
+    if (pages.dtype == OC_INT8) store_int8(head, head_dim, place, at, k, v);
+  }
+}
+
+// ------------------------------------------------------------------------------------- multiplying
+
+// c[rows][vectors * width] = a[rows][count] b[count][...], or added to c; b's columns are `across` apart.
+template <class T, int rows, int vectors>
+inline void multiply(const float *a, const typename T::Stored *b, int64_t across, int64_t count, bool more,
+                     float *c) {
+  floats sum[rows][vectors];
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) sum[r][v] = more ? load(c + r * line + v * width) : floats{};
+  for (int64_t k = 0; k < count; k += T::pair, a += T::pair, b += T::pair * across) {
+    floats x[vectors][T::pair];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) T::load(b + v * width * T::pair, x[v]);
+#pragma GCC unroll 2
+    for (int p = 0; p < T::pair; p++)
+#pragma GCC unroll 12
+      for (int r = 0; r < rows; r++) {
+        const floats factor = splat(a[r * line + p]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) sum[r][v] = fma(factor, x[v][p], sum[r][v]);
+      }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) give(c + r * line + v * width, sum[r][v]);
+}
+
+template <class T, int vectors>
+void multiply_rows(int rows, const float *a, const typename T::Stored *b, int64_t across, int64_t count,
+                   bool more, float *c) {
+  constexpr int most = T::pair == 2 || tall < 8 ? (tall < 8 ? 4 : 8) : tall;
+  int r = 0;
+  for (; rows - r >= most; r += most)
+    multiply<T, most, vectors>(a + r * line, b, across, count, more, c + r * line);
+  if (most > 8 && rows - r >= 8) {
+    multiply<T, 8, vectors>(a + r * line, b, across, count, more, c + r * line);
+    r += 8;
+  }
+  if (most > 4 && rows - r >= 4) {
+    multiply<T, 4, vectors>(a + r * line, b, across, count, more, c + r * line);
+    r += 4;
+  }
+  if (rows - r >= 2) {
+    multiply<T, 2, vectors>(a + r * line, b, across, count, more, c + r * line);
+    r += 2;
+  }
+  if (rows - r >= 1) multiply<T, 1, vectors>(a + r * line, b, across, count, more, c + r * line);
+}
+
+// A stored matrix [rows_stored][columns], of which `count` rows from `first` on are multiplied.
+template <class T>
+void multiply_panels(int rows, const float *a, const typename T::Stored *b, int64_t stored, int64_t columns,
+                     int64_t first, int64_t count, bool more, float *c) {
+  for (int64_t column = 0; column < columns; column += panel_columns) {
+    const int64_t across = columns - column < panel_columns ? columns - column : panel_columns;
+    const auto *const panel = b + column * stored + first * across;
+    for (int64_t v = 0; v < across; v += wide * width)
+      if (across < wide * width)
+        multiply_rows<T, 1>(rows, a, panel, across, count, more, c + column);
+      else
+        multiply_rows<T, wide>(rows, a, panel + v * T::pair, across, count, more, c + column + v);
+  }
+}
+
+// The same rows in float32.
+template <class T>
+void expand(const typename T::Stored *from, int64_t stored, int64_t columns, float *to, int64_t to_stored,
+            int64_t to_first) {
+  for (int64_t column = 0; column < columns; column += panel_columns) {
+    const int64_t across = columns - column < panel_columns ? columns - column : panel_columns;
+    const auto *b = from + column * stored;
+    float *out = to + column * to_stored + to_first * across;
+    for (int64_t row = 0; row < stored; row += T::pair, b += T::pair * across, out += T::pair * across)
+      for (int64_t v = 0; v < across; v += width) {
+        floats x[T::pair];
+        T::load(b + v * T::pair, x);
+        for (int p = 0; p < T::pair; p++) give(out + p * across + v, x[p]);
+      }
+  }
+}
+
+// ----------------------------------------------------------------------------------------- softmax
+
+// The sums of one segment, or of all so far; m in powers of two.
+struct Sums {
+  float m, sum;
+};
+
+// Scores s[begin, end) of one row, of which [from, to) are seen, become weights 2^(s - m), else 0.
+inline Sums weigh(float *s, int begin, int end, int from, int to) {
+  const int first = from / width * width, last = (to - 1) / width * width;
+  for (int i = begin; i < first; i += width) give(s + i, floats{});
+  for (int i = last + width; i < end; i += width) give(s + i, floats{});
+  const floats nothing = splat(-__builtin_inff());
+  const ints lane = iota();
+  give(s + first, lane + first >= from ? load(s + first) : nothing);
+  give(s + last, lane + last < to ? load(s + last) : nothing);
+  floats most = nothing;
+  for (int i = first; i <= last; i += width) {
+    const floats x = load(s + i);
+    most = x > most ? x : most;
+  }
+  const float m = fold_max(most);
+  floats sum = {};
+  for (int i = first; i <= last; i += width) {
+    const floats weight = exp2(load(s + i) - m);
+    give(s + i, weight);
+    sum += weight;
+  }
+  return {m, fold_sum(sum)};
+}
+
+// Adds a segment to what came before; `fresh` if nothing did.
+inline void add_segment(bool fresh, Sums &all, float *acc, const Sums &one, const float *one_acc, int64_t count) {
+  if (fresh) {
+    all = one;
+    for (int64_t i = 0; i < count; i += width) give(acc + i, load(one_acc + i));
+    return;
+  }
+  const float m = all.m > one.m ? all.m : one.m;
+  const floats before = exp2(splat(all.m - m)), now = exp2(splat(one.m - m));
+  all = {m, all.sum * before[0] + one.sum * now[0]};
+  for (int64_t i = 0; i < count; i += width)
+    give(acc + i, fma(load(one_acc + i), now, load(acc + i) * before));
+}
+
+inline void finish(const Sums &all, const float *acc, int head_dim, float *y) {
+  const float inverse = 1 / all.sum;
+  for (int i = 0; i < head_dim; i++) y[i] = acc[i] * inverse + 0.0f;  // -0 becomes +0
+}
+
+// ------------------------------------------------------------------------------------------- tasks
+
+inline int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The first position that is seen from one.
+inline int64_t first_seen(const oc_layer &layer, int64_t position) {
+  return layer.window > 0 ? most_of(0, position - layer.window + 1) : 0;
+}
+
+inline int64_t first_segment(const oc_layer &layer, int64_t position) {
+  return first_seen(layer, position) / segment;
+}
+
+// How a request is shared out, for each of its key/value heads.
+struct Share {
+  int64_t queries;   // of a task
+  int64_t segments;  // that are tasks of their own; 0: none is
+  int64_t tasks;
+};
+
+Share share(const oc_layer &layer, const Span &span, int64_t whole) {
+  if (span.count == 1) {
+    const int64_t seen = span.past / segment + 1 - first_segment(layer, span.past);
+    if (seen > whole) return {1, seen, seen};
+  }
+  const int64_t group = layer.heads / layer.kv_heads, queries = most_of(1, most_rows / group);
+  return {queries, 0, (span.count + queries - 1) / queries};
+}
+
+// A row's part of `partial`: its sums, padded to 16 floats, and its acc.
+inline int64_t record(const oc_layer &layer) { return 16 + Head(layer.head_dim).v_columns; }
+
+Work work(const oc_layer &layer, const Span *spans, int64_t count, int threads) {
+  constexpr int64_t never = INT64_MAX, short_enough = 4;
+  Work all{};
+  for (int64_t i = 0; i < count; i++) all.tasks += share(layer, spans[i], never).tasks * layer.kv_heads;
+  all.whole = all.tasks < 2 * threads ? 1 : short_enough;
+  all.tasks = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const Share mine = share(layer, spans[i], all.whole);
+    all.tasks += mine.tasks * layer.kv_heads;
+    all.merges += mine.segments ? layer.kv_heads : 0;
+    all.partial_floats += mine.segments * layer.heads * record(layer);
+  }
+  return all;
+}
+
+// A thread's own memory; rows are `line` apart.
+struct Scratch {
+  float *q;       // [most rows]
+  float *acc;     // [most rows]
+  Sums *sums;     // [most rows]
+  float *scores;  // [tile]
+  float *part;    // [tile]: acc of one segment
+  float *keys;    // [pages of a segment][k_rows][page], expanded
+  float *values;  // a matrix [segment][v_columns], expanded
+};
+
+inline int64_t rows_of_task(const oc_layer &layer) {
+  return (most_of(most_rows, layer.heads / layer.kv_heads) + 15) & ~15;
+}
+
+constexpr int tile_rows = tall > few_rows ? tall : few_rows;
+
+int64_t scratch_bytes(const oc_layer &layer) {
+  const Head head(layer.head_dim);
+  const int64_t rows = rows_of_task(layer);
+  return 4 * (2 * rows * line + 2 * rows + 2 * tile_rows * line) +
+         4 * pages_of_segment * (head.keys() + head.values());
+}
+
+Scratch cut(const oc_layer &layer, void *memory) {
+  const Head head(layer.head_dim);
+  const int64_t rows = rows_of_task(layer);
+  Scratch all;
+  all.q = static_cast<float *>(memory);
+  all.acc = all.q + rows * line;
+  all.scores = all.acc + rows * line;
+  all.part = all.scores + tile_rows * line;
+  all.keys = all.part + tile_rows * line;
+  all.values = all.keys + pages_of_segment * head.keys();
+  all.sums = reinterpret_cast<Sums *>(all.values + pages_of_segment * head.values());
+  return all;
+}
+
+// Some queries of one request and all heads that share a key/value head; row r is query r / group.
+struct Task {
+  const Span *span;
+  int64_t kv_head, query, queries;
+  int64_t begin, end;  // segments
+  float *partial;      // where a split query's sums go, or NULL
+};
+
+Task find_task(const Attend &job, int64_t index) {
+  const oc_layer &layer = *job.layer;
+  float *partial = job.partial;
+  const Span *span = job.spans;
+  Share mine = share(layer, *span, job.work.whole);
+  while (index >= mine.tasks * layer.kv_heads) {
+    index -= mine.tasks * layer.kv_heads;
+    partial += mine.segments * layer.heads * record(layer);
+    mine = share(layer, *++span, job.work.whole);
+  }
+  Task task{span, index / mine.tasks, 0, 1, 0, 0, nullptr};
+  const int64_t part = index % mine.tasks, group = layer.heads / layer.kv_heads;
+  if (mine.segments) {
+    task.begin = first_segment(layer, span->past) + part;
+    task.end = task.begin + 1;
+    task.partial = partial + (task.kv_head * mine.segments + part) * group * record(layer);
+    return task;
+  }
+  task.query = (mine.tasks - 1 - part) * mine.queries;  // the longest first
+  task.queries = least_of(mine.queries, span->count - task.query);
+  task.begin = first_segment(layer, span->past + task.query);
+  task.end = (span->past + task.query + task.queries - 1) / segment + 1;
+  return task;
+}
+
+// One segment as rows see it: pages [begin, end) of the task's are needed.
+struct View {
+  const Attend *job;
+  const Task *task;
+  int64_t base, group;
+  Head head;
+  const uint8_t *page[pages_of_segment];
+
+  int64_t position(int64_t row) const { return task->span->past + task->query + row / group; }
+  // The positions of the segment that a row sees: [from, to).
+  int from(int64_t row) const {
+    return int(most_of(0, first_seen(*job->layer, position(row)) - base));
+  }
+  int to(int64_t row) const { return int(least_of(segment, position(row) + 1 - base)); }
+};
+
+// The rows [row, row + rows) over the pages that they see; acc of the segment into scratch.part.
+template <class T>
+void attend_tile(const View &view, const Scratch &scratch, bool expanded, int64_t row, int rows,
+                 Sums *sums) {
+  typedef typename T::Stored Stored;
+  const Head &head = view.head;
+  const oc_layer &layer = *view.job->layer;
+  const int begin = view.from(row) / page, end = (view.to(row + rows - 1) + page - 1) / page;
+  const float *const q = scratch.q + row * line;
+  for (int p = begin; p < end; p++) {
+    float *const s = scratch.scores + p * page;
+    if (expanded)
+      multiply_panels<Float>(rows, q, scratch.keys + p * head.keys(), head.k_rows, page, 0, head.k_rows,
+                             false, s);
+    else
+      multiply_panels<T>(rows, q, reinterpret_cast<const Stored *>(view.page[p]), head.k_rows, page, 0,
+                         head.k_rows, false, s);
+    if (view.job->pages.dtype != OC_INT8) continue;
+    const float *const scale = reinterpret_cast<const float *>(view.page[p] + head.keys() + head.values());
+    for (int r = 0; r < rows; r++)
+      for (int i = 0; i < page; i += width) give(s + r * line + i, load(s + r * line + i) * load(scale + i));
+  }
+  for (int r = 0; r < rows; r++) {
+    float *const s = scratch.scores + r * line;
+    if (layer.soft_cap > 0)
+      for (int i = begin * page; i < end * page; i += width)
+        give(s + i, tanh(load(s + i)) * (layer.soft_cap * log2_e));
+    sums[r] = weigh(s, begin * page, end * page, view.from(row + r), view.to(row + r));
+    if (view.job->pages.dtype != OC_INT8) continue;
+    for (int p = begin; p < end; p++) {
+      const auto *const scale =
+          reinterpret_cast<const float *>(view.page[p] + head.keys() + head.values()) + page;
+      for (int i = 0; i < page; i += width)
+        give(s + p * page + i, load(s + p * page + i) * load(scale + i));
+    }
+  }
+  if (expanded) {
+    multiply_panels<Float>(rows, scratch.scores + begin * page, scratch.values, segment, head.v_columns,
+                           begin * page, (end - begin) * page, false, scratch.part);
+    return;
+  }
+  for (int p = begin; p < end; p++)
+    multiply_panels<T>(rows, scratch.scores + p * page,
+                       reinterpret_cast<const Stored *>(view.page[p]) + head.keys(), page, head.v_columns, 0,
+                       page, p > begin, scratch.part);
+}
+
+template <class T>
+void attend(const Attend &job, const Task &task, const Scratch &scratch) {
+  typedef typename T::Stored Stored;
+  const oc_layer &layer = *job.layer;
+  const int64_t group = layer.heads / layer.kv_heads, rows = task.queries * group;
+  View view{&job, &task, 0, group, Head(layer.head_dim), {}};
+  const Head &head = view.head;
+  const float factor = layer.soft_cap > 0 ? layer.scale / layer.soft_cap : layer.scale * log2_e;
+  for (int64_t r = 0; r < rows; r++) {
+    const float *const q = job.q + (task.span->row + task.query + r / group) * job.q_stride +
+                           (task.kv_head * group + r % group) * layer.head_dim;
+    float *const to = scratch.q + r * line;
+    for (int i = 0; i < layer.head_dim; i++) to[i] = q[i] * factor;
+    if (layer.head_dim % 2) to[layer.head_dim] = 0;
+  }
+  for (int64_t s = task.begin; s < task.end; s++) {
+    view.base = s * segment;
+    int64_t first = 0, last = rows;  // the rows that see some of it
+    while (view.to(first) <= 0) first++;
+    while (view.from(last - 1) >= segment) last--;
+    const int begin = view.from(first) / page, end = (view.to(last - 1) + page - 1) / page;
+    const bool expanded = last - first > few_rows;
+    for (int p = begin; p < end; p++) {
+      view.page[p] = job.pages.data +
+                     task.span->table[s * pages_of_segment + p] * job.pages.page_bytes +
+                     task.kv_head * head.bytes(job.pages.dtype);
+      if (!expanded) continue;
+      const auto *const stored = reinterpret_cast<const Stored *>(view.page[p]);
+      expand<T>(stored, head.k_rows, page, scratch.keys + p * head.keys(), head.k_rows, 0);
+      expand<T>(stored + head.keys(), page, head.v_columns, scratch.values, segment, p * page);
+    }
+    const int64_t most = expanded ? tall : few_rows;
+    for (int64_t row = first; row < last; row += most) {
+      const int count = int(least_of(most, last - row));
+      Sums sums[tile_rows];
+      attend_tile<T>(view, scratch, expanded, row, count, sums);
+      for (int r = 0; r < count; r++) {
+        const float *const part = scratch.part + r * line;
+        if (task.partial) {
+          float *const to = task.partial + (row + r) * record(layer);
+          memcpy(to, &sums[r], sizeof sums[r]);
+          memcpy(to + 16, part, size_t(head.v_columns) * 4);
+          continue;
+        }
+        const bool fresh = s == first_segment(layer, view.position(row + r));
+        add_segment(fresh, scratch.sums[row + r], scratch.acc + (row + r) * line, sums[r], part,
+                    head.v_columns);
+      }
+    }
+  }
+  for (int64_t r = 0; !task.partial && r < rows; r++) {
+    float *const y = job.y + (task.span->row + task.query + r / group) * job.y_stride +
+                     (task.kv_head * group + r % group) * layer.head_dim;
+    finish(scratch.sums[r], scratch.acc + r * line, layer.head_dim, y);
+  }
+}
+
+void run(const Attend &job, int64_t index, void *memory) {
+  const Task task = find_task(job, index);
+  const Scratch scratch = cut(*job.layer, memory);
+  if (job.pages.dtype == OC_FP16) attend<Half>(job, task, scratch);
+  if (job.pages.dtype == OC_BF16) attend<Brain>(job, task, scratch);
+  if (job.pages.dtype == OC_INT8) attend<Int8>(job, task, scratch);
+}
+
+void merge(const Attend &job, int64_t index) {
+  const oc_layer &layer = *job.layer;
+  const int64_t group = layer.heads / layer.kv_heads, size = record(layer);
+  const int64_t columns = Head(layer.head_dim).v_columns;
+  const float *partial = job.partial;
+  const Span *span = job.spans;
+  int64_t segments = share(layer, *span, job.work.whole).segments, split = index / layer.kv_heads;
+  while (!segments || split) {
+    split -= segments > 0;
+    partial += segments * layer.heads * size;
+    segments = share(layer, *++span, job.work.whole).segments;
+  }
+  const int64_t kv_head = index % layer.kv_heads;
+  partial += kv_head * segments * group * size;
+  for (int64_t r = 0; r < group; r++) {
+    Sums all{}, one;
+    float acc[line];
+    for (int64_t s = 0; s < segments; s++) {
+      const float *const from = partial + (s * group + r) * size;
+      memcpy(&one, from, sizeof one);
+      add_segment(s == 0, all, acc, one, from + 16, columns);
+    }
+    finish(all, acc, layer.head_dim,
+           job.y + span->row * job.y_stride + (kv_head * group + r) * layer.head_dim);
+  }
+}
+
+}  // namespace
 
 namespace oc::attention {
 
-const Attention OC_CLASS = {};
+const Attention OC_CLASS = {page_bytes, store, work, run, merge, scratch_bytes};
 
 }  // namespace oc::attention

@@ -81,10 +81,12 @@ struct Rows {
 constexpr int peak_block = 128;
 
 // attention.cpp
-constexpr int page_tokens = 32;  // positions in a page
-constexpr int span_tokens = 256; // positions whose scores are handled at once; a multiple of a page
+constexpr int page_tokens = 32;      // positions in a page
+constexpr int segment_tokens = 256;  // aligned positions that are summed as a whole; whole pages
+constexpr int most_head_dim = 256;
 
-// The keys and values of one layer: `pages` pages of page_bytes each.
+// The keys and values of one layer: pages of page_bytes each. A page is zeros before its first use; what
+// an earlier owner left in it later does no harm.
 struct Pages {
   uint8_t *data;
   int64_t page_bytes;
@@ -98,21 +100,39 @@ struct Span {
   int64_t past, count, row;
 };
 
+// What is to be shared out: all tasks in any order, then all merges in any order.
+struct Work {
+  int64_t tasks, merges;
+  int64_t partial_floats;  // of memory that the threads share, aligned to 64 bytes
+  int64_t whole;           // a single query that sees more segments is split into them
+};
+
+// One layer's attention in one step. Query heads lie side by side in a row of q and of y; q and y may
+// not overlap. Of the layer its window, scale, soft cap and numbers of heads are read.
+struct Attend {
+  const oc_layer *layer;
+  Pages pages;
+  const Span *spans;
+  int64_t count;
+  Work work;
+  const float *q;
+  int64_t q_stride;
+  float *y;
+  int64_t y_stride;
+  float *partial;
+};
+
 struct Attention {
   int64_t (*page_bytes)(int dtype, int kv_heads, int head_dim);
-  // Writes the keys and values [kv_heads * head_dim] of one position.
+  // Writes the keys and values [kv_heads * head_dim] of one position; other positions may be written at
+  // the same time. Where a key or a value is not finite in the cache's dtype, the head's keys become NaN
+  // and its values zero: a query that sees the position becomes NaN, the others cannot tell.
   void (*store)(const Pages &pages, const int32_t *table, int64_t position, const float *k, const float *v);
-  // A task is one key/value head of one request and a few of its queries, over all spans or, for a single
-  // query, over one span: see attention.cpp. Every task may run on any thread; when all are done, so
-  // may the merges.
-  int64_t (*tasks)(const oc_layer &layer, const Span *spans, int64_t count);
-  void (*run)(const oc_layer &layer, const Pages &pages, const Span *spans, int64_t count, int64_t task,
-              const float *q, float *y, int64_t stride, float *partial, void *scratch);
-  int64_t (*merges)(const oc_layer &layer, const Span *spans, int64_t count);
-  void (*merge)(const oc_layer &layer, const Span *spans, int64_t count, int64_t merge, float *y,
-                int64_t stride, const float *partial);
-  int64_t (*partial_floats)(const oc_layer &layer, const Span *spans, int64_t count);  // shared by all
-  int64_t (*scratch_bytes)(const oc_layer &layer);                                     // of a thread
+  Work (*work)(const oc_layer &layer, const Span *spans, int64_t count, int threads);
+  void (*run)(const Attend &job, int64_t task, void *scratch);
+  void (*merge)(const Attend &job, int64_t merge);
+  // Of a thread's own scratch for `run`, aligned to 64 bytes: 0.6 to 1.3 MB.
+  int64_t (*scratch_bytes)(const oc_layer &layer);
 };
 
 namespace matmul {

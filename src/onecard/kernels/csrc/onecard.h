@@ -230,6 +230,22 @@ OC_API int32_t oc_sample(const float *logits, int64_t vocab, const oc_sampling *
 
 /* The table `Rows` of engine.h of the class in use: for tests. */
 OC_API const void *oc_rows(void);
+/* ------------------------------------------------------------------------------ single operators
+ *
+ * For tests and measurements: what the engine does in one step, on plain arrays.
+ *
+ * Attention of one layer. Request i has past[i] old positions and count[i] new ones behind them; k and v
+ * are [sum of past + count][kv_heads * head_dim], q and y [sum of count][heads * head_dim], one request
+ * after another. Keys and values are stored in a paged cache of `dtype` (OC_FP16, OC_BF16 or OC_INT8); the
+ * new positions then attend to all positions up to themselves, at most `window` of them (0: all), with
+ * scores cap * tanh(scale * q.k / cap), or scale * q.k where cap is 0. A query's bits depend on itself, on
+ * what it sees and on its position, and on nothing else here. This is done `repeats` times; `seconds`,
+ * if not NULL, becomes the least time of one: storing, then attention. head_dim is at most 256. 0 or an
+ * error. */
+OC_API int oc_attend(int heads, int kv_heads, int head_dim, int64_t window, float scale, float cap, int dtype,
+                     int64_t requests, const int64_t *past, const int64_t *count, const float *k,
+                     const float *v, const float *q, int threads, int repeats, float *y,
+                     double seconds[2]);
 
 #ifdef __cplusplus
 }
