@@ -150,6 +150,42 @@ typedef struct {
   const float *bias;  /* [rows] or NULL */
 } oc_matrix;
 
+/* Bytes of the kernel layout that a matrix describes (its `data`, `exact` and `bias` do not matter), or
+ * OC_BAD_ARGUMENT for a description that makes no sense. Rows and columns are at most 2^30.
+ *
+ * The functions below fill that many bytes at `out`, which is aligned to 64 bytes. Tiles know nothing of
+ * each other, so a run of rows that begins at a multiple of 16 may be laid out as a matrix of its own.
+ * They return how many of the scales or weights are not finite (unless that is 0, what was written is
+ * of no use), or an error. */
+OC_API int64_t oc_layout_bytes(const oc_matrix *matrix);
+
+/* From words of `bits` bits and groups as oc_round_pack writes them. The matrix has those bits, or 8 for 5,
+ * 6 and 7: integers and zeros keep their value. Its block is `group`, or any if `group` is `columns`:
+ * then the scale of a row is repeated. Its dtype is that of `scale`; `zero` is there or not as it says. */
+OC_API int64_t oc_layout_integers(const oc_matrix *matrix, const int32_t *packed, int bits,
+                                  const void *scale, const int8_t *zero, int64_t group, int threads,
+                                  void *out);
+
+/* From a row-major matrix to a dense layout, each weight rounded to the layout's dtype. */
+OC_API int64_t oc_layout_dense(const oc_matrix *matrix, const void *weight, int weight_dtype, int threads,
+                               void *out);
+
+/* From a row-major matrix to integers without a zero point, rounded by the formulas of oc_round_pack in
+ * groups of the layout's block; the last block of a row may be short. */
+OC_API int64_t oc_layout_quantize(const oc_matrix *matrix, const void *weight, int weight_dtype,
+                                  int threads, void *out);
+
+/* A 64-bit sum that says whether bytes are those that were written: any change within eight bytes is seen
+ * for sure, anything else with a chance of 1 - 2^-64. It does not withstand an adversary.
+ *
+ *   step(h, w) = rotate_left(h ^ w, 29) * 0x9e3779b97f4a7c15
+ *
+ * The bytes, padded with zeros to a multiple of 64, are little-endian words w, in chunks of 2^17 words. Lane
+ * l < 8 of chunk c begins with 8 c + l + 1 and takes the words l, l + 8 ... of the chunk, one step each;
+ * a chunk's sum begins with c and takes its lanes; `sum` begins with `bytes` and takes the chunks. 0 or
+ * an error. */
+OC_API int oc_checksum(const void *data, int64_t bytes, int threads, uint64_t *sum);
+
 enum { OC_RMS = 0, OC_LAYER = 1 };
 
 /* `weight` has the offset added already. */
