@@ -183,7 +183,7 @@ def parts(matrix: Matrix, data: Bytes) -> Parts:
         zero = stored.astype(np.float32).reshape(tiles, blocks, TILE)
     codes = data.reshape(tiles * blocks, -1)
     low = codes[:, : block * TILE * min(bits, 2) // 8] if bits == 3 else codes
-    u = _lines(low, 2 if bits == 3 else bits)
+    u: NDArray[Any] = _lines(low, 2 if bits == 3 else bits)
     if bits == 3:
         high = np.unpackbits(codes[:, block * TILE // 4 :], axis=1, bitorder="little")
         high = high.reshape(len(codes), block // 4, TILE, 4).transpose(0, 1, 3, 2)
@@ -193,7 +193,7 @@ def parts(matrix: Matrix, data: Bytes) -> Parts:
     return Parts(_rows(u), *map(_rows, spread))
 
 
-def _lines(codes: Bytes, bits: int) -> NDArray[np.uint8]:
+def _lines(codes: Bytes, bits: int) -> Bytes:
     """Lines of 64 bytes [n, bytes] -> u [n, columns, 16]; byte 4 r + j belongs to row r."""
     lines = codes.reshape(len(codes), -1, TILE, 4)  # [n, line, row, j]
     pieces = [lines >> (bits * i) & (2**bits - 1) for i in range(8 // bits)]
