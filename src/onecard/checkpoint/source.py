@@ -9,7 +9,7 @@ words are never expanded; bf16 numbers are uint16 in NumPy.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -243,7 +243,7 @@ def unpack(packed: NDArray[np.int32], bits: int, count: int) -> NDArray[np.int8]
     return (u.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, sha256: Callable[[Path], str] = sha256_of) -> None:
     """The files of a result are those its manifest names. BadRequest where one was damaged."""
     path = folder / MANIFEST
     if not path.is_file():
@@ -253,7 +253,7 @@ def verify(folder: Path) -> None:
         file = folder / Path(str(name)).name
         if not file.is_file():
             raise BadRequest(f"{folder} lacks {name}, which its manifest names")
-        if sha256_of(file) != expected:
+        if sha256(file) != expected:
             raise BadRequest(
                 f"{file} is not what was written: its sha256 differs from the manifest's",
                 do="copy the result again, or delete manifest.json if you changed it yourself",
