@@ -19,7 +19,7 @@ from torch import nn
 
 from onecard import __version__
 from onecard.checkpoint.journal import check_target, partial_of
-from onecard.checkpoint.load import MANIFEST, Source, stored_arrays
+from onecard.checkpoint.load import modules, stored_arrays
 from onecard.checkpoint.packed import quantization_config
 from onecard.checkpoint.shards import (
     copy_range,
@@ -29,6 +29,7 @@ from onecard.checkpoint.shards import (
     write_chunks,
     write_file,
 )
+from onecard.checkpoint.source import MANIFEST, Source
 from onecard.core.errors import BadRequest
 from onecard.core.format import Format
 from onecard.core.report import write_text
@@ -109,14 +110,12 @@ def config_with(source: Source, formats: Mapping[str, Format]) -> dict[str, Any]
 def linear_names(source: Source) -> tuple[list[str], set[str]]:
     """Stored names of all linears, and of those that are stored transposed."""
     names, transposed = [source.name("lm_head")], set()
-    for root, index in source.roots():
-        if index is None:
-            continue
-        for _, module, stored in source.modules(root, index):
-            if isinstance(module, Linear):
-                names.append(stored.name)
-                if stored.transposed:
-                    transposed.add(stored.name)
+    for index in range(source.spec.num_layers):
+        for place in source.places(index):
+            if place.module.kind == "linear":
+                names.append(place.stored.name)
+                if place.stored.transposed:
+                    transposed.add(place.stored.name)
     return sorted(set(names)), transposed
 
 
@@ -153,7 +152,7 @@ def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = N
 def packed_formats(source: Source, root: nn.Module, index: int | None) -> dict[str, Format]:
     """stored name -> Format of the packed modules of a part of the network."""
     return {
-        stored.name: module.format
-        for _, module, stored in source.modules(root, index)
+        place.stored.name: module.format
+        for _, module, place in modules(source, root, index)
         if isinstance(module, Linear) and not module.format.dense
     }

@@ -8,7 +8,7 @@ from a `config.json` and writes one back. Sizes are counts (`num_` where a count
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,56 @@ def linear_shapes(spec: Spec, layer: LayerSpec) -> dict[str, tuple[int, int]]:
         shapes |= {f"{name}.{part}": (width, h) for part in inner}
         shapes[f"{name}.down"] = (h, width)
     return shapes
+
+
+@dataclass(frozen=True)
+class Module:
+    """One thing with numbers in it: a linear [out, in], an embedding [count, width], a norm [width]."""
+
+    kind: Literal["linear", "embedding", "norm"]
+    shape: tuple[int, ...]
+    bias: bool = False
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """name -> shape of what it holds while its weight is dense."""
+        return {"weight": self.shape} | ({"bias": self.shape[:1]} if self.bias else {})
+
+
+def block_modules(spec: Spec, layer: LayerSpec) -> dict[str, Module]:
+    """path -> Module of everything in one block: `attention.q`, `norm_attention_in` ..."""
+    a, f = layer.attention, layer.feed_forward
+    biased = dict.fromkeys(("attention.q", "attention.k", "attention.v"), a.bias)
+    biased |= {"attention.o": a.out_bias, **dict.fromkeys(KEPT_DENSE, False)}
+    modules = {
+        path: Module("linear", shape, biased.get(path, f.bias))
+        for path, shape in linear_shapes(spec, layer).items()
+    }
+    norms = dict.fromkeys(
+        ("attention.q_norm", "attention.k_norm"), a.head_dim if a.head_norm else 0
+    )
+    before, after = layer.order != "post", layer.order in ("post", "sandwich")
+    for part in ("attention", "feed_forward"):
+        norms |= {f"norm_{part}_in": spec.hidden * before, f"norm_{part}_out": spec.hidden * after}
+    for path, width in norms.items():
+        if width:
+            modules[path] = Module("norm", (width,), spec.norm.bias)
+    return modules
+
+
+def outer_modules(spec: Spec) -> dict[str, Module]:
+    """path -> Module of everything outside the blocks: `stem.embedding` ... `tail.head`."""
+    embed, hidden = spec.embed_size, spec.hidden
+    modules = {"stem.embedding": Module("embedding", (spec.vocab_size, embed))}
+    if spec.learned_positions:
+        modules["stem.positions"] = Module("embedding", (spec.learned_positions, hidden))
+    if embed != hidden:
+        modules["stem.project"] = Module("linear", (hidden, embed))
+    if spec.final_norm:
+        modules["tail.norm"] = Module("norm", (hidden,), spec.norm.bias)
+    if embed != hidden:
+        modules["tail.project"] = Module("linear", (embed, hidden))
+    modules["tail.head"] = Module("linear", (spec.vocab_size, embed), spec.head_bias)
+    return modules
 
 
 KEPT_DENSE = ("feed_forward.router", "feed_forward.shared_gate")

@@ -149,6 +149,13 @@ def _with_prototypes(native: ctypes.CDLL) -> ctypes.CDLL:
             [c_int, c_int, c_int, c_int64, ctypes.c_float, ctypes.c_float, c_int, c_int64,
              *[pointer] * 5, c_int, c_int, pointer, pointer],
         ),
+        "oc_layout_bytes": (c_int64, [pointer]),
+        "oc_layout_integers": (
+            c_int64, [pointer, pointer, c_int, pointer, pointer, c_int64, c_int, pointer],
+        ),
+        "oc_layout_dense": (c_int64, [pointer, pointer, c_int, c_int, pointer]),
+        "oc_layout_quantize": (c_int64, [pointer, pointer, c_int, c_int, pointer]),
+        "oc_checksum": (c_int, [pointer, c_int64, c_int, pointer]),
     }  # fmt: skip
     for name, (result, arguments) in prototypes.items():
         function = getattr(native, name)

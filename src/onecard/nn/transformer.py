@@ -10,16 +10,48 @@ Shapes: B batch, T new tokens, S tokens seen, H heads, G key/value heads, D head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from onecard.core.spec import Attention, FeedForward, LayerSpec, Rope, Spec, linear_shapes
+from onecard.core.spec import (
+    Attention,
+    Experts,
+    LayerSpec,
+    Module,
+    Rope,
+    Spec,
+    block_modules,
+    outer_modules,
+)
 from onecard.kernels import reference
 from onecard.nn.layers import Embedding, Linear, Normalize
 
 Sites = Generator[tuple[str, Tensor], None, Tensor]
+
+
+class Parts:
+    """Makes the modules that a Spec says there are; `normalize` and `maybe` give None for others."""
+
+    def __init__(self, modules: Mapping[str, Module], spec: Spec, dtype: torch.dtype) -> None:
+        self.modules, self.spec, self.dtype = modules, spec, dtype
+
+    def linear(self, path: str) -> Linear:
+        module = self.modules[path]
+        return Linear((module.shape[0], module.shape[1]), module.bias, self.dtype)
+
+    def maybe(self, path: str) -> Linear | None:
+        return self.linear(path) if path in self.modules else None
+
+    def embedding(self, path: str) -> Embedding:
+        count, width = self.modules[path].shape
+        return Embedding(count, width, self.dtype)
+
+    def normalize(self, path: str) -> Normalize | None:
+        if path not in self.modules:
+            return None
+        return Normalize(self.modules[path].shape[0], self.spec.norm, self.dtype)
 
 
 class Cache:
@@ -84,17 +116,16 @@ class Context:
 class AttentionBlock(nn.Module):
     """Grouped-query attention with its four linears."""
 
-    def __init__(self, spec: Spec, layer: LayerSpec, index: int, dtype: torch.dtype) -> None:
+    def __init__(self, parts: Parts, layer: LayerSpec, index: int) -> None:
         super().__init__()
-        a = self.spec = layer.attention
+        self.spec = layer.attention
         self.index = index
-        shapes = linear_shapes(spec, layer)
-        self.q = Linear(shapes["attention.q"], a.bias, dtype)
-        self.k = Linear(shapes["attention.k"], a.bias, dtype)
-        self.v = Linear(shapes["attention.v"], a.bias, dtype)
-        self.o = Linear(shapes["attention.o"], a.out_bias, dtype)
-        self.q_norm = Normalize(a.head_dim, spec.norm, dtype) if a.head_norm else None
-        self.k_norm = Normalize(a.head_dim, spec.norm, dtype) if a.head_norm else None
+        self.q = parts.linear("attention.q")
+        self.k = parts.linear("attention.k")
+        self.v = parts.linear("attention.v")
+        self.o = parts.linear("attention.o")
+        self.q_norm = parts.normalize("attention.q_norm")
+        self.k_norm = parts.normalize("attention.k_norm")
 
     def stages(self, x: Tensor, context: Context) -> Sites:
         a: Attention = self.spec
@@ -118,15 +149,13 @@ class AttentionBlock(nn.Module):
 class Mlp(nn.Module):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
-    def __init__(
-        self, name: str, width: int, spec: Spec, f: FeedForward, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, name: str, parts: Parts, activation: str) -> None:
         super().__init__()
         self.name = name
-        self.activation: Callable[[Tensor], Tensor] = reference.ACTIVATIONS[f.activation]
-        self.gate = Linear((width, spec.hidden), f.bias, dtype) if f.gated else None
-        self.up = Linear((width, spec.hidden), f.bias, dtype)
-        self.down = Linear((spec.hidden, width), f.bias, dtype)
+        self.activation: Callable[[Tensor], Tensor] = reference.ACTIVATIONS[activation]
+        self.gate = parts.maybe(f"{name}.gate")
+        self.up = parts.linear(f"{name}.up")
+        self.down = parts.linear(f"{name}.down")
 
     def stages(self, x: Tensor) -> Sites:
         yield f"{self.name}.in", x
@@ -141,20 +170,15 @@ class Mlp(nn.Module):
 class MoE(nn.Module):
     """A router, its experts, and perhaps a shared expert behind a sigmoid gate."""
 
-    def __init__(self, spec: Spec, f: FeedForward, dtype: torch.dtype) -> None:
+    def __init__(self, experts: Experts, parts: Parts, activation: str) -> None:
         super().__init__()
-        assert f.experts is not None
-        self.experts = f.experts
-        self.router = Linear((f.experts.count, spec.hidden), False, dtype)
-        for i in range(f.experts.count):
-            expert = Mlp(f"feed_forward.expert{i}", f.width, spec, f, dtype)
-            self.add_module(f"expert{i}", expert)
-        self.shared = self.shared_gate = None
-        if f.experts.shared_width:
-            width = f.experts.shared_width
-            self.shared = Mlp("feed_forward.shared", width, spec, f, dtype)
-            if f.experts.shared_gate:
-                self.shared_gate = Linear((1, spec.hidden), False, dtype)
+        self.experts = experts
+        self.router = parts.linear("feed_forward.router")
+        for i in range(experts.count):
+            self.add_module(f"expert{i}", Mlp(f"feed_forward.expert{i}", parts, activation))
+        shared = "feed_forward.shared"
+        self.shared = Mlp(shared, parts, activation) if experts.shared_width else None
+        self.shared_gate = parts.maybe("feed_forward.shared_gate")
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and indices [N, top] of the experts that each token goes to."""
@@ -188,19 +212,18 @@ class Block(nn.Module):
         layer = self.layer = spec.layers[index]
         self.index = index
 
-        def normalize(needed: bool) -> Normalize | None:
-            return Normalize(spec.hidden, spec.norm, dtype) if needed else None
-
-        before, after = layer.order != "post", layer.order in ("post", "sandwich")
-        self.norm_attention_in = normalize(before)
-        self.attention = AttentionBlock(spec, layer, index, dtype)
-        self.norm_attention_out = normalize(after)
-        self.norm_feed_forward_in = normalize(before)
+        parts = Parts(block_modules(spec, layer), spec, dtype)
+        self.norm_attention_in = parts.normalize("norm_attention_in")
+        self.attention = AttentionBlock(parts, layer, index)
+        self.norm_attention_out = parts.normalize("norm_attention_out")
+        self.norm_feed_forward_in = parts.normalize("norm_feed_forward_in")
         f = layer.feed_forward
         self.feed_forward: Mlp | MoE = (
-            MoE(spec, f, dtype) if f.experts else Mlp("feed_forward", f.width, spec, f, dtype)
+            MoE(f.experts, parts, f.activation)
+            if f.experts
+            else Mlp("feed_forward", parts, f.activation)
         )
-        self.norm_feed_forward_out = normalize(after)
+        self.norm_feed_forward_out = parts.normalize("norm_feed_forward_out")
 
     def stages(self, h: Tensor, context: Context) -> Sites:
         """Yields (site, input) before each set of linears; returns the block's output [B, T, hidden]."""
@@ -247,15 +270,11 @@ class Stem(nn.Module):
     def __init__(self, spec: Spec, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.spec = spec
-        self.embedding = Embedding(spec.vocab_size, spec.embed_size, dtype)
-        self.positions = (
-            Embedding(spec.learned_positions, spec.hidden, dtype)
-            if spec.learned_positions
-            else None
-        )
-        projected = spec.embed_size != spec.hidden
-        shape = (spec.hidden, spec.embed_size)
-        self.project = Linear(shape, False, dtype) if projected else None
+        parts = Parts(outer_modules(spec), spec, dtype)
+        self.embedding = parts.embedding("stem.embedding")
+        learned = spec.learned_positions
+        self.positions = parts.embedding("stem.positions") if learned else None
+        self.project = parts.maybe("stem.project")
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         h = self.embedding(ids)
@@ -274,11 +293,10 @@ class Tail(nn.Module):
     def __init__(self, spec: Spec, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.spec = spec
-        self.norm = Normalize(spec.hidden, spec.norm, dtype) if spec.final_norm else None
-        projected = spec.embed_size != spec.hidden
-        shape = (spec.embed_size, spec.hidden)
-        self.project = Linear(shape, False, dtype) if projected else None
-        self.head = Linear((spec.vocab_size, spec.embed_size), spec.head_bias, dtype)
+        parts = Parts(outer_modules(spec), spec, dtype)
+        self.norm = parts.normalize("tail.norm")
+        self.project = parts.maybe("tail.project")
+        self.head = parts.linear("tail.head")
 
     def forward(self, h: Tensor) -> Tensor:
         h = _maybe(self.norm, h)

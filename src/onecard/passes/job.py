@@ -8,6 +8,7 @@ that was finished.
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,9 @@ from onecard import __version__
 from onecard.calibrate.data import Calibration, calibration_ids, digest
 from onecard.calibrate.walk import Progress, batches, peak_bytes, walk, weight_count
 from onecard.checkpoint.journal import Journal, check_space, check_target, fingerprint
-from onecard.checkpoint.load import MANIFEST, Source, as_array, stored_arrays, verify
+from onecard.checkpoint.load import as_array, read, stored_arrays
+from onecard.checkpoint.load import block as read_block
+from onecard.checkpoint.load import stem as read_stem
 from onecard.checkpoint.save import (
     SINGLE_FILE,
     assemble,
@@ -32,6 +35,7 @@ from onecard.checkpoint.save import (
     source_hashes,
 )
 from onecard.checkpoint.shards import Array, Checkpoint, pread, read_header, read_json
+from onecard.checkpoint.source import MANIFEST, Source, verify
 from onecard.core.device import resident, resident_peak
 from onecard.core.errors import BadRequest
 from onecard.core.format import DTYPE_BYTES, Format, parse_format
@@ -138,8 +142,7 @@ class StreamedBlocks:
         return block
 
     def _read(self, index: int) -> Block:
-        block = self.source.block(index, self.dtype)
-        return block
+        return read_block(self.source, index, self.dtype)
 
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
         state = {f"hidden.{i:05d}": as_array(h) for i, h in enumerate(hidden)}
@@ -152,9 +155,9 @@ def part_name(index: int) -> str:
     return f"block-{index:05d}"
 
 
-def stored_names(source: Source, root: torch.nn.Module, index: int | None) -> list[str]:
-    """The source's tensors that hold a part of the network."""
-    modules = {stored.name for _, _, stored in source.modules(root, index)}
+def outer_names(source: Source, part: str) -> list[str]:
+    """The source's tensors that hold the stem or the tail."""
+    modules = {p.stored.name for p in source.places(None) if p.path.startswith(f"{part}.")}
     return [name for name in source.checkpoint.entries if name.rpartition(".")[0] in modules]
 
 
@@ -162,10 +165,7 @@ def compressed_arrays(source: Source, block: Block, index: int) -> dict[str, Arr
     """A finished block as it will be stored: changed linears, everything else the source's bytes."""
     arrays = stored_arrays(source, block, index)
     touched = {name for site in sites(block.layer) for name in site.linears}
-    changed = set()
-    for path, _, stored in source.modules(block, index):
-        if path in touched:
-            changed.add(stored.name)
+    changed = {place.stored.name for place in source.places(index) if place.path in touched}
     for name in list(arrays):
         module, _, tensor = name.rpartition(".")
         entry = source.checkpoint.entries.get(name)
@@ -180,7 +180,7 @@ def compressed_arrays(source: Source, block: Block, index: int) -> dict[str, Arr
 def require_finite(source: Source, names: list[str]) -> None:
     """BadRequest naming the first tensor with NaN or infinite values."""
     for name in names:
-        source.tensor(name)
+        read(source, name)
 
 
 def compute_dtype(source: Source, wanted: str) -> str:
@@ -370,12 +370,10 @@ def copy_outer(source: Source, journal: Journal, part: str) -> None:
     if part in journal:
         return
     arrays: dict[str, Array] = {}
-    for root, index in source.roots():
-        if index is None and type(root).__name__.lower() == part:
-            for name in stored_names(source, root, None):
-                entry = source.checkpoint.entries[name]
-                if not (part == "tail" and source.spec.tied and _is_embedding(source, name)):
-                    arrays[name] = (entry.dtype, entry.shape, entry)
+    for name in outer_names(source, part):
+        entry = source.checkpoint.entries[name]
+        if not (part == "tail" and source.spec.tied and _is_embedding(source, name)):
+            arrays[name] = (entry.dtype, entry.shape, entry)
     require_finite(source, list(arrays))
     journal.add(part, arrays, [])
 
@@ -395,7 +393,7 @@ def _hidden(job: Prepared, journal: Journal, dtype: torch.dtype | None) -> list[
             torch.frombuffer(pread(e.path, e.begin, e.nbytes), dtype=DTYPES[e.dtype]).view(e.shape)
             for _, e in sorted(entries.items())
         ]
-    stem = job.source.stem(dtype)
+    stem = read_stem(job.source, dtype)
     with torch.no_grad():
         return [stem(b, positions_of(b, None, 0)) for b in batches(job.ids)]
 
@@ -404,11 +402,11 @@ def output_formats(source: Source, rows: list[Row]) -> dict[str, Format]:
     """stored name -> Format, from the `format` rows of the blocks."""
     named = {row.where: parse_format(str(row.value)) for row in rows if row.what == "format"}
     formats = {}
-    for root, index in source.roots():
-        if index is not None:
-            for path, _, stored in source.modules(root, index):
-                if f"blocks.{index}.{path}" in named:
-                    formats[stored.name] = named[f"blocks.{index}.{path}"]
+    for index in range(source.spec.num_layers):
+        for place in source.places(index):
+            format = named.get(f"blocks.{index}.{place.path}")
+            if format is not None:
+                formats[place.stored.name] = format
     return formats
 
 
@@ -466,14 +464,10 @@ def file_bytes(checkpoint: Checkpoint) -> int:
 def parameter_count(source: Source) -> int:
     """Weights of a model from its headers; packed matrices count what they stand for."""
     total = 0
-    for root, index in source.roots():
-        if not (index is None and type(root).__name__ == "Tail" and source.spec.tied):
-            total += sum(p.numel() for p in root.parameters())
-        else:
-            head = root.get_submodule("head")
-            total += sum(p.numel() for p in root.parameters()) - sum(
-                p.numel() for p in head.parameters()
-            )
+    for index in source.parts():
+        for place in source.places(index):
+            if not (place.path == "tail.head" and source.spec.tied):
+                total += sum(math.prod(shape) for shape in place.module.tensors().values())
     return total
 
 

@@ -8,7 +8,6 @@
 #include <exception>
 #include <functional>
 #include <new>
-#include <thread>
 #include <vector>
 
 #include <sys/mman.h>
@@ -16,6 +15,7 @@
 #include "engine.h"
 #include "kernels.h"
 #include "onecard.h"
+#include "threads.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -29,6 +29,10 @@
 #endif
 
 namespace {
+
+using oc::in_parallel;
+using oc::in_shares;
+using oc::most_threads;
 
 // ---------------------------------------------------------------------- instruction-set classes
 
@@ -124,36 +128,7 @@ const oc::Kernels &kernels() { return *oc::chosen_class().kernels; }
 
 const oc::Gptq &gptq() { return *oc::chosen_class().gptq; }
 
-// --------------------------------------------------------------------------------------- threads
-
-constexpr int most_threads = 1024;
-
-// Calls work(0) ... work(count - 1), each on its own thread where the system grants one, and waits.
-void in_parallel(int count, const std::function<void(int)> &work) {
-  std::vector<std::thread> threads;
-  int started = 1;
-  try {
-    threads.reserve(size_t(count));
-    for (; started < count; started++) threads.emplace_back(work, started);
-  } catch (const std::exception &) {
-    // What could not be started is done here, after our own share.
-  }
-  work(0);
-  for (; started < count; started++) work(started);
-  for (auto &thread : threads) thread.join();
-}
-
-// Calls work(begin, end) on shares of the rows, each of whole steps, in up to `threads` threads; a
-// thread is not worth starting for less than 2^16 numbers.
-void in_shares(int64_t rows, int64_t columns, int64_t step, int threads,
-               const std::function<void(int64_t, int64_t)> &work) {
-  const int64_t steps = (rows + step - 1) / step;
-  const int64_t useful = std::min(steps, 1 + rows * columns / (1 << 16));
-  const int64_t count = std::min<int64_t>(threads, useful);
-  in_parallel(int(count), [&](int part) {
-    work(steps * part / count * step, std::min(rows, steps * (part + 1) / count * step));
-  });
-}
+// ---------------------------------------------------------------------------------- rates, checks
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();

@@ -151,6 +151,42 @@ typedef struct {
   const float *bias;  /* [rows] or NULL */
 } oc_matrix;
 
+/* Bytes of the kernel layout that a matrix describes (its `data`, `exact` and `bias` do not matter), or
+ * OC_BAD_ARGUMENT for a description that makes no sense. Rows and columns are at most 2^30.
+ *
+ * The functions below fill that many bytes at `out`, which is aligned to 64 bytes. Tiles know nothing of
+ * each other, so a run of rows that begins at a multiple of 16 may be laid out as a matrix of its own.
+ * They return how many of the scales or weights are not finite (unless that is 0, what was written is
+ * of no use), or an error. */
+OC_API int64_t oc_layout_bytes(const oc_matrix *matrix);
+
+/* From words of `bits` bits and groups as oc_round_pack writes them. The matrix has those bits, or 8 for 5,
+ * 6 and 7: integers and zeros keep their value. Its block is `group`, or any if `group` is `columns`:
+ * then the scale of a row is repeated. Its dtype is that of `scale`; `zero` is there or not as it says. */
+OC_API int64_t oc_layout_integers(const oc_matrix *matrix, const int32_t *packed, int bits,
+                                  const void *scale, const int8_t *zero, int64_t group, int threads,
+                                  void *out);
+
+/* From a row-major matrix to a dense layout, each weight rounded to the layout's dtype. */
+OC_API int64_t oc_layout_dense(const oc_matrix *matrix, const void *weight, int weight_dtype, int threads,
+                               void *out);
+
+/* From a row-major matrix to integers without a zero point, rounded by the formulas of oc_round_pack in
+ * groups of the layout's block; the last block of a row may be short. */
+OC_API int64_t oc_layout_quantize(const oc_matrix *matrix, const void *weight, int weight_dtype,
+                                  int threads, void *out);
+
+/* A 64-bit sum that says whether bytes are those that were written: any change within eight bytes is seen
+ * for sure, anything else with a chance of 1 - 2^-64. It does not withstand an adversary.
+ *
+ *   step(h, w) = rotate_left(h ^ w, 29) * 0x9e3779b97f4a7c15
+ *
+ * The bytes, padded with zeros to a multiple of 64, are little-endian words w, in chunks of 2^17 words. Lane
+ * l < 8 of chunk c begins with 8 c + l + 1 and takes the words l, l + 8 ... of the chunk, one step each;
+ * a chunk's sum begins with c and takes its lanes; `sum` begins with `bytes` and takes the chunks. 0 or
+ * an error. */
+OC_API int oc_checksum(const void *data, int64_t bytes, int threads, uint64_t *sum);
+
 enum { OC_RMS = 0, OC_LAYER = 1 };
 
 /* `weight` has the offset added already. */
@@ -230,6 +266,59 @@ OC_API int32_t oc_sample(const float *logits, int64_t vocab, const oc_sampling *
 
 /* The table `Rows` of engine.h of the class in use: for tests. */
 OC_API const void *oc_rows(void);
+/* The engine runs a model for many requests at once. Keys and values lie in pages of OC_PAGE positions
+ * (page p of every layer belongs to whoever the caller says); a step takes new ids of some requests,
+ * runs the whole network and may choose the next ids. */
+enum { OC_PAGE = 32 };
+
+typedef struct oc_engine oc_engine;
+
+typedef struct {
+  int32_t threads;
+  int32_t kv_dtype; /* OC_FP16, OC_BF16 or OC_INT8 */
+  int64_t pages;
+  int64_t rows; /* new ids of a step, at most */
+} oc_engine_settings;
+
+/* The model, and what it points to, stay where they are until the engine is closed. 0 or an error. */
+OC_API int oc_engine_open(const oc_model *model, const oc_engine_settings *settings, oc_engine **engine);
+OC_API void oc_engine_close(oc_engine *engine);
+OC_API int64_t oc_engine_bytes(const oc_engine *engine); /* of memory that it holds */
+
+enum { OC_NONE = 0, OC_LAST = 1, OC_ALL = 2 };
+
+/* One request's part of a step. `table` has pages for past + count + most - 1 positions. The sampling's
+ * `previous` has room for `most` ids more; its draw, logprob, ids and logprobs are not read. */
+typedef struct {
+  const int32_t *ids; /* [count] at positions past, past + 1 ... */
+  int64_t count, past;
+  const int32_t *table;
+  int32_t want;  /* whose logits are written to `logits` [1 or count][vocab] */
+  int32_t most;  /* ids to choose at most; 0: none */
+  float *logits;
+  oc_sampling sampling;
+  const double *draws; /* [most]; NULL if the temperature is 0 */
+  const int32_t *ends; /* [ends_count] ascending; nothing is chosen behind one of them */
+  int64_t ends_count;
+  int32_t *chosen;            /* [most] */
+  float *logprobs;            /* [most], or NULL */
+  int32_t *likeliest_ids;     /* [most][sampling.likeliest] */
+  float *likeliest_logprobs;  /* [most][sampling.likeliest] */
+  int32_t chosen_count;       /* written */
+  int32_t status;             /* written: 0, or the error that stopped this request */
+} oc_feed;
+
+/* One pass over all feeds, then up to steps - 1 more over those that go on choosing. Between passes `cancel`
+ * is read: what is not 0 ends the call. 0 or an error of the whole call, which is found before any work
+ * but for OC_NO_MEMORY. Calls for one engine do not overlap. */
+OC_API int oc_engine_step(oc_engine *engine, oc_feed *feeds, int64_t count, int steps,
+                          const volatile int32_t *cancel);
+
+/* y [rows][matrix rows] = x [rows][columns] times a matrix, with its bias: the engine's product, for tests and
+ * measurements. It is done `repeats` times; `seconds`, if not NULL, becomes the least time of one. */
+OC_API int oc_multiply(const oc_matrix *matrix, const float *x, int64_t rows, int threads, int repeats,
+                       float *y, double *seconds);
+
 /* ------------------------------------------------------------------------------ single operators
  *
  * For tests and measurements: what the engine does in one step, on plain arrays.

@@ -20,6 +20,8 @@
 
 namespace {
 
+using oc::Quantized;
+
 #if defined(__AVX512F__)
 constexpr int width = 16;
 #elif defined(__AVX2__)
@@ -332,19 +334,28 @@ inline void quantize_block(const float *x, int8_t *q, float *scale, int32_t *sum
 }
 
 template <int block>
-void quantize_row(const float *x, int64_t columns, int8_t *q, float *scale, int32_t *sum) {
-  const int64_t whole = columns / block;
-  for (int64_t b = 0; b < whole; b++) quantize_block<block>(x + b * block, q + b * block, scale + b, sum + b);
-  if (whole * block == columns) return;
-  float last[block] = {};
-  memcpy(last, x + whole * block, size_t(columns - whole * block) * 4);
-  quantize_block<block>(last, q + whole * block, scale + whole, sum + whole);
+void quantize_row(const float *x, int64_t columns, const Quantized &to, int64_t row) {
+  float *const scale = to.scale + row * to.blocks;
+  int32_t *const sum = to.sum + row * to.blocks;
+  for (int64_t b = 0; b < to.blocks; b++) {
+    alignas(64) int8_t q[block];
+    const int64_t begin = b * block, left = columns - begin;
+    if (left >= block) {
+      quantize_block<block>(x + begin, q, scale + b, sum + b);
+    } else {
+      float last[block] = {};
+      memcpy(last, x + begin, size_t(left) * 4);
+      quantize_block<block>(last, q, scale + b, sum + b);
+    }
+    constexpr int piece = block < 64 ? block : 64;
+    for (int i = 0; i < block; i += piece) memcpy(const_cast<int8_t *>(to.at(row, begin + i)), q + i, piece);
+  }
 }
 
-void quantize(const float *x, int64_t columns, int block, int8_t *q, float *scale, int32_t *sum) {
-  if (block == 32) quantize_row<32>(x, columns, q, scale, sum);
-  if (block == 64) quantize_row<64>(x, columns, q, scale, sum);
-  if (block == 128) quantize_row<128>(x, columns, q, scale, sum);
+void quantize(const float *x, int64_t columns, const Quantized &to, int64_t row) {
+  if (to.block == 32) quantize_row<32>(x, columns, to, row);
+  if (to.block == 64) quantize_row<64>(x, columns, to, row);
+  if (to.block == 128) quantize_row<128>(x, columns, to, row);
 }
 
 template <class F>

@@ -1,0 +1,260 @@
+"""A model folder, opened and checked by its headers; arrays are read when asked for. No torch here.
+
+`places` says for the stem and tail, or for one block, which modules there are and where each lies in
+this checkpoint. How a module lies there (whole, a run of rows of a fused matrix, by head, transposed)
+is the family's `Stored`; `Place.rows` are the rows of the stored matrix that are its own. Packed
+words are never expanded; bf16 numbers are uint16 in NumPy.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onecard.checkpoint.hub import find_model
+from onecard.checkpoint.packed import Schemes
+from onecard.checkpoint.shards import Checkpoint, read_json, sha256_of
+from onecard.checkpoint.tokenizer import Tokenizer
+from onecard.core.errors import BadRequest
+from onecard.core.format import DENSE, Format
+from onecard.core.spec import Module, Spec, block_modules, outer_modules
+from onecard.nn.families import Family, Stored, family_of
+
+MANIFEST = "manifest.json"
+IGNORED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias",
+           "attention.masked_bias", "attention.rotary_emb.inv_freq")  # fmt: skip
+KINDS: dict[str, Any] = {
+    "fp64": np.float64, "fp32": np.float32, "fp16": np.float16, "bf16": np.uint16,
+    "int64": np.int64, "int32": np.int32, "int16": np.int16, "int8": np.int8, "uint8": np.uint8,
+    "bool": np.bool_,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A module and where it lies: `stored` as this checkpoint spells it, `rows` of `total` are its own."""
+
+    path: str
+    module: Module
+    stored: Stored
+    rows: slice | NDArray[np.int64]
+    total: int
+
+
+class Source:
+    """A model folder. Raises BadRequest where its files do not hold what its config.json says."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = find_model(folder)
+        if not (self.folder / "config.json").is_file():
+            raise BadRequest(f"{self.folder} holds no model", seen="there is no config.json")
+        self.config = read_json(self.folder / "config.json")
+        self.family: Family = family_of(self.config)
+        self.spec: Spec = self.family.spec(self.config)
+        self.checkpoint = Checkpoint(self.folder)
+        self._rename = self._naming()
+        schemes = self.config.get("quantization_config")
+        self.schemes = Schemes(schemes) if isinstance(schemes, dict) else None
+        if "lm_head.weight" not in self.checkpoint and not self.spec.tied:
+            head = self.name(self._stored("tail.head"))
+            if (
+                f"{head}.weight" not in self.checkpoint
+                and f"{head}.weight_packed" not in self.checkpoint
+            ):
+                self.spec = replace(self.spec, tied=True)
+                self.config = {**self.config, "tie_word_embeddings": True}
+        self.extra = self._check()
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most weights, `bf16` say."""
+        kinds: Counter[str] = Counter()
+        for entry in self.checkpoint.entries.values():
+            if entry.dtype in DENSE:
+                kinds[entry.dtype] += entry.nbytes
+        return kinds.most_common(1)[0][0] if kinds else "fp32"
+
+    @property
+    def compressed(self) -> bool:
+        return any(name.endswith(".weight_packed") for name in self.checkpoint.entries)
+
+    def format_names(self) -> list[str]:
+        """Names of the packed formats in the folder."""
+        packed = (
+            n.removesuffix(".weight_packed")
+            for n in self.checkpoint.entries
+            if n.endswith(".weight_packed")
+        )
+        formats = (self.format_of(Stored(name)) for name in packed)
+        return sorted({format.name for format in formats if format})
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.folder)
+
+    # names
+
+    def _stored(self, path: str) -> str:
+        return self.family.outer[path].name
+
+    def _naming(self) -> tuple[str, str]:
+        """(cut, put): what this checkpoint's names lack and add at their front."""
+        name = self._stored("stem.embedding")
+        first = name.split(".")[0] + "." if name.count(".") else ""
+        for cut, put in (("", ""), ("", self.family.prefix), (first, ""), ("", "language_model.")):
+            if f"{put}{name.removeprefix(cut)}.weight" in self.checkpoint:
+                return cut, put
+        raise BadRequest(
+            f"{self.folder} lacks the embedding", f"no tensor {name}.weight in its safetensors",
+            f"its config.json says {self.family.architecture}: is that what the files hold?",
+        )  # fmt: skip
+
+    def name(self, stored: str) -> str:
+        """A family's name as this checkpoint spells it."""
+        cut, put = self._rename
+        if stored == "lm_head" and put != "language_model.":
+            return stored
+        return put + stored.removeprefix(cut)
+
+    # structure
+
+    def parts(self) -> tuple[int | None, ...]:
+        """What `places` takes: None for the stem and tail, then every block."""
+        return (None, *range(self.spec.num_layers))
+
+    def places(self, index: int | None) -> Iterator[Place]:
+        """The modules of a block by their path in it, or `stem.embedding` ... `tail.head`."""
+        spec = self.spec
+        modules = outer_modules(spec) if index is None else block_modules(spec, spec.layers[index])
+        heads = 0 if index is None else spec.layers[index].attention.num_heads
+        for path, named in self.family.modules(spec, index):
+            if path not in modules:
+                continue
+            tied = path == "tail.head" and spec.tied
+            lies = self.family.outer["stem.embedding"] if tied else named
+            stored = replace(lies, name=self.name(lies.name))
+            sizes = [modules[sibling].shape[0] for sibling in stored.of]
+            total = sum(sizes) or modules[path].shape[0]
+            yield Place(path, modules[path], stored, _rows(stored, sizes, heads), total)
+
+    def _check(self) -> tuple[str, ...]:
+        """All tensors are there in their shapes, before anything is read. Returns unused names."""
+        expected: set[str] = set()
+        for index in self.parts():
+            for place in self.places(index):
+                for part, shape in self._expected(place):
+                    name = f"{place.stored.name}.{part}"
+                    expected.add(name)
+                    if name not in self.checkpoint:
+                        raise BadRequest(
+                            f"{self.folder} lacks the tensor {name}",
+                            do="the download is incomplete, or config.json is another model's",
+                        )
+                    entry = self.checkpoint.entries[name]
+                    if part in ("weight", "bias") and entry.dtype not in DENSE:
+                        raise BadRequest(
+                            f"{name} is stored as {entry.dtype}",
+                            do=f"weights are {', '.join(DENSE)}",
+                        )
+                    if entry.shape != shape:
+                        raise BadRequest(
+                            f"{name} has shape {list(entry.shape)}, "
+                            f"config.json makes it {list(shape)}"
+                        )
+        extra = set(self.checkpoint.entries) - expected
+        return tuple(sorted(name for name in extra if not name.endswith(IGNORED)))
+
+    def _expected(self, place: Place) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(suffix, shape) of the tensors that hold a module, as they lie in the file."""
+        format = self.format_at(place)
+        for name, own in place.module.tensors().items():
+            shape = (place.total, *own[1:])
+            if name == "weight" and format is not None:
+                for part, (_, sizes) in format.parts((shape[0], shape[1])).items():
+                    yield part, sizes
+            elif name == "weight" and place.stored.transposed:
+                yield name, tuple(reversed(shape))
+            else:
+                yield name, shape
+
+    def format_at(self, place: Place) -> Format | None:
+        """The packed format of a linear, None for what is dense."""
+        return self.format_of(place.stored) if place.module.kind == "linear" else None
+
+    def format_of(self, stored: Stored) -> Format | None:
+        """The packed format of a stored module, None when it is dense."""
+        entry = self.checkpoint.entries.get(f"{stored.name}.weight_scale")
+        if entry is None or f"{stored.name}.weight_packed" not in self.checkpoint:
+            return None
+        if self.schemes is None:
+            raise BadRequest(f"{stored.name} is packed, but config.json has no quantization_config")
+        return replace(self.schemes.format_of(stored.name), scale=entry.dtype)
+
+    # reading
+
+    def array(self, name: str) -> tuple[str, NDArray[Any]]:
+        """(dtype, array) of one stored tensor as it lies in the file."""
+        entry, data = self.checkpoint.read(name)
+        return entry.dtype, data.view(KINDS[entry.dtype]).reshape(entry.shape)
+
+    def dense(self, place: Place, part: str = "weight") -> tuple[str, NDArray[Any]]:
+        """(dtype, contiguous array) of the weight or the bias of a module that is not packed."""
+        dtype, array = self.array(f"{place.stored.name}.{part}")
+        if part == "weight" and place.stored.transposed:
+            array = array.T
+        return dtype, np.ascontiguousarray(array[place.rows])
+
+    def packed(
+        self, place: Place, format: Format
+    ) -> tuple[NDArray[np.int32], NDArray[Any], NDArray[np.int8] | None]:
+        """Words, scales and zero points [rows, groups] of a packed linear."""
+        name = place.stored.name
+        words, scale = (self.array(f"{name}.weight_{part}")[1] for part in ("packed", "scale"))
+        zero = None
+        if format.zero_point:
+            along = self.array(f"{name}.weight_zero_point")[1]
+            zero = np.ascontiguousarray(unpack(along.T, format.bits, place.total).T[place.rows])
+        rows = place.rows
+        return np.ascontiguousarray(words[rows]), np.ascontiguousarray(scale[rows]), zero
+
+
+def _rows(stored: Stored, sizes: list[int], heads: int) -> slice | NDArray[np.int64]:
+    """The rows of a stored matrix that are those of one part; `sizes` of all its parts."""
+    if not stored.of:
+        return slice(None)
+    if stored.by_head:
+        order = np.arange(sum(sizes)).reshape(heads, len(sizes), -1)
+        return order[:, stored.part].reshape(-1)
+    end = list(accumulate(sizes))[stored.part]
+    return slice(end - sizes[stored.part], end)
+
+
+def unpack(packed: NDArray[np.int32], bits: int, count: int) -> NDArray[np.int8]:
+    """int32 [n, words] -> codes int8 [n, count], as in core/format.py; meant for a few."""
+    octets = np.ascontiguousarray(packed).view(np.uint8)
+    lanes = np.unpackbits(octets, axis=1, bitorder="little")[:, : count * bits]
+    u = np.packbits(lanes.reshape(len(packed), count, bits), axis=2, bitorder="little")[..., 0]
+    return (u.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+
+
+def verify(folder: Path, sha256: Callable[[Path], str] = sha256_of) -> None:
+    """The files of a result are those its manifest names. BadRequest where one was damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    files = read_json(path).get("files")
+    for name, expected in (files if isinstance(files, dict) else {}).items():
+        file = folder / Path(str(name)).name
+        if not file.is_file():
+            raise BadRequest(f"{folder} lacks {name}, which its manifest names")
+        if sha256(file) != expected:
+            raise BadRequest(
+                f"{file} is not what was written: its sha256 differs from the manifest's",
+                do="copy the result again, or delete manifest.json if you changed it yourself",
+            )

@@ -1,0 +1,340 @@
+// Matrices as checkpoints store them become the kernel layout of onecard.h: once per model, into a file
+// that is mapped from then on. Compiled once, for the plainest processor: codes are moved eight at a
+// time in 64-bit registers, which is faster than a disk delivers them.
+//
+// A tile is made block by block: the codes of 16 rows as bytes (16 x 128 at most, so in the fastest
+// cache), then woven into lines. A line is 16 words of 32 bits, one of each row, and such a word is made
+// of `8 / bits` neighbouring words of codes shifted into each other.
+
+#include <atomic>
+#include <functional>
+#include <new>
+#include <vector>
+
+#include "onecard.h"
+#include "packing.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int64_t tile_rows = 16, most_block = 128;
+
+struct Codes {
+  alignas(64) uint8_t row[tile_rows][most_block];
+};
+
+int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+bool is_float(int dtype) { return dtype == OC_FP32 || dtype == OC_FP16 || dtype == OC_BF16; }
+
+int64_t bytes_of(int dtype) { return dtype == OC_FP32 ? 4 : 2; }
+
+// Where the parts of a tile lie, in bytes from its beginning.
+struct Tile {
+  int64_t blocks, zeros, codes, bytes;
+};
+
+Tile tile_of(const oc_matrix &m) {
+  if (m.bits == 0) return {0, 0, 0, whole_lines(m.columns * tile_rows * bytes_of(m.dtype))};
+  const int64_t blocks = (m.columns + m.block - 1) / m.block;
+  const int64_t zeros = whole_lines(blocks * tile_rows * bytes_of(m.dtype));
+  const int64_t codes = zeros + (m.zero_point ? whole_lines(blocks * tile_rows) : 0);
+  return {blocks, zeros, codes, codes + blocks * m.block * tile_rows * m.bits / 8};
+}
+
+bool sound(const oc_matrix *m) {
+  constexpr int64_t most = int64_t(1) << 30;
+  if (!m || m->rows < 1 || m->rows > most || m->columns < 1 || m->columns > most) return false;
+  if (!is_float(m->dtype)) return false;
+  if (m->bits == 0) return m->block == 0 && m->zero_point == 0;
+  const bool known = m->bits == 2 || m->bits == 3 || m->bits == 4 || m->bits == 8;
+  const bool fits = m->block == 32 || m->block == 64 || m->block == 128;
+  return known && fits && (m->zero_point == 0 || m->zero_point == 1);
+}
+
+bool runs(int threads, const void *in, const void *out) {
+  return threads >= 1 && threads <= oc::most_threads && in && out;
+}
+
+// ------------------------------------------------------------------------------------------- weaving
+
+uint32_t word(const Codes &codes, int64_t row, int64_t index) {
+  uint32_t x;
+  memcpy(&x, codes.row[row] + 4 * index, 4);
+  return x;
+}
+
+template <int bits>
+void weave(const Codes &codes, int block, uint8_t *out) {
+  constexpr int joined = 8 / bits;  // words of codes in a word of a line; of 3 bits, the low two
+  constexpr uint32_t low = 0x01010101 * ((1u << (8 / joined)) - 1);
+  for (int line = 0; line < block / 4 / joined; line++) {
+    for (int r = 0; r < tile_rows; r++) {
+      uint32_t x = 0;
+      for (int i = 0; i < joined; i++)
+        x |= (word(codes, r, line * joined + i) & low) << i * (8 / joined);
+      memcpy(out + 64 * line + 4 * r, &x, 4);
+    }
+  }
+}
+
+// The low two bits, then the high ones.
+template <>
+void weave<3>(const Codes &codes, int block, uint8_t *out) {
+  weave<2>(codes, block, out);
+  out += 4 * block;
+  for (int i = 0; i < block / 4; i++) {
+    uint64_t high = 0;
+    for (int r = 0; r < tile_rows; r++) {
+      const uint32_t four = (word(codes, r, i) >> 2 & 0x01010101) * 0x01020408u >> 24 & 15;
+      high |= uint64_t(four) << 4 * r;
+    }
+    memcpy(out + 8 * i, &high, 8);
+  }
+}
+
+typedef void Weave(const Codes &codes, int block, uint8_t *out);
+
+Weave *weaver(int bits) {
+  return bits == 2 ? weave<2> : bits == 3 ? weave<3> : bits == 4 ? weave<4> : weave<8>;
+}
+
+// ------------------------------------------------------------------------------------ stored integers
+
+struct Integers {
+  const int32_t *packed;
+  int bits;
+  const void *scale;
+  const int8_t *zero;
+  int64_t group;
+};
+
+// The bits as they are; false if they are not those of a number.
+bool copy_scale(const void *from, int64_t index, int dtype, uint8_t *to, int64_t place) {
+  if (dtype == OC_FP32) {
+    const uint32_t bits = static_cast<const unaligned32 *>(from)[index];
+    memcpy(to + 4 * place, &bits, 4);
+    return (bits & Fp32::infinity) != Fp32::infinity;
+  }
+  const uint16_t bits = static_cast<const unaligned16 *>(from)[index];
+  memcpy(to + 2 * place, &bits, 2);
+  const uint16_t infinity = dtype == OC_FP16 ? Fp16::infinity : Bf16::infinity;
+  return (bits & infinity) != infinity;
+}
+
+int64_t lay_integers(const oc_matrix &m, const Integers &in, int64_t begin, int64_t end, uint8_t *out) {
+  const Tile tile = tile_of(m);
+  const int64_t groups = m.columns / in.group, row_bytes = bytes_of_row(m.columns, in.bits);
+  const int64_t block_bytes = m.block * tile_rows * m.bits / 8;
+  const uint8_t shift = uint8_t((1 << (m.bits - 1)) - (1 << (in.bits - 1)));  // 0 unless bits differ
+  const int half = 1 << (m.bits - 1);
+  Weave *const weave_block = weaver(m.bits);
+  Codes codes;
+  int64_t not_finite = 0;
+  for (int64_t first = begin; first < end; first += tile_rows) {
+    uint8_t *const to = out + first / tile_rows * tile.bytes;
+    memset(to, 0, size_t(tile.codes));
+    const int64_t rows = end - first < tile_rows ? end - first : tile_rows;
+    memset(codes.row[0] + rows * most_block, 0, size_t((tile_rows - rows) * most_block));
+    for (int64_t b = 0; b < tile.blocks; b++) {
+      const int64_t column = b * m.block;
+      const int64_t left = m.columns - column, count = left < m.block ? left : m.block;
+      const int64_t byte = column / 8 * in.bits;
+      for (int64_t r = 0; r < rows; r++) {
+        const int64_t index = (first + r) * groups + column / in.group;
+        not_finite += !copy_scale(in.scale, index, m.dtype, to, b * tile_rows + r);
+        const uint8_t zero = uint8_t(half + (in.zero ? in.zero[index] : 0));
+        if (in.zero) to[tile.zeros + b * tile_rows + r] = zero;
+        uint8_t *const row = codes.row[r];
+        const uint8_t *from = reinterpret_cast<const uint8_t *>(in.packed) + (first + r) * row_bytes + byte;
+        unpack_codes(count, in.bits, from, row_bytes - byte,
+                     [=](int64_t at, int n, const uint8_t *code) { memcpy(row + at, code, size_t(n)); });
+        if (shift)
+          for (int64_t i = 0; i < count; i++) row[i] = uint8_t(row[i] + shift);
+        memset(row + count, zero, size_t(m.block - count));
+      }
+      weave_block(codes, m.block, to + tile.codes + b * block_bytes);
+    }
+  }
+  return not_finite;
+}
+
+// --------------------------------------------------------------------------------------------- dense
+
+template <class From, class To>
+int64_t lay_dense(const oc_matrix &m, const void *weight, int64_t begin, int64_t end, uint8_t *out) {
+  const Tile tile = tile_of(m);
+  const auto *const in = static_cast<const typename From::Stored *>(weight);
+  int64_t not_finite = 0;
+  for (int64_t first = begin; first < end; first += tile_rows) {
+    uint8_t *const start = out + first / tile_rows * tile.bytes;
+    auto *const to = reinterpret_cast<typename To::Stored *>(start);
+    const int64_t rows = end - first < tile_rows ? end - first : tile_rows;
+    if (rows < tile_rows || m.columns % 2) memset(start, 0, size_t(tile.bytes));
+    for (int64_t k = 0; k < m.columns; k += most_block) {
+      const int64_t left = m.columns - k, count = left < most_block ? left : most_block;
+      for (int64_t r = 0; r < rows; r++) {
+        const auto *const row = in + (first + r) * m.columns + k;
+        int64_t odd = 0;
+        for (int64_t i = 0; i < count; i++) odd += (row[i] & From::infinity) == From::infinity;
+        for (int64_t i = 0; i < count; i++) to[(k + i) * tile_rows + r] = To::round(From::read(row[i]));
+        not_finite += odd;
+      }
+    }
+  }
+  return not_finite;
+}
+
+typedef int64_t Lay(const oc_matrix &m, const void *weight, int64_t begin, int64_t end, uint8_t *out);
+
+template <class From>
+Lay *dense_layer(int dtype) {
+  return dtype == OC_FP32 ? lay_dense<From, Fp32> : dtype == OC_FP16 ? lay_dense<From, Fp16>
+                                                                     : lay_dense<From, Bf16>;
+}
+
+// ------------------------------------------------------------------------------------------ rounding
+
+template <class From>
+int64_t lay_rounded(const oc_matrix &m, const void *weight, int64_t begin, int64_t end, uint8_t *out) {
+  const Tile tile = tile_of(m);
+  const auto *const in = static_cast<const typename From::Stored *>(weight);
+  const int64_t block_bytes = m.block * tile_rows * m.bits / 8;
+  const uint8_t half = uint8_t(1 << (m.bits - 1));
+  Weave *const weave_block = weaver(m.bits);
+  Codes codes;
+  int64_t not_finite = 0;
+  for (int64_t first = begin; first < end; first += tile_rows) {
+    uint8_t *const to = out + first / tile_rows * tile.bytes;
+    memset(to, 0, size_t(tile.codes));
+    const int64_t rows = end - first < tile_rows ? end - first : tile_rows;
+    memset(codes.row[0] + rows * most_block, 0, size_t((tile_rows - rows) * most_block));
+    for (int64_t b = 0; b < tile.blocks; b++) {
+      const int64_t column = b * m.block;
+      const int64_t left = m.columns - column, count = left < m.block ? left : m.block;
+      for (int64_t r = 0; r < rows; r++) {
+        const auto *const w = in + (first + r) * m.columns + column;
+        Extremes<From> seen;
+        seen.see(w, count);
+        if (!seen.finite()) {
+          for (int64_t i = 0; i < count; i++) not_finite += (w[i] & From::infinity) == From::infinity;
+          continue;
+        }
+        const Grid grid =
+            fit_grid(From::read(seen.below), From::read(seen.above), m.bits, false, m.dtype);
+        write_scale(to, m.dtype, b * tile_rows + r, grid.scale);
+        encode<From>(w, int(count), grid, half, codes.row[r]);
+        memset(codes.row[r] + count, half, size_t(m.block - count));
+      }
+      weave_block(codes, m.block, to + tile.codes + b * block_bytes);
+    }
+  }
+  return not_finite;
+}
+
+int64_t in_tiles(const oc_matrix &m, int threads, const std::function<int64_t(int64_t, int64_t)> &lay) {
+  std::atomic<int64_t> not_finite{0};
+  oc::in_shares(m.rows, m.columns, tile_rows, threads,
+                [&](int64_t begin, int64_t end) { not_finite += lay(begin, end); });
+  return not_finite;
+}
+
+// ------------------------------------------------------------------------------------------ checksum
+
+constexpr int64_t chunk_bytes = int64_t(1) << 20;
+
+uint64_t step(uint64_t h, uint64_t w) {
+  h ^= w;
+  return (h << 29 | h >> 35) * 0x9e3779b97f4a7c15u;
+}
+
+uint64_t sum_of_chunk(const uint8_t *data, int64_t bytes, uint64_t index) {
+  uint64_t lane[8];
+  for (uint64_t l = 0; l < 8; l++) lane[l] = 8 * index + l + 1;
+  const auto take = [&](const uint8_t *at) {
+    uint64_t w[8];
+    memcpy(w, at, 64);
+    for (int l = 0; l < 8; l++) lane[l] = step(lane[l], w[l]);
+  };
+  const int64_t whole = bytes & ~int64_t(63);
+  for (int64_t i = 0; i < whole; i += 64) take(data + i);
+  if (bytes > whole) {
+    uint8_t last[64] = {};
+    memcpy(last, data + whole, size_t(bytes - whole));
+    take(last);
+  }
+  uint64_t sum = index;
+  for (uint64_t x : lane) sum = step(sum, x);
+  return sum;
+}
+
+}  // namespace
+
+// ----------------------------------------------------------------------------------------- interface
+
+int64_t oc_layout_bytes(const oc_matrix *matrix) {
+  if (!sound(matrix)) return OC_BAD_ARGUMENT;
+  return (matrix->rows + tile_rows - 1) / tile_rows * tile_of(*matrix).bytes;  // at most 2^62
+}
+
+int64_t oc_layout_integers(const oc_matrix *matrix, const int32_t *packed, int bits, const void *scale,
+                           const int8_t *zero, int64_t group, int threads, void *out) {
+  if (!sound(matrix) || !matrix->bits || !runs(threads, packed, out) || !scale) return OC_BAD_ARGUMENT;
+  if (bits < 2 || bits > 8 || matrix->bits != (bits > 4 ? 8 : bits)) return OC_BAD_ARGUMENT;
+  if ((group != matrix->block || matrix->columns % group) && group != matrix->columns)
+    return OC_BAD_ARGUMENT;
+  if ((zero != nullptr) != (matrix->zero_point == 1)) return OC_BAD_ARGUMENT;
+  const Integers in{packed, bits, scale, zero, group};
+  return in_tiles(*matrix, threads, [&](int64_t begin, int64_t end) {
+    return lay_integers(*matrix, in, begin, end, static_cast<uint8_t *>(out));
+  });
+}
+
+int64_t oc_layout_dense(const oc_matrix *matrix, const void *weight, int weight_dtype, int threads,
+                        void *out) {
+  if (!sound(matrix) || matrix->bits || !is_float(weight_dtype) || !runs(threads, weight, out))
+    return OC_BAD_ARGUMENT;
+  Lay *const lay = weight_dtype == OC_FP32   ? dense_layer<Fp32>(matrix->dtype)
+                   : weight_dtype == OC_FP16 ? dense_layer<Fp16>(matrix->dtype)
+                                             : dense_layer<Bf16>(matrix->dtype);
+  return in_tiles(*matrix, threads, [&](int64_t begin, int64_t end) {
+    return lay(*matrix, weight, begin, end, static_cast<uint8_t *>(out));
+  });
+}
+
+int64_t oc_layout_quantize(const oc_matrix *matrix, const void *weight, int weight_dtype, int threads,
+                           void *out) {
+  if (!sound(matrix) || !matrix->bits || matrix->zero_point || !is_float(weight_dtype) ||
+      !runs(threads, weight, out))
+    return OC_BAD_ARGUMENT;
+  Lay *const lay = weight_dtype == OC_FP32   ? lay_rounded<Fp32>
+                   : weight_dtype == OC_FP16 ? lay_rounded<Fp16>
+                                             : lay_rounded<Bf16>;
+  return in_tiles(*matrix, threads, [&](int64_t begin, int64_t end) {
+    return lay(*matrix, weight, begin, end, static_cast<uint8_t *>(out));
+  });
+}
+
+int oc_checksum(const void *data, int64_t bytes, int threads, uint64_t *sum) {
+  if (bytes < 0 || bytes > int64_t(1) << 62 || threads < 1 || threads > oc::most_threads || !sum ||
+      (bytes && !data))
+    return OC_BAD_ARGUMENT;
+  const int64_t chunks = (bytes + chunk_bytes - 1) / chunk_bytes;
+  try {
+    std::vector<uint64_t> sums(static_cast<size_t>(chunks));
+    const auto take = [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; c++) {
+        const int64_t left = bytes - c * chunk_bytes;
+        sums[size_t(c)] = sum_of_chunk(static_cast<const uint8_t *>(data) + c * chunk_bytes,
+                                       left < chunk_bytes ? left : chunk_bytes, uint64_t(c));
+      }
+    };
+    if (chunks) oc::in_shares(chunks, chunk_bytes / 8, 1, threads, take);
+    uint64_t total = uint64_t(bytes);
+    for (uint64_t x : sums) total = step(total, x);
+    *sum = total;
+  } catch (const std::bad_alloc &) {
+    return OC_NO_MEMORY;
+  }
+  return 0;
+}

@@ -1,0 +1,396 @@
+"""A model's weights as the engine multiplies them: laid out once, kept in a file, mapped from then on.
+
+Every linear is in the kernel layout (kernels/layout.py), norms (their offset added), biases and learned
+positions are float32. The embedding is not copied: its rows are gathered from the model's own file,
+mapped. The router and the gate of shared experts are dense float32. The head is rounded to int8 in
+blocks of 32 where it is dense, unless `head` is "stored".
+
+The file is `MODEL/.onecard/KEY.weights`, or lies in `$XDG_CACHE_HOME/onecard/weights` where the model's
+folder cannot be written (or is the package's own); where neither has room it is memory of this
+process. KEY is a hash of the config, of every tensor file, of the choice of head and of the layout's
+version. The layout is the same for every instruction-set class, so the class is no part of it.
+
+Hashing gigabytes at each start would be slow: `hashes.json` beside the file remembers the sha256 of files
+by path, size, inode, and times of the last change. A result of ours is checked against its manifest.
+
+Memory while laying out: the largest stored tensor, the part that is made of it, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onecard import __version__
+from onecard.checkpoint.hub import SHIPPED
+from onecard.checkpoint.shards import read_json, sha256_of
+from onecard.checkpoint.source import KINDS, MANIFEST, Place, Source, verify
+from onecard.core.device import usable_cores
+from onecard.core.errors import BadRequest
+from onecard.core.format import DTYPE_BYTES
+from onecard.core.report import write_text
+from onecard.core.spec import KEPT_DENSE
+from onecard.kernels import cpu, layout, structs
+from onecard.kernels.structs import Matrix, Norm
+from onecard.runtime import weightfile
+from onecard.runtime.weightfile import About, Bytes, Header, Mapped
+
+LAYOUT = 1
+"""Raised whenever the kernel layout or what is laid out changes."""
+HEADS = ("int8", "stored")
+HEAD_BLOCK = 32
+HASHES = "hashes.json"
+FRESH = 2.0  # seconds in which a second change of a file might leave its times as they are
+PIECE = 1 << 20  # numbers that are looked at together
+
+Head = Literal["int8", "stored"]
+Say = Callable[[str], None]
+
+
+def open_weights(
+    source: Source, threads: int | None = None, head: Head = "int8", say: Say | None = None
+) -> Weights:
+    """The weights of a model folder, from the file where there is a sound one, else laid out now.
+
+    `say` is given one line where they cannot be kept (by default it goes to standard error). Raises
+    BadRequest where a tensor holds NaN or infinite values or a file is not what its manifest names.
+    """
+    if head not in HEADS:
+        raise BadRequest(f"there is no head {head!r}", do=f"known: {', '.join(HEADS)}")
+    threads = threads or usable_cores()
+    parts = list(_planned(source, head))
+    homes = homes_of(source.folder)
+    model = _model_hash(source, homes, threads)
+    key = _digest([model, head])
+    wanted = [(part.name, part.choices) for part in parts]
+    for home in homes:
+        found = weightfile.opened(_file(home, key), key, wanted, threads)
+        if found is not None:
+            return Weights(source, head, found)
+    return Weights(source, head, _made(source, parts, Header(key, model, str(source.folder.resolve())),
+                                       homes, threads, say or _to_stderr))  # fmt: skip
+
+
+class Weights:
+    """Addresses and descriptions of everything by module path: `blocks.3.attention.q`, `tail.head` ...
+
+    They hold as long as this object is alive. `path` is the mapped file, None where the weights lie in
+    memory of this process.
+    """
+
+    def __init__(self, source: Source, head: Head, mapped: Mapped) -> None:
+        self.source, self.head, self.path = source, head, mapped.path
+        self._parts = mapped.parts
+        embedding = next(p for p in source.places(None) if p.path == "stem.embedding")
+        entry = source.checkpoint.entries[f"{embedding.stored.name}.weight"]
+        self.embedding_dtype = entry.dtype
+        self._embedding = (
+            self._parts["stem.embedding"][1]
+            if "stem.embedding" in self._parts
+            else weightfile.map_file(entry.path, entry.begin, entry.end)
+        )
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._parts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts and of the embedding."""
+        inside = sum(data.size for _, data in self._parts.values())
+        return inside + (0 if "stem.embedding" in self._parts else self._embedding.size)
+
+    def matrix(self, path: str, exact: bool = False) -> Matrix:
+        """The oc_matrix of a linear with its bias; one without data where the model has none such."""
+        if path not in self._parts:
+            return Matrix()
+        about, data = self._parts[path]
+        found = weightfile.matrix(about)
+        found.data, found.exact = data.ctypes.data, int(exact)
+        found.bias = self.vector(f"{path}.bias")
+        return found
+
+    def norm(self, path: str) -> Norm:
+        """The oc_norm of a norm; one without weight where the model has none such."""
+        norm = self.source.spec.norm
+        kind = {"rms": structs.RMS, "layer": structs.LAYER}[norm.kind]
+        return Norm(self.vector(path), self.vector(f"{path}.bias"), kind, norm.eps)
+
+    def vector(self, path: str) -> int | None:
+        """The address of float32 numbers: a norm, a bias, `stem.positions`; None where there is none."""
+        return self._parts[path][1].ctypes.data if path in self._parts else None
+
+    @property
+    def embedding(self) -> int:
+        """The address of the row-major table, of `embedding_dtype`."""
+        return int(self._embedding.ctypes.data)
+
+    def data(self, path: str) -> Bytes:
+        """The bytes of a part, or of the embedding."""
+        return self._embedding if path == "stem.embedding" else self._parts[path][1]
+
+
+# What there is to lay out -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One part of the file: which tensor of which module, and the forms that it may take there.
+
+    There are two for fp16 alone: its values decide whether bf16 holds them.
+    """
+
+    name: str
+    place: Place
+    tensor: Literal["weight", "bias"]
+    choices: tuple[About, ...]
+
+
+def _planned(source: Source, head: Head) -> Iterator[Part]:
+    """Every part in its order, from headers alone."""
+    for index in source.parts():
+        for place in source.places(index):
+            name = place.path if index is None else f"blocks.{index}.{place.path}"
+            kind = place.module.kind
+            if kind == "linear":
+                yield Part(name, place, "weight", _matrices(source, place, head))
+            elif kind == "norm" or place.path == "stem.positions":
+                yield Part(name, place, "weight", (_floats(place.module.shape),))
+            elif not _gathered(source, place):
+                rows, columns = place.module.shape
+                dtype = source.checkpoint.entries[f"{place.stored.name}.weight"].dtype
+                yield Part(name, place, "weight", (("array", dtype, rows * columns),))
+            if place.module.bias:
+                yield Part(f"{name}.bias", place, "bias", (_floats(place.module.shape[:1]),))
+
+
+def _floats(shape: tuple[int, ...]) -> About:
+    return ("array", "fp32", int(np.prod(shape, dtype=np.int64)))
+
+
+def _matrices(source: Source, place: Place, head: Head) -> tuple[About, ...]:
+    shape = place.module.shape[0], place.module.shape[1]
+    format = source.format_at(place)
+    if place.path in KEPT_DENSE:
+        made = [layout.dense(shape, "fp32")]
+    elif format is not None:
+        made = [layout.integers(shape, format)]
+    elif place.path == "tail.head" and head == "int8":
+        made = [layout.rounded(shape, HEAD_BLOCK)]
+    else:
+        dtype = source.checkpoint.entries[f"{place.stored.name}.weight"].dtype
+        held = ("bf16", "fp32") if dtype == "fp16" else (dtype,)
+        made = [layout.dense(shape, name) for name in held]
+    return tuple(weightfile.about_matrix(m) for m in made)
+
+
+def _gathered(source: Source, place: Place) -> bool:
+    """Whether rows of the embedding can be read where they lie."""
+    entry = source.checkpoint.entries[f"{place.stored.name}.weight"]
+    whole = not place.stored.transposed and not place.stored.of
+    return whole and entry.begin % DTYPE_BYTES[entry.dtype] == 0
+
+
+# Laying out ---------------------------------------------------------------------------------------
+
+
+def _made(
+    source: Source, parts: Sequence[Part], header: Header, homes: Sequence[Path], threads: int, say: Say
+) -> Mapped:  # fmt: skip
+    """The parts laid out, in the first home that takes them, else in memory."""
+    settled = [(part.name, _settled(source, part)) for part in parts]
+    _check_embedding(source)
+
+    def fill(i: int, out: Bytes) -> None:
+        _fill(source, parts[i], settled[i][1], out, threads)
+
+    wanted = [(name, (about,)) for name, about in settled]
+    seen: OSError | None = None
+    for home in homes:
+        path = _file(home, header.key)
+        try:
+            weightfile.write(path, header, settled, fill, threads)
+        except OSError as error:
+            seen = error
+            continue
+        own = home == source.folder / HOME
+        weightfile.sweep(home, lambda found: _current(found, header, own))  # noqa: B023
+        mapped = weightfile.opened(path, header.key, wanted, threads)
+        if mapped is not None:
+            return mapped
+    why = f": {seen.strerror}" if seen and seen.strerror else ""
+    say(f"the weights are laid out anew at each start, they could not be kept in {homes[-1]}{why}")
+    return weightfile.in_memory(settled, fill)
+
+
+def _settled(source: Source, part: Part) -> About:
+    """The form that a part takes: of fp16, the smallest that loses nothing."""
+    if len(part.choices) == 1:
+        return part.choices[0]
+    _, weight = source.array(f"{part.place.stored.name}.{part.tensor}")
+    return part.choices[0 if layout.exactly_bf16(weight) else 1]
+
+
+def _fill(source: Source, part: Part, about: About, out: Bytes, threads: int) -> None:
+    place, kind = part.place, about[0]
+    if kind == "array":
+        dtype, array = source.dense(place, part.tensor)
+        name = f"{place.stored.name}.{part.tensor}"
+        _require_finite(name, dtype, array.reshape(-1))
+        if place.module.kind != "embedding" or place.path == "stem.positions":
+            array = layout.floats(array, dtype)
+            if place.module.kind == "norm" and part.tensor == "weight":
+                array = array + np.float32(source.spec.norm.offset)
+        out[:] = array.reshape(-1).view(np.uint8)
+        return
+    matrix, format = weightfile.matrix(about), source.format_at(place)
+    try:
+        if format is None:
+            layout.fill_dense(matrix, source.dense(place)[1], out, threads)
+            return
+        packed, scale, zero = source.packed(place, format)
+        if matrix.bits:
+            layout.fill_integers(matrix, packed, scale, zero, format, out, threads)
+            return
+        rows, columns = place.module.shape
+        dense = np.empty((rows, columns), np.float32)
+        cpu.to_dense(
+            packed.ctypes.data, scale.ctypes.data, format.scale,
+            None if zero is None else zero.ctypes.data, rows, columns, format,
+            dense.ctypes.data, "fp32", threads,
+        )  # fmt: skip
+        layout.fill_dense(matrix, dense, out, threads)
+    except BadRequest as problem:
+        raise BadRequest(
+            f"{place.stored.name}: {problem.what}", problem.seen, problem.do
+        ) from problem
+
+
+def _check_embedding(source: Source) -> None:
+    """The embedding is finite, where nothing else reads it."""
+    place = next(p for p in source.places(None) if p.path == "stem.embedding")
+    name = f"{place.stored.name}.weight"
+    entry = source.checkpoint.entries[name]
+    table = weightfile.map_file(entry.path, entry.begin, entry.end)
+    step = PIECE * DTYPE_BYTES[entry.dtype]
+    for begin in range(0, table.size, step):
+        piece = table[begin : begin + step].copy().view(KINDS[entry.dtype])
+        _require_finite(name, entry.dtype, piece)
+
+
+def _require_finite(name: str, dtype: str, array: NDArray[Any]) -> None:
+    infinity = {"bf16": 0x7F80, "fp16": 0x7C00, "fp32": 0x7F800000}[dtype]
+    patterns: NDArray[Any] = array.view(np.uint32 if dtype == "fp32" else np.uint16)
+    bad = int(((patterns & infinity) == infinity).sum())
+    if bad:
+        raise BadRequest(
+            f"{name} holds {bad} values that are NaN or infinite",
+            do="the checkpoint is damaged or was trained into overflow: fetch it again",
+        )
+
+
+# Where it is kept ---------------------------------------------------------------------------------
+
+HOME = ".onecard"
+
+
+def homes_of(folder: Path) -> list[Path]:
+    """Where the weights of a model may lie, the best place first."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    homes = [] if folder.resolve() == SHIPPED.resolve() else [folder / HOME]
+    with suppress(RuntimeError):  # a user without a home
+        cache = Path(base) if base else Path.home() / ".cache"
+        homes.append(cache / "onecard" / "weights")
+    return homes
+
+
+def _file(home: Path, key: str) -> Path:
+    return home / f"{key}{weightfile.SUFFIX}"
+
+
+def _current(found: Header | None, mine: Header, own: bool) -> bool:
+    """Whether a file may stay: another folder's, or made of the very same model (another head, say)."""
+    if found is None:
+        return False
+    return found.model == mine.model or (not own and found.folder != mine.folder)
+
+
+def _model_hash(source: Source, homes: Sequence[Path], threads: int) -> str:
+    """A hash of all that the parts are made of, but for the choice of head."""
+    names = {source.folder / "config.json", *source.checkpoint.files}
+    if (source.folder / MANIFEST).is_file():
+        listed = read_json(source.folder / MANIFEST).get("files")
+        listed = listed if isinstance(listed, dict) else {}
+        names |= {p for p in (source.folder / Path(name).name for name in listed) if p.is_file()}
+    hashes = _hashes(sorted(names), homes, threads)
+    verify(source.folder, lambda file: hashes[file] if file in hashes else sha256_of(file))
+    tensors = [hashes[file] for file in source.checkpoint.files]
+    return _digest(
+        [LAYOUT, weightfile.VERSION, __version__, hashes[source.folder / "config.json"], tensors]
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+def _hashes(files: Sequence[Path], homes: Sequence[Path], threads: int) -> dict[Path, str]:
+    """The sha256 of each file, from memory where nothing about it changed."""
+    known: dict[str, Any] = {}
+    for home in homes:
+        with suppress(BadRequest):
+            known |= read_json(home / HASHES)
+    identities = {file: _identity(file) for file in files}
+    hashes: dict[Path, str] = {}
+    for file, (place, about) in identities.items():
+        row = known.get(place)
+        if isinstance(row, list) and row[:-1] == about and isinstance(row[-1], str):
+            hashes[file] = row[-1]
+    missing = [file for file in files if file not in hashes]
+    if not missing:
+        return hashes
+    now = time.time()
+    with ThreadPoolExecutor(threads) as pool:
+        hashes |= dict(zip(missing, pool.map(sha256_of, missing), strict=True))
+    rows = {}
+    for file in missing:
+        place, about = identities[file]
+        if now - max(about[1], about[2]) / 1e9 > FRESH and _identity(file) == identities[file]:
+            rows[place] = [*about, hashes[file]]
+    if rows:
+        _remember(rows, homes)
+    return hashes
+
+
+def _identity(file: Path) -> tuple[str, list[int]]:
+    """(path, what changes when the file does)."""
+    about = file.stat()
+    return str(file.resolve()), [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+
+
+def _remember(rows: dict[str, list[Any]], homes: Sequence[Path]) -> None:
+    """Adds to the first `hashes.json` that can be written; those of files that are gone are dropped."""
+    for home in homes:
+        known: dict[str, Any] = {}
+        with suppress(BadRequest):
+            known = read_json(home / HASHES)
+        kept = {place: row for place, row in known.items() if Path(place).is_file()}
+        with suppress(OSError):
+            home.mkdir(parents=True, exist_ok=True)
+            write_text(home / HASHES, json.dumps(kept | rows, indent=1))
+            return
+
+
+def _to_stderr(line: str) -> None:
+    print(f"onecard: {line}", file=sys.stderr)
