@@ -79,16 +79,22 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=CASES, scope="module")
-def peer(request, tmp_path_factory) -> tuple[transformers.PreTrainedModel, Path]:
-    """A random model of transformers, and the folder it saved."""
-    architecture, more = CASES[request.param]
+def random_model(case: str, **sizes: int) -> transformers.PreTrainedModel:
+    """A random model of transformers; `sizes` win over those of the case."""
+    architecture, more = CASES[case]
     torch.manual_seed(0)
     cls = getattr(transformers, architecture)
-    model = cls(cls.config_class(**{**SMALL, **more})).float().eval()
+    model = cls(cls.config_class(**{**SMALL, **more, **sizes})).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)
+    return model
+
+
+@pytest.fixture(params=CASES, scope="module")
+def peer(request, tmp_path_factory) -> tuple[transformers.PreTrainedModel, Path]:
+    """A random model of transformers, and the folder it saved."""
+    model = random_model(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     return model, folder

@@ -72,6 +72,7 @@ def open_weights(
     threads = threads or usable_cores()
     parts = list(_planned(source, head))
     homes = homes_of(source.folder)
+    before = _identities(source)
     model = _model_hash(source, homes, threads)
     key = _digest([model, head])
     wanted = [(part.name, part.choices) for part in parts]
@@ -79,8 +80,13 @@ def open_weights(
         found = weightfile.opened(_file(home, key), key, wanted, threads)
         if found is not None:
             return Weights(source, head, found)
-    return Weights(source, head, _made(source, parts, Header(key, model, str(source.folder.resolve())),
-                                       homes, threads, say or _to_stderr))  # fmt: skip
+    header = Header(key, model, str(source.folder.resolve()))
+    made = _made(source, parts, header, homes, threads, say or _to_stderr)
+    if _identities(source) != before:
+        if made.path is not None:
+            made.path.unlink(missing_ok=True)
+        raise BadRequest(f"{source.folder} changed while it was read", do="load it again")
+    return Weights(source, head, made)
 
 
 class Weights:
@@ -371,6 +377,10 @@ def _hashes(files: Sequence[Path], homes: Sequence[Path], threads: int) -> dict[
     if rows:
         _remember(rows, homes)
     return hashes
+
+
+def _identities(source: Source) -> list[tuple[str, list[int]]]:
+    return [_identity(file) for file in source.checkpoint.files]
 
 
 def _identity(file: Path) -> tuple[str, list[int]]:
