@@ -21,9 +21,9 @@ from onecard.runtime.steps import Draw, Fed, Feed, Ids
 
 Words = NDArray[np.uint64]
 
-FIRST, SECOND, THIRD = (
-    np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
-)
+FIRST, SECOND, THIRD = map(np.uint64, (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
+SHIFTS = tuple(map(np.uint64, (30, 27, 31)))
+FACTORS = tuple(map(np.uint64, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)))
 
 
 class ReferenceStepper:
@@ -68,17 +68,11 @@ class ReferenceStepper:
         weights = np.arange(1, 2 * end, 2, dtype=np.uint64)
         self.cells[2, page, row] = _mix(np.cumsum(seen * weights)[past:])
         out = _mix(np.cumsum(self.cells[2, used].reshape(-1)[:end])[past:] + first)
-        logits = self._row(out)
-        if self.memory < 1:
-            before = old[np.maximum(place - 1, 0)]
-            logits = self.memory * logits + (1 - self.memory) * self._row(
-                _mix(before * THIRD + own)
-            )
-        return logits
-
-    def _row(self, state: Words) -> Logits:
-        noise = (_mix(state[:, None] + self.spread) >> np.uint64(40)).astype(np.float32)
-        return noise * np.float32(10 / 2**24)
+        before = old[np.maximum(place - 1, 0)]
+        states = np.stack([out, (before * THIRD + own) * FIRST])
+        noise = (_mix(states[..., None] + self.spread) >> np.uint64(40)).astype(np.float32)
+        logits: Logits = self.memory * noise[0] + (1 - self.memory) * noise[1]
+        return logits * np.float32(10 / 2**24)
 
     def _first(self, feed: Feed) -> Fed:
         logits = self.logits(feed.ids, feed.past, feed.table)
@@ -133,9 +127,9 @@ def _drawn(fed: Fed, draw: Draw | None, logits: Logits) -> Fed:
 
 def _mix(x: Words) -> Words:
     """A bijection of 64-bit words in which every bit depends on every bit (splitmix64's last step)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = (x ^ (x >> SHIFTS[0])) * FACTORS[0]
+    x = (x ^ (x >> SHIFTS[1])) * FACTORS[1]
+    return x ^ (x >> SHIFTS[2])
 
 
 class Letters:

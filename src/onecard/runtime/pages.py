@@ -87,14 +87,14 @@ class Pool:
             taken.append(page)
         return taken
 
-    def match(self, ids: NDArray[np.int32], pages: Sequence[int] = ()) -> list[int]:
-        """The known pages that hold what follows `pages` in ids, now held by the caller too.
+    def match(self, ids: NDArray[np.int32]) -> list[int]:
+        """The known pages that hold the beginning of `ids`, now held by the caller too.
 
         They end before the last id: its logits have to be computed.
         """
-        before = self._known(pages[-1]) if pages else None
+        before: Known | None = None
         matched: list[int] = []
-        for index in range(len(pages), (len(ids) - 1) // self.page_tokens):
+        for index in range((len(ids) - 1) // self.page_tokens):
             own = self._slice(ids, index)
             before = self._find(self._key(before, own), before, own)
             if before is None:

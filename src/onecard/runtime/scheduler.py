@@ -44,8 +44,9 @@ from onecard.runtime.sample import GREEDY, Logprobs, Sampling
 from onecard.runtime.speculate import NOTHING, Lookup, verify
 from onecard.runtime.steps import Draw, Fed, Feed, Ids, Stepper
 
-STEPS_BEFORE_STOP = 4
-"""Ids per call at most while a reply is searched for stop strings: what is chosen behind one is wasted."""
+FEW = 4
+"""Ids per call at most while a reply is searched for stop strings, as what comes behind one is wasted, and
+while guessing may pay, as no guess is made inside a call."""
 
 
 @dataclass(frozen=True)
@@ -349,8 +350,11 @@ class Engine:
         if any(part.live.pending > 1 or len(part.draft) for part in parts):
             return 1
         most = min(self.limits.steps, max(1, int(self.limits.latency / self._pace)))
-        if any(part.live.request.sampling.stop for part in parts):
-            most = min(most, STEPS_BEFORE_STOP)
+        guessing = len(parts) <= min(self.limits.draft, self.limits.tokens - len(parts))
+        if any(part.live.reply.sampling.stop for part in parts) or (
+            guessing and any(part.live.lookup.tries(part.live.reply.ids) for part in parts)
+        ):
+            return min(most, FEW)
         return most
 
     def _run(self, parts: list[Part], steps: int) -> None:
@@ -471,8 +475,10 @@ class Engine:
     def _fail(self, live: Live, error: Exception) -> None:
         """What a failed request computed is shared with nobody."""
         if not isinstance(error, Problem):
-            seen = f"{type(error).__name__}: {error}"
-            error = FailedWork("the request failed inside the engine", seen)
+            failed = FailedWork(
+                "the request failed inside the engine", f"{type(error).__name__}: {error}"
+            )
+            failed.__cause__, error = error, failed
         self._events.append(Event(live.number, error=error))
         self._end(live, forget=True)
 

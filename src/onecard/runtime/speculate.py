@@ -55,9 +55,13 @@ class Lookup:
         self.far = 4  # how many ids the next draft has at most
         self.pause, self.until = SHORT_PAUSE, 0  # no draft before there are `until` ids
 
+    def tries(self, ids: Ids) -> bool:
+        """Whether it does not pause."""
+        return len(ids) >= self.until
+
     def draft(self, ids: Ids, most: int) -> Ids:
         """At most `most` ids that may follow `ids`."""
-        if most < 1 or len(ids) < self.until:
+        if most < 1 or not self.tries(ids):
             return NOTHING
         return lookup(ids, min(most, self.far))
 
