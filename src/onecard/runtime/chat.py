@@ -31,7 +31,7 @@ from typing import Any
 from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.runtime import template as child
-from onecard.runtime.engine import Executor, Piece, generate
+from onecard.runtime.engine import Piece, Runner, generate
 from onecard.runtime.sample import GREEDY, MOST_STOPS, Sampling
 
 Message = Mapping[str, Any]
@@ -185,7 +185,7 @@ class Conversation:
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def ask(
-        self, executor: Executor, text: str, sampling: Sampling = GREEDY, **more: Any
+        self, executor: Runner, text: str, sampling: Sampling = GREEDY, **more: Any
     ) -> Iterator[Piece]:
         """Pieces of the reply. Raises BadRequest at once, with the history as it was.
 

@@ -26,7 +26,9 @@ from onecard.core.errors import BadRequest
 
 Logits = NDArray[np.float32]
 
-WHOLE = {"max_tokens": (1, 1 << 24), "top_k": (0, 1 << 31), "seed": (0, 2**64 - 1)}
+WHOLE = {
+    "max_tokens": (1, 1 << 24), "top_k": (0, 1 << 31), "seed": (0, 2**64 - 1), "logprobs": (0, 20),
+}  # fmt: skip
 REAL = {
     "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
     "repetition_penalty": (0.01, 100.0), "presence_penalty": (-100.0, 100.0),
@@ -39,7 +41,8 @@ MOST_STOPS, LONGEST_STOP = 16, 256
 class Sampling:
     """How a reply is chosen and where it ends. The defaults are greedy and without penalties.
 
-    `top_k` 0 keeps all; `seed` None draws anew each time. Raises BadRequest out of range.
+    `top_k` 0 keeps all; `seed` None draws anew each time; `logprobs` n tells those of each id and of the
+    n likeliest, None none. Raises BadRequest out of range.
     """
 
     max_tokens: int = 256
@@ -53,11 +56,12 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high) in WHOLE.items():
             value = getattr(self, name)
-            if not (name == "seed" and value is None):
+            if not (name in ("seed", "logprobs") and value is None):
                 _check(name, value, low, high, (int,))
         for name, (least, most) in REAL.items():
             _check(name, getattr(self, name), least, most, (int, float))
@@ -92,22 +96,69 @@ def generator(settings: Sampling) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(settings.seed))
 
 
+class Uniforms:
+    """One request's draws, by the place of the id in the reply: whatever is computed twice draws alike."""
+
+    def __init__(self, settings: Sampling) -> None:
+        self.rng = generator(settings) if settings.temperature else None
+        self.drawn = np.empty(0)
+
+    def of(self, first: int, count: int) -> NDArray[np.float64]:
+        """Those of ids first, first + 1, ...; none for a greedy request."""
+        if self.rng is None:
+            return self.drawn
+        missing = first + count - len(self.drawn)
+        if missing > 0:
+            self.drawn = np.append(self.drawn, self.rng.random(max(64, missing)))
+        return self.drawn[first : first + count]
+
+
 def choose(
     logits: Logits, previous: Sequence[int], settings: Sampling, rng: np.random.Generator,
     prompt: int = 0,
 ) -> int:  # fmt: skip
     """The next id from logits [vocabulary]; `prompt` of the previous ids are the prompt's."""
+    uniform = rng.random() if settings.temperature else 0.0
+    return pick(logits, previous, settings, uniform, prompt)
+
+
+def pick(
+    logits: Logits, previous: Sequence[int] | NDArray[np.int32], settings: Sampling, uniform: float,
+    prompt: int = 0,
+) -> int:  # fmt: skip
+    """`choose` with its draw from [0, 1) given."""
     penalized = penalize(logits, previous, settings, prompt)
     if settings.temperature == 0:
         return int(np.argmax(penalized))
     chances = np.cumsum(distribution(penalized, settings))
-    drawn = np.searchsorted(chances, rng.random() * chances[-1], side="right")
+    drawn = np.searchsorted(chances, uniform * chances[-1], side="right")
     last = np.searchsorted(chances, chances[-1])  # the last id with a chance, should r round up
     return int(min(drawn, last))
 
 
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of chances: of the id that was chosen, and of the likeliest, best first."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def logprobs(logits: Logits, id: int, count: int) -> Logprobs:
+    """By the model's own logits: before penalties, temperature and filters. Ties: the lowest id."""
+    x = logits.astype(np.float64) - logits.max()
+    x -= np.log(np.exp(x).sum())
+    likeliest: list[int] = []
+    if count := min(count, len(x)):
+        least = np.partition(x, -count)[-count]
+        above, level = np.flatnonzero(x > least), np.flatnonzero(x == least)
+        likeliest = [*above[np.argsort(-x[above], kind="stable")], *level[: count - len(above)]]
+    return Logprobs(id, float(x[id]), tuple((int(i), float(x[i])) for i in likeliest))
+
+
 def penalize(
-    logits: Logits, previous: Sequence[int], settings: Sampling, prompt: int = 0
+    logits: Logits, previous: Sequence[int] | NDArray[np.int32], settings: Sampling, prompt: int = 0
 ) -> NDArray[np.floating]:
     """Logits with the three penalties; the array itself when there are none."""
     s = settings
