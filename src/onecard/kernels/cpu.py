@@ -31,7 +31,7 @@ from onecard.core.format import Format
 from onecard.core.report import Report, Row, environment, write_text
 from onecard.core.settings import parse_size
 
-ABI = 2
+ABI = 3
 CODES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
 PEAKS = ("int8", "bf16", "fp32")
 
@@ -144,6 +144,11 @@ def _with_prototypes(native: ctypes.CDLL) -> ctypes.CDLL:
             [pointer, pointer, c_int64, c_int64, c_int, c_int64, c_int, pointer, c_int, c_int, c_int,
              pointer, pointer],
         ),
+        "oc_engine_open": (c_int, [pointer, pointer, pointer]),
+        "oc_engine_close": (None, [pointer]),
+        "oc_engine_bytes": (c_int64, [pointer]),
+        "oc_engine_step": (c_int, [pointer, pointer, c_int64, c_int, pointer]),
+        "oc_multiply": (c_int, [pointer, pointer, c_int64, c_int, c_int, pointer, pointer]),
         "oc_attend": (
             c_int,
             [c_int, c_int, c_int, c_int64, ctypes.c_float, ctypes.c_float, c_int, c_int64,

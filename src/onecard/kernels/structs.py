@@ -6,7 +6,7 @@ A struct that holds addresses does not keep what lies there alive: its owner doe
 from __future__ import annotations
 
 import ctypes
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 
 RMS, LAYER = 0, 1
 SILU, RELU, GELU, GELU_TANH = 0, 1, 2, 3
@@ -77,4 +77,40 @@ class Model(Structure):
         ("project_in", Matrix), ("project_out", Matrix),
         ("norm", Norm), ("head", Matrix),
         ("soft_cap", c_float),
+    )  # fmt: skip
+
+
+class Sampling(Structure):
+    """oc_sampling"""
+
+    _fields_ = (
+        ("temperature", c_double), ("top_p", c_double), ("min_p", c_double),
+        ("repetition", c_double), ("presence", c_double), ("frequency", c_double),
+        ("top_k", c_int64),
+        ("previous", c_void_p), ("count", c_int64), ("prompt", c_int64),
+        ("draw", c_double),
+        ("logprob", c_void_p), ("likeliest", c_int32), ("ids", c_void_p), ("logprobs", c_void_p),
+    )  # fmt: skip
+
+
+class EngineSettings(Structure):
+    """oc_engine_settings"""
+
+    _fields_ = (("threads", c_int32), ("kv_dtype", c_int32), ("pages", c_int64), ("rows", c_int64))
+
+
+NONE, LAST, ALL = 0, 1, 2
+
+
+class Feed(Structure):
+    """oc_feed"""
+
+    _fields_ = (
+        ("ids", c_void_p), ("count", c_int64), ("past", c_int64), ("table", c_void_p),
+        ("want", c_int32), ("most", c_int32), ("logits", c_void_p),
+        ("sampling", Sampling),
+        ("draws", c_void_p), ("ends", c_void_p), ("ends_count", c_int64),
+        ("chosen", c_void_p), ("logprobs", c_void_p),
+        ("likeliest_ids", c_void_p), ("likeliest_logprobs", c_void_p),
+        ("chosen_count", c_int32), ("status", c_int32),
     )  # fmt: skip

@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a signature below changes: the loader refuses a library of another age. */
-enum { OC_ABI = 2 };
+enum { OC_ABI = 3 };
 
 enum { OC_FP32 = 0, OC_FP16 = 1, OC_BF16 = 2, OC_INT8 = 3 };
 

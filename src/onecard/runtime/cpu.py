@@ -1,0 +1,256 @@
+"""The native executor: a model folder and a processor become a stepper (steps.py). No torch.
+
+Weights are mapped in the kernel layout (weights.py) and described once by structs that hold addresses;
+from then on a step is one native call over all requests, with the interpreter's lock released.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onecard.checkpoint.source import Source
+from onecard.core.device import usable_cores
+from onecard.core.errors import BadRequest, FailedWork, nearest
+from onecard.core.spec import FeedForward, LayerSpec, Rope
+from onecard.kernels import cpu, rope, structs
+from onecard.runtime.sample import Logprobs
+from onecard.runtime.steps import Draw, Fed, Feed, Ids
+from onecard.runtime.weights import HEADS, Head, Weights, open_weights
+
+PAGE = 32
+ACTIVATIONS = {"silu": structs.SILU, "relu": structs.RELU, "gelu": structs.GELU,
+               "gelu_tanh": structs.GELU_TANH}  # fmt: skip
+ORDERS = {"pre": structs.PRE, "post": structs.POST, "sandwich": structs.SANDWICH,
+          "parallel": structs.PARALLEL}  # fmt: skip
+WANT = {"none": structs.NONE, "last": structs.LAST, "all": structs.ALL}
+CACHES = ("fp16", "bf16", "int8")
+NOT_FINITE = -3
+NO_MEMORY = -2
+
+
+@dataclass(frozen=True)
+class CpuSettings:
+    """How a model runs on a processor. `exact` names linears (by the end of their path, `down` say)
+    whose inputs stay float32; "all" names them all."""
+
+    threads: int | None = None  # None: one per usable core
+    context: int | None = None  # positions in the pool; None: the model's, at most 4096
+    rows: int = 512  # new ids in a step, at most
+    cache: str = "fp16"  # how keys and values are held
+    head: Head = "int8"
+    exact: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.cache not in CACHES:
+            raise BadRequest(f"there is no cache {self.cache!r}", do=nearest(self.cache, CACHES))
+        if self.head not in HEADS:
+            raise BadRequest(f"there is no head {self.head!r}", do=nearest(self.head, HEADS))
+        for name in ("threads", "context", "rows"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 1 << 20:
+                raise BadRequest(f"{name} is {value}", do="1 to 1048576 is possible")
+
+
+class CpuStepper:
+    """A model that is ready to run on this processor. Raises BadRequest where it cannot be."""
+
+    page_tokens = PAGE
+
+    def __init__(self, folder: str | Path | Source, settings: CpuSettings = CpuSettings()) -> None:
+        source = folder if isinstance(folder, Source) else Source(folder)
+        self.spec, self.settings = source.spec, settings
+        self.threads = settings.threads or usable_cores()
+        self.vocab_size = self.spec.vocab_size
+        context = settings.context or min(self.spec.max_context, 4096)
+        self.max_context = min(self.spec.max_context, context)
+        self.pages = -(-context // PAGE)
+        self.weights = open_weights(source, self.threads, settings.head)
+        self._kept: list[Any] = [self.weights]
+        self._model = self._described()
+        self._native = cpu.library()
+        self._engine = ctypes.c_void_p()
+        asked = structs.EngineSettings(
+            self.threads, cpu.CODES[settings.cache], self.pages, settings.rows
+        )
+        error = self._native.oc_engine_open(
+            ctypes.byref(self._model), ctypes.byref(asked), ctypes.byref(self._engine)
+        )
+        if error == NO_MEMORY:
+            raise FailedWork(
+                f"there is no memory for a context of {context} positions",
+                do="ask for a smaller context, or hold keys and values in int8",
+            )
+        if error:
+            raise BadRequest(f"the engine cannot run {source.folder}", seen=f"its error {error}")
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the engine: keys and values, activations; without the weights."""
+        return int(self._native.oc_engine_bytes(self._engine))
+
+    def close(self) -> None:
+        """Give the memory back. Closing twice does no harm."""
+        if self._engine:
+            self._native.oc_engine_close(self._engine)
+            self._engine = ctypes.c_void_p()
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", None):
+            self.close()
+
+    # one step
+
+    def step(self, batch: Sequence[Feed], steps: int, cancel: Ids) -> list[Fed]:
+        """See `Stepper`. Raises BadRequest for a feed that makes no sense, FailedWork without memory."""
+        if not self._engine:
+            raise ValueError("the stepper is closed")
+        calls = [_Call(feed, self.vocab_size) for feed in batch]
+        feeds = (structs.Feed * len(calls))(*(call.feed for call in calls))
+        error = self._native.oc_engine_step(
+            self._engine, feeds, len(calls), steps, cancel.ctypes.data
+        )
+        if error == NO_MEMORY:
+            raise FailedWork("the engine found no memory for a step", do="run fewer requests")
+        if error:
+            raise BadRequest(
+                "a step makes no sense to the engine",
+                seen=f"{sum(len(feed.ids) for feed in batch)} new ids, {self.settings.rows} at most",
+            )
+        return [call.fed(feed) for call, feed in zip(calls, feeds, strict=True)]
+
+    # the model as structs
+
+    def _described(self) -> structs.Model:
+        spec, weights = self.spec, self.weights
+        ropes = list(dict.fromkeys(l.attention.rope for l in spec.layers if l.attention.rope))
+        layers = [self._layer(i, layer, ropes) for i, layer in enumerate(spec.layers)]
+        return structs.Model(
+            vocab=spec.vocab_size, hidden=spec.hidden, embed=spec.embed_size,
+            layers=len(layers), ropes=len(ropes),
+            layer=self._array(structs.Layer, layers),
+            rope=self._array(structs.Rope, [self._rope(r) for r in ropes]),
+            embedding=weights.embedding, embedding_dtype=cpu.CODES[weights.embedding_dtype],
+            embed_scale=spec.embed_scale,
+            positions=weights.vector("stem.positions"), learned=spec.learned_positions,
+            position_offset=spec.position_offset,
+            project_in=self._matrix("stem.project"), project_out=self._matrix("tail.project"),
+            norm=weights.norm("tail.norm"), head=self._matrix("tail.head"),
+            soft_cap=spec.final_soft_cap or 0.0,
+        )  # fmt: skip
+
+    def _array(self, kind: type, items: list[Any]) -> Any:
+        array = (kind * max(1, len(items)))(*items)
+        self._kept.append(array)
+        return array
+
+    def _matrix(self, path: str) -> structs.Matrix:
+        exact = self.settings.exact
+        return self.weights.matrix(path, "all" in exact or path.endswith(exact))
+
+    def _rope(self, spec: Rope) -> structs.Rope:
+        inverse, scale = rope.frequencies(spec, self.max_context, self.spec.max_context)
+        self._kept.append(inverse)
+        return structs.Rope(inverse.ctypes.data, len(inverse), scale)
+
+    def _layer(self, index: int, layer: LayerSpec, ropes: list[Rope]) -> structs.Layer:
+        a, f, at = layer.attention, layer.feed_forward, f"blocks.{index}"
+        norm = self.weights.norm
+        experts = f.experts
+        stacks = ["feed_forward"]
+        if experts:
+            stacks = [f"feed_forward.expert{i}" for i in range(experts.count)]
+            stacks += ["feed_forward.shared"] if experts.shared_width else []
+        mlps = [self._mlp(f"{at}.{name}", name, f) for name in stacks]
+        return structs.Layer(
+            order=ORDERS[layer.order],
+            heads=a.num_heads, kv_heads=a.num_kv_heads, head_dim=a.head_dim,
+            window=a.window or 0, rope=ropes.index(a.rope) if a.rope else -1,
+            scale=a.scale, soft_cap=a.soft_cap or 0.0,
+            attention_in=norm(f"{at}.norm_attention_in"),
+            attention_out=norm(f"{at}.norm_attention_out"),
+            feed_forward_in=norm(f"{at}.norm_feed_forward_in"),
+            feed_forward_out=norm(f"{at}.norm_feed_forward_out"),
+            q_norm=norm(f"{at}.attention.q_norm"), k_norm=norm(f"{at}.attention.k_norm"),
+            **{name: self._matrix(f"{at}.attention.{name}") for name in "qkvo"},
+            experts=experts.count if experts else 0,
+            top=experts.top if experts else 0,
+            renormalize=int(bool(experts and experts.renormalize)),
+            router=self._matrix(f"{at}.feed_forward.router"),
+            shared_gate=self._matrix(f"{at}.feed_forward.shared_gate"),
+            shared=int(bool(experts and experts.shared_width)),
+            mlps=self._array(structs.Mlp, mlps),
+        )  # fmt: skip
+
+    def _mlp(self, path: str, name: str, f: FeedForward) -> structs.Mlp:
+        width = f.width
+        if name == "feed_forward.shared" and f.experts:
+            width = f.experts.shared_width
+        parts = {part: self._matrix(f"{path}.{part}") for part in ("gate", "up", "down")}
+        return structs.Mlp(width=width, activation=ACTIVATIONS[f.activation], **parts)
+
+
+class _Call:
+    """One feed's struct, and the arrays that it points to."""
+
+    def __init__(self, feed: Feed, vocab: int) -> None:
+        self.given = feed
+        rows = {"none": 0, "last": 1, "all": len(feed.ids)}[feed.want]
+        self.logits = np.empty((rows, vocab), np.float32)
+        self.feed = structs.Feed(
+            ids=feed.ids.ctypes.data, count=len(feed.ids), past=feed.past,
+            table=feed.table.ctypes.data, want=WANT[feed.want],
+            logits=self.logits.ctypes.data if rows else None,
+        )  # fmt: skip
+        if feed.draw is not None:
+            self._draw(feed.draw)
+
+    def _draw(self, draw: Draw) -> None:
+        s, most = draw.sampling, draw.most
+        likeliest = s.logprobs or 0
+        self.chosen = np.empty(most, np.int32)
+        self.logprobs = np.empty(most, np.float32)
+        self.ids = np.empty((most, likeliest), np.int32)
+        self.likely = np.empty((most, likeliest), np.float32)
+        self.previous = np.empty(0, np.int32)
+        count = 0
+        if s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty:
+            count = len(draw.previous)
+            self.previous = np.concatenate([draw.previous, np.empty(most, np.int32)])
+        self.feed.sampling = structs.Sampling(
+            temperature=s.temperature, top_p=s.top_p, min_p=s.min_p,
+            repetition=s.repetition_penalty, presence=s.presence_penalty,
+            frequency=s.frequency_penalty, top_k=s.top_k,
+            previous=self.previous.ctypes.data if count else None, count=count,
+            prompt=min(draw.prompt, count), likeliest=likeliest,
+        )  # fmt: skip
+        self.feed.most = most
+        self.feed.draws = draw.uniforms.ctypes.data if len(draw.uniforms) else None
+        self.feed.ends, self.feed.ends_count = draw.ends.ctypes.data, len(draw.ends)
+        self.feed.chosen = self.chosen.ctypes.data
+        if s.logprobs is not None:
+            self.feed.logprobs = self.logprobs.ctypes.data
+        self.feed.likeliest_ids = self.ids.ctypes.data
+        self.feed.likeliest_logprobs = self.likely.ctypes.data
+
+    def fed(self, feed: structs.Feed) -> Fed:
+        logits = self.logits if len(self.logits) else None
+        draw, count = self.given.draw, feed.chosen_count
+        told: tuple[Logprobs, ...] = ()
+        if draw is not None and draw.sampling.logprobs is not None:
+            told = tuple(self._told(i) for i in range(count))
+        ids = tuple(int(id) for id in self.chosen[:count]) if draw is not None else ()
+        if feed.status == NOT_FINITE:
+            return Fed(ids, logits, told, "not numbers", "NaN or infinite logits")
+        if feed.status:
+            return Fed(ids, logits, told, "failed", f"the sampler's error {feed.status}")
+        return Fed(ids, logits, told)
+
+    def _told(self, i: int) -> Logprobs:
+        top = tuple(zip(self.ids[i].tolist(), self.likely[i].tolist(), strict=True))
+        return Logprobs(int(self.chosen[i]), float(self.logprobs[i]), top)
