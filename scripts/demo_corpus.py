@@ -14,8 +14,11 @@ when its letters were met already, or when half of a sample of its runs of 6 wor
 of all runs, chosen by their hash, so that the sample is the same wherever the run appears).
 
 Whole pages are held out, chosen by the hash of their name, and are read first: a training paragraph
-that resembles a held-out one is dropped, not the other way round. Same pins and same Python, same
-bytes.
+that resembles a held-out one is dropped, not the other way round.
+
+The same archives and the same Python give the same bytes, whatever the order of folders and the seed
+of hashes. A pin may still stand for another archive elsewhere (a wheel has one per platform), so
+sources.json names the archive that was read and its SHA-256, and a digest of every text written.
 
     python scripts/demo_corpus.py OUT
 
@@ -426,7 +429,17 @@ def shuffled(groups: Iterable[list[str]]) -> list[str]:
 
 
 def write(path: Path, found: Iterable[str]) -> None:
-    path.write_text(f"\n{SEPARATOR}\n".join(found) + "\n", encoding="utf-8")
+    write_text(path, f"\n{SEPARATOR}\n".join(found) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same bytes on every system."""
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sample(found: list[str], size: int) -> list[str]:
@@ -501,18 +514,21 @@ def main() -> None:
     write(out / "train.txt", documents_)
     write(out / "held_out.txt", shuffled(held.values()))
     write(out / "calibration.txt", sample(documents_, settings.calibration))
-    (out / "NOTICE").write_text(notice(sources, archives), encoding="utf-8")
+    write_text(out / "NOTICE", notice(sources, archives))
     sizes: list[dict[str, Any]] = [
         {
             "name": s.name,
             "version": s.version,
             "licence": s.licence,
+            "archive": archives[s].name if s in archives else "",
+            "sha256": sha256(archives[s]) if s in archives else "",
             "train_bytes": sum(len(d.encode()) for d in train.get(s, [])),
             "held_out_bytes": sum(len(d.encode()) for d in held.get(s, [])),
         }
         for s in sources
     ]
-    (out / "sources.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    made = {n: sha256(out / n) for n in ("train.txt", "held_out.txt", "calibration.txt", "NOTICE")}
+    write_text(out / "sources.json", json.dumps({"sources": sizes, "made": made}, indent=1) + "\n")
     for row in sizes:
         print(f"{row['name']:24} {row['train_bytes']:>10,} {row['held_out_bytes']:>8,}")
     print(f"{'all':24} {sum(r['train_bytes'] for r in sizes):>10,}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -14,25 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import call, make_llama
 from safetensors.torch import load_file, save_file
 
 from onecard.checkpoint.journal import partial_of
 from onecard.cli import main
 from onecard.core.errors import BadRequest
 from onecard.core.settings import parse_size
-
-
-def call(*words: object) -> int:
-    """Run the command line in this process; its exit code."""
-    with pytest.raises(SystemExit) as end:
-        main([str(word) for word in words])
-    return int(end.value.code or 0)
-
-
-@pytest.fixture
-def model(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model that a test may damage."""
-    return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -259,8 +248,6 @@ def test_bad_requests(
 
 
 def test_group_that_does_not_divide(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from conftest import make_llama
-
     folder = make_llama(tmp_path / "model", intermediate_size=176)
     recipe = tmp_path / "r.yaml"
     recipe.write_text("passes: [{rtn: {bits: 4, group: 128}}]")
@@ -483,6 +470,28 @@ def test_imports_are_light() -> None:
         words = [sys.executable, "-c", f"import onecard\n{code}\n{heavy}"]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         assert done.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("delay", [0.02, 0.05, 0.1, 0.2, 0.4, 1.0])
+@pytest.mark.parametrize("words", [
+    ("--help",), ("demo", "OUT"), ("run", "demo", "The", "--max-tokens", "400"),
+], ids=lambda words: words[0])  # fmt: skip
+def test_ctrl_c_is_quiet(tmp_path: Path, words: tuple[str, ...], delay: float) -> None:
+    """130 and no traceback, unless it was done by then, or Python itself had not started yet."""
+    words = tuple(word.replace("OUT", str(tmp_path / "out")) for word in words)
+    process = subprocess.Popen([sys.executable, "-m", "onecard", *words], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    if "Traceback" in error and "onecard/verbs.py" not in error:
+        started = "leave_on_interrupt()" in error or "in main" in error
+        assert not started and delay < 0.4, error
+        return
+    done = process.returncode == 0
+    # From a signal that no handler takes a shell makes 130 too.
+    assert done or process.returncode in (130, -signal.SIGINT), error
+    assert error == "" or error.startswith("interrupted;") or done, error
 
 
 def test_hub_ids_offline(

@@ -16,6 +16,7 @@ from conftest import TEXT
 
 import onecard.evaluate
 from onecard.checkpoint.load import load_model
+from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest
 from onecard.evaluate import Reading, choose, cut, evaluate, log_likelihood, read_questions
 from onecard.nn.model import Model
@@ -117,10 +118,31 @@ def test_bos_in_every_window_loses_no_token(model: Model, stride: int) -> None:
 
 
 def test_limit_takes_the_first_windows(model: Model) -> None:
-    every, _ = cut(model.tokenizer, TEXT[:2000], Reading(40), 256)
+    every, whole = cut(model.tokenizer, TEXT[:2000], Reading(40), 256)
     pieces, said = cut(model.tokenizer, TEXT[:2000], Reading(40, limit=3), 256)
-    assert pieces == every[:3] and f"only the first 3 of {len(every)} windows" in said
-    assert cut(model.tokenizer, TEXT[:2000], Reading(40, limit=999), 256)[0] == every
+    assert pieces == every[:3] and "only the first 3 windows" in said
+    for limit in (len(every), 999):
+        assert cut(model.tokenizer, TEXT[:2000], Reading(40, limit=limit), 256) == (every, whole)
+
+
+@pytest.mark.parametrize("documents", [None, "\n\n"])
+def test_no_more_tokens_are_made_than_a_limit_needs(
+    model: Model, monkeypatch: pytest.MonkeyPatch, documents: str | None
+) -> None:
+    """A text of 3 MB, of which a few windows or documents are read."""
+    made = []
+    whole = Tokenizer.slices
+
+    def counted(self: Tokenizer, text: str):  # type: ignore[no-untyped-def]
+        for ids, ends in whole(self, text):
+            made.append(len(ids))
+            yield ids, ends
+
+    monkeypatch.setattr(Tokenizer, "slices", counted)
+    text = (TEXT + "\n\n") * 300
+    pieces, _ = cut(model.tokenizer, text, Reading(64, documents=documents, limit=3), 256)
+    assert len(pieces) == 3 and len(made) == (3 if documents else 1)
+    assert sum(made) < 200_000 < len(text) // 10
 
 
 def test_choices(model: Model, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "onecard"
 FLOORS = (
-    ("core", "__init__"), ("kernels",), ("nn",), ("checkpoint", "parallel"), ("calibrate", "runtime"),
+    ("core", "__init__"), ("kernels",), ("nn",), ("checkpoint", "parallel"),
+    ("calibrate", "runtime", "windows"),
     ("passes", "evaluate", "export", "serve"), ("search", "inspect", "harness", "prove"),
-    ("bench", "render", "demo"), ("cli",), ("__main__",),
+    ("bench", "render", "demo", "terminal"), ("verbs",), ("cli",), ("__main__",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -63,7 +64,7 @@ def test_torch_free_verbs() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "import onecard.checkpoint.shards, onecard.checkpoint.tokenizer, onecard.runtime.sample\n"
-        "import onecard.kernels.cpu, onecard.inspect, onecard.render\n"
+        "import onecard.kernels.cpu, onecard.inspect, onecard.render, onecard.nn.families\n"
         "from onecard.cli import main\n"
         "main(['inspect', sys.argv[1]])\n"
     )

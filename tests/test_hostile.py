@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import call
 
 from onecard.checkpoint.packed import Schemes
-from onecard.cli import main
 from onecard.core.errors import BadRequest
 from onecard.inspect import inspect_model, part_of
 from onecard.kernels.reference import rope_frequencies
@@ -75,19 +74,6 @@ EDITS: list[dict[str, Any]] = [
     *({**WINDOW, "sliding_window": value} for value in (0, -1, NAN, "4", [4])),
     *({**MIXTURE, "mlp_only_layers": value} for value in (-1, True, "0", {})),
 ]
-
-
-def call(*words: object) -> int:
-    """Run the command line in this process; its exit code."""
-    with pytest.raises(SystemExit) as end:
-        main([str(word) for word in words])
-    return int(end.value.code or 0)
-
-
-@pytest.fixture
-def model(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model that a test may damage."""
-    return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
 def edit(folder: Path, change: dict[str, Any], name: str = "config.json") -> None:

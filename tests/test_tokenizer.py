@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 import shutil
 import tempfile
 import time
@@ -14,8 +15,9 @@ from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from onecard.checkpoint import tokenizer as module
 from onecard.checkpoint.tokenizer import Stream, Tokenizer
 from onecard.core.errors import BadRequest
 
@@ -26,6 +28,27 @@ MIXED = (
     " 👩‍👩‍👧‍👦🇨🇳 \u200b𠮷野家 한국어 \ufeff end. "
 )
 KINDS = ("gpt2", "stories", "bytes", "metaspace")
+
+
+def trained(kind: str) -> Backend:
+    text = (DATA / "tinystories" / "tinystories_sample_2MiB.txt").read_text()[:40_000]
+    lines = text.splitlines()
+    if kind == "wordpiece":
+        backend = Backend(models.WordPiece(unk_token="[UNK]"))
+        backend.normalizer = normalizers.BertNormalizer()
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        known = trainers.WordPieceTrainer(
+            vocab_size=1000, special_tokens=["[UNK]"], show_progress=False
+        )
+        backend.train_from_iterator(lines, known)
+        return backend
+    backend = Backend(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.train_from_iterator(
+        lines, trainers.UnigramTrainer(vocab_size=1000, unk_token="<unk>", special_tokens=["<unk>"],
+                                       max_piece_length=8, show_progress=False),
+    )  # fmt: skip
+    return backend
 
 
 @functools.lru_cache(None)
@@ -41,7 +64,12 @@ def tokenizer(kind: str) -> Tokenizer:
 
 
 def made(kind: str) -> Backend:
-    """`bytes`: one id per byte; `metaspace`: words of one letter, the first space stripped."""
+    """`bytes`: one id per byte; `metaspace`: words of one letter, the first space stripped.
+
+    `unigram` chooses the likeliest division of a word; `wordpiece` makes letters small first.
+    """
+    if kind in ("unigram", "wordpiece"):
+        return trained(kind)
     if kind == "bytes":
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         backend = Backend(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
@@ -181,3 +209,39 @@ def test_templates_and_ids_of_a_folder(stories: Path, tmp_path: Path) -> None:
     assert Tokenizer(tmp_path).chat_template == "{{ messages }}"
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff" + b"x" * (3 << 20))
     assert len(Tokenizer(tmp_path).chat_template or "") <= (1 << 20) + 1
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SLICE", 9000)
+    monkeypatch.setattr(module, "LARGEST_SLICE", 36_000)
+
+
+def long_text(seed: int) -> str:
+    """Stories between pieces of the mixed text and runs of one sign, some longer than an overlap."""
+    draw = random.Random(seed)
+    stories = (DATA / "tinystories" / "tinystories_sample_2MiB.txt").read_text()
+    parts = []
+    for _ in range(60):
+        begin = draw.randrange(len(stories) - 3000)
+        parts += [stories[begin : begin + draw.randrange(3000)], MIXED[draw.randrange(len(MIXED)) :],
+                  draw.choice(" \na-哈\u0301\t") * draw.choice((1, 7, 300, 6000))]  # fmt: skip
+    return "".join(parts)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "unigram", "wordpiece"])
+def test_slices_are_the_whole(small_slices: None, kind: str) -> None:
+    """Slice by slice a text has the ids, and the places, that it has as a whole."""
+    text = long_text(len(kind))
+    whole = tokenizer(kind).backend.encode(text, add_special_tokens=False)
+    slices = list(tokenizer(kind).slices(text))
+    assert [id for ids, _ in slices for id in ids] == whole.ids
+    assert [end for _, ends in slices for end in ends] == [end for _, end in whole.offsets]
+    assert len(slices) > 10
+
+
+def test_a_text_that_cannot_be_divided_is_refused(small_slices: None) -> None:
+    text = "word after word. " * 100 + "a" * 100_000
+    with pytest.raises(BadRequest, match="no place to divide"):
+        list(tokenizer("gpt2").slices(text))
+    assert len(list(tokenizer("gpt2").slices("a" * 9000))) == 1

@@ -8,21 +8,19 @@ and saving are apart. The library sorts the samples by length and packs on threa
 packing is part of "seconds".
 
 `--dense` also writes an ordinary folder in float32 whose weights the library itself dequantized, which the
-common evaluator reads. The last line printed is a JSON object.
+common evaluator reads.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import time
-from pathlib import Path
 
 # Its pool of threads cannot start with the one worker it gives a machine of two cores.
 if (os.cpu_count() or 1) < 3:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
+import peer
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.utils.cpp import load_pack_block_extension
@@ -31,19 +29,12 @@ from gptqmodel.version import __version__ as version
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("tokens", type=Path)
-    parser.add_argument("out")
-    parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group", type=int, required=True, help="0 for one group per row")
-    parser.add_argument("--dtype", default="auto", help="of the loaded weights")
-    parser.add_argument("--dense")
-    asked = parser.parse_args()
+    words = peer.parser()
+    words.add_argument("--dense")
+    asked = words.parse_args()
 
     samples = [
-        {"input_ids": ids, "attention_mask": [1] * len(ids)}
-        for ids in json.loads(asked.tokens.read_text())
+        {"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in peer.samples(asked.tokens)
     ]
     config = QuantizeConfig(bits=asked.bits, group_size=asked.group or -1)
     load_pack_block_extension()  # its first use compiles it, half a minute that is not GPTQ's
@@ -54,18 +45,14 @@ def main() -> None:
     solved = time.perf_counter()
     model.save(asked.out)
     saved = time.perf_counter()
-    found = {
-        "peer": f"GPTQModel {version}",
-        "used": f"damp {config.damp_percent}, act-order {config.desc_act}, "
-        f"act-group-aware {config.act_group_aware}, mse {config.mse}, {model.model.dtype}, "
-        f"{torch.get_num_threads()} threads",
-        "load_seconds": loaded - began,
-        "seconds": solved - loaded,
-        "save_seconds": saved - solved,
-    }
     if asked.dense:
         dequantize_model(asked.out, asked.dense, target_dtype=torch.float32)
-    print("\n" + json.dumps(found))
+    used = (
+        f"damp {config.damp_percent}, act-order {config.desc_act}, "
+        f"act-group-aware {config.act_group_aware}, mse {config.mse}, {model.model.dtype}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    peer.say(f"GPTQModel {version}", used, began, loaded, solved, saved)
 
 
 if __name__ == "__main__":

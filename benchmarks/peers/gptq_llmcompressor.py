@@ -6,17 +6,13 @@ Everything is the library's default (damping 0.01, blocks of 128 columns, activa
 min-max scales, errors propagated from block to block) but the weights' scheme. Token ids are passed as a
 DataLoader of one-sample batches: a `Dataset` would be shuffled and cut by `oneshot`. "seconds" is `oneshot`
 alone: imports, loading and saving are apart.
-
-The last line printed is a JSON object.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from pathlib import Path
 
+import peer
 import torch
 from llmcompressor import __version__ as version
 from llmcompressor import oneshot
@@ -26,16 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("tokens", type=Path)
-    parser.add_argument("out")
-    parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group", type=int, required=True, help="0 for one group per row")
-    parser.add_argument("--dtype", default="auto", help="of the loaded weights")
-    asked = parser.parse_args()
-
-    samples = json.loads(asked.tokens.read_text())
+    asked = peer.parser().parse_args()
+    samples = peer.samples(asked.tokens)
     batches = [{"input_ids": torch.tensor(s), "attention_mask": torch.ones(len(s), dtype=torch.long)}
                for s in samples]  # fmt: skip
     began = time.perf_counter()
@@ -58,19 +46,11 @@ def main() -> None:
     tokenizer.save_pretrained(asked.out)
     saved = time.perf_counter()
     args = gptq.resolved_config.config_groups["all"].weights
-    print(
-        json.dumps(
-            {
-                "peer": f"llm-compressor {version}",
-                "used": f"damp {gptq.dampening_frac}, block {gptq.block_size}, "
-                f"act-order {args.actorder.value}, observer {args.observer}, "
-                f"{model.dtype}, {torch.get_num_threads()} threads",
-                "load_seconds": loaded - began,
-                "seconds": solved - loaded,
-                "save_seconds": saved - solved,
-            }
-        )
+    used = (
+        f"damp {gptq.dampening_frac}, block {gptq.block_size}, act-order {args.actorder.value}, "
+        f"observer {args.observer}, {model.dtype}, {torch.get_num_threads()} threads"
     )
+    peer.say(f"llm-compressor {version}", used, began, loaded, solved, saved)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a model knows, and how far a compressed one is from its original.
 
-Text is one stream cut into windows, or documents each with a context of its own. Every number carries
-its convention, because perplexities of different conventions cannot be compared:
+Every number carries its convention (how the text was read: windows.py), because perplexities of
+different conventions cannot be compared:
 
     nats_per_token   mean of -log p(token | context) over the predicted tokens
     perplexity       exp of it
@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,46 +30,11 @@ from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.report import Report, Row, environment
 from onecard.nn.model import Model
+from onecard.windows import Piece, Pieces, Reading
 
 POSITIONS = 256
 SCORED_TOKENS = 2048
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a text is read. `window` 0 is the model's context, at most 2048; `stride` 0 is the window.
-
-    `bos`: `start` puts it once in front of the text as the tokenizer itself does, `each` in front of
-    every window, `none` nowhere. Documents have it in front where the tokenizer knows one. `limit`
-    takes the first documents, or without `documents` the first windows. `keep_tail` keeps the last
-    window although it is shorter: log likelihoods of whole texts need it, means gain little.
-    """
-
-    window: int = 0
-    stride: int = 0
-    bos: Literal["start", "each", "none"] = "start"
-    documents: str | None = None
-    limit: int = 0
-    keep_tail: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("window", "stride", "limit"):
-            if not 0 <= getattr(self, name) <= 1 << 24:
-                raise BadRequest(f"{name} is {getattr(self, name)}")
-        if self.documents == "":
-            raise BadRequest(
-                "the separator of documents is empty", do="--documents '<|endoftext|>'"
-            )
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Ids of one context; tokens from `first` on are predicted; `nbytes` is their text's size."""
-
-    ids: tuple[int, ...]
-    first: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -94,18 +59,19 @@ def evaluate(
     where: str = "model", progress: Progress = lambda done, total, what: None,
 ) -> Report:  # fmt: skip
     """Perplexity of a text, and the distance to a reference model if one is given."""
-    pieces, convention = cut(model.tokenizer, text, reading, model.spec.max_context)
-    check_vocabulary([max(p.ids) for p in pieces], model.spec.vocab_size)
+    pieces = Pieces(model.tokenizer, text, reading, model.spec.max_context)
     if reference is not None and reference.spec.vocab_size != model.spec.vocab_size:
         raise BadRequest(
             f"the reference knows {reference.spec.vocab_size} tokens, the model "
             f"{model.spec.vocab_size}", do="they must share a tokenizer",
         )  # fmt: skip
-    total = Tally()
-    for number, batch in enumerate(groups := list(_batched(pieces))):
-        progress(number, len(groups), "evaluating")
+    total, done, (whole, what) = Tally(), 0, pieces.extent()
+    for batch in _batched(pieces):
+        check_vocabulary([max(p.ids) for p in batch], model.spec.vocab_size)
+        progress(min(done, whole), whole, f"{what} read")
         total += tally(model, batch, reference)
-    progress(len(groups), len(groups), "evaluating")
+        done += sum(p.nbytes for p in batch) if what == "bytes" else len(batch)
+    progress(whole, whole, f"{what} read")
     mean = total.nats / total.tokens
     rows = [
         Row.of(where, "perplexity", math.exp(min(mean, 700.0))),
@@ -116,94 +82,18 @@ def evaluate(
     if reference is not None:
         rows.append(Row.of(where, "kl", total.kl / total.tokens))
         rows.append(Row.of(where, "top1_agreement", total.agreed / total.tokens))
-    return Report(tuple(rows), environment(), notes=(("convention: perplexity", convention),))
+    return Report(
+        tuple(rows), environment(), notes=(("convention: perplexity", pieces.convention),)
+    )
 
 
 def cut(tokenizer: Tokenizer, text: str, reading: Reading, context: int) -> tuple[list[Piece], str]:
-    """The pieces that a text is read in, and the convention in words."""
-    if reading.documents is not None:
-        return _documents(tokenizer, text, reading, context)
-    window = min(reading.window or 2048, context)
-    stride = reading.stride or window
-    if reading.window > context:
-        raise BadRequest(f"windows of {reading.window} tokens, the model's context is {context}")
-    if window < 2:
-        raise BadRequest("windows of one token predict nothing", do="--window 2 or more")
-    if stride > window:
-        raise BadRequest(f"a stride of {stride} skips text between windows of {window}")
-    ids, ends = _encoded(tokenizer, text)
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    each = bos if reading.bos == "each" else []
-    if reading.bos == "start" and tokenizer.adds_bos:
-        ids, ends = bos + ids, [0, *ends]
-    body = window - len(each)
-    stride = min(stride, body)  # a BOS in every window leaves room for one token less
-    starts = _starts(len(ids), body, stride, reading.keep_tail)
-    limited = starts[: reading.limit] if reading.limit else starts
-    pieces = []
-    for start in limited:
-        piece = each + ids[start : start + body]
-        seen = start + body - stride if start else 0  # where the window before ended
-        first = max(1, len(each) + seen - start)
-        if len(piece) > first:
-            begin = start + first - len(each)
-            pieces.append(Piece(tuple(piece), first, ends[start + len(piece) - len(each) - 1]
-                                - (ends[begin - 1] if begin else 0)))  # fmt: skip
-    if not pieces:
-        raise BadRequest(f"the text gives {len(ids)} tokens, too few to predict any")
-    policy = {"start": "as the tokenizer sets it, once" if tokenizer.adds_bos else "none set by the "
-              "tokenizer", "each": "in front of every window", "none": "none"}[reading.bos]  # fmt: skip
-    kept = "kept" if reading.keep_tail else "dropped"
-    tail = f"last partial window {kept}" if len(starts) > 1 else "one window"
-    if len(limited) < len(starts):
-        tail = f"only the first {len(limited)} of {len(starts)} windows"
-    return pieces, (
-        f"one stream, windows of {window} tokens, stride {stride}, BOS {policy}, {tail}; mean over "
-        "all predicted tokens"
-    )
+    """All pieces that a text is read in, and the convention in words."""
+    pieces = Pieces(tokenizer, text, reading, context)
+    return list(pieces), pieces.convention
 
 
-def _starts(count: int, body: int, stride: int, keep_tail: bool) -> list[int]:
-    """Where windows of `body` tokens begin; with `keep_tail` the last reaches the end."""
-    starts = list(range(0, max(count - body, 0) + 1, stride))
-    if keep_tail and starts[-1] + body < count:
-        starts.append(starts[-1] + stride)
-    return starts
-
-
-def _documents(
-    tokenizer: Tokenizer, text: str, reading: Reading, context: int
-) -> tuple[list[Piece], str]:
-    assert reading.documents is not None
-    texts = [part for part in (t.strip() for t in text.split(reading.documents)) if part]
-    texts = texts[: reading.limit] if reading.limit else texts
-    length = min(reading.window or context, context)
-    bos = [] if tokenizer.bos_id is None or reading.bos == "none" else [tokenizer.bos_id]
-    pieces = []
-    for part in texts:
-        ids, ends = _encoded(tokenizer, part)
-        piece = (bos + ids)[:length]
-        if len(piece) > 1:
-            first = ends[0] if not bos else 0
-            pieces.append(Piece(tuple(piece), 1, ends[len(piece) - len(bos) - 1] - first))
-    if not pieces:
-        raise BadRequest("the text holds no document of two tokens or more")
-    return pieces, (
-        f"{len(pieces)} documents, each stripped, in a context of its own, BOS "
-        f"{'in front' if bos else 'none'}, cut at {length} tokens; mean over all predicted tokens"
-    )
-
-
-def _encoded(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """Ids, and for each the number of UTF-8 bytes of text up to its end."""
-    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-    sizes = [0]
-    for character in text:
-        sizes.append(sizes[-1] + len(character.encode("utf-8", "surrogatepass")))
-    return list(encoding.ids), [sizes[end] for _, end in encoding.offsets]
-
-
-def _batched(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+def _batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Neighbouring pieces of equal length together, about SCORED_TOKENS tokens at once."""
     batch: list[Piece] = []
     for piece in pieces:

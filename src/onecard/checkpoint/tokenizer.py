@@ -2,14 +2,28 @@
 
 Incremental decoding never shows half a character: text is released when the ids that make it are
 complete, which matters for byte-level vocabularies and for Chinese.
+
+Tokenizing takes a hundred times a text's size in memory, so `slices` tokenizes a large text in slices
+that overlap. Near its ends a slice may be wrong: a word is cut, a marker of the beginning is put where
+nothing begins. So two neighbours are joined where both say the same: in the middle half of the
+overlap all their tokens must be equal and stand in the same places. That gives the ids of the whole for
+every tokenizer that looks less than a quarter of the overlap (1,024 characters) around a token, which
+words, bytes and merges within words do. (Unigram without words does not quite: between divisions that
+are equally likely it chooses by the rounding of a sum over all the text before.) The overlap must also
+be varied, because a run of one character is divided by its length, and a slice does not know the
+length. Where neighbours do not agree the slice ends earlier, and where they never do it is made
+larger, up to a bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from onecard.checkpoint.shards import read_json
@@ -18,6 +32,10 @@ from onecard.core.errors import BadRequest
 LARGEST_TEXT = 64 << 20
 LARGEST_TEMPLATE = 1 << 20
 """Characters of a chat template that are read; what renders it refuses far shorter ones."""
+
+SLICE, OVERLAP, LARGEST_SLICE, VARIED, TRIES = 1 << 18, 1 << 12, 1 << 22, 8, 16
+"""Characters of a slice, of its overlap with the next, and the most that a slice may grow to; the
+different ids that an overlap must hold; places where a slice is tried to end before it grows."""
 
 
 class Tokenizer:
@@ -60,8 +78,50 @@ class Tokenizer:
         """Ids of a text; `special` adds what the post-processor adds (a begin token ...)."""
         if len(text) > LARGEST_TEXT:
             raise BadRequest(f"a text of {len(text)} characters is too long to tokenize at once")
+        return list(self._encoding(text, special).ids)
+
+    def slices(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
+        """Ids of a text and the character where each ends, slice by slice; memory is a slice's.
+
+        BadRequest where a text gives no place to divide it within LARGEST_SLICE characters.
+        """
+        here, first = self._slice(text, 0, SLICE), 0
+        while here.end < len(text):  # `first` is the first id of `here` that was not given yet
+            found = self._next(text, here)
+            if found is not None:
+                there, (last, after) = found
+                yield here.part(first, last)
+                here, first = there, after
+            elif 2 * (here.end - here.start) <= LARGEST_SLICE:
+                here = self._slice(text, here.start, 2 * (here.end - here.start))
+            else:
+                raise BadRequest(
+                    f"the text gives no place to divide it in {LARGEST_SLICE} characters",
+                    f"from character {here.start} on", "give a text without such long runs",
+                )  # fmt: skip
+        yield here.part(first, None)
+
+    def _next(self, text: str, here: Slice) -> tuple[Slice, tuple[int, int]] | None:
+        """The slice behind one, and the ids at which it takes over; near the end if that can be."""
+        step = max(OVERLAP, (here.end - here.start) // TRIES)
+        for end in range(here.end, here.start + 2 * OVERLAP, -step):
+            low, high = end - OVERLAP + OVERLAP // 4, end - OVERLAP // 4
+            i, mine = here.within(low, high)
+            if len({id for id, _, _ in mine}) >= VARIED:
+                there = self._slice(text, end - OVERLAP, SLICE)
+                j, theirs = there.within(low, high)
+                if mine == theirs:
+                    return there, (i + len(mine) // 2, j + len(mine) // 2)
+        return None
+
+    def _slice(self, text: str, start: int, length: int) -> Slice:
+        end = min(start + length, len(text))
+        encoding = self._encoding(text[start:end])
+        return Slice(start, end, encoding.ids, encoding.offsets)
+
+    def _encoding(self, text: str, special: bool = False) -> Encoding:
         try:
-            return list(self.backend.encode(text, add_special_tokens=special).ids)
+            return self.backend.encode(text, add_special_tokens=special)
         except TypeError as error:
             raise BadRequest(
                 "the text is not valid Unicode", do="it holds half of a surrogate pair"
@@ -94,6 +154,29 @@ class Tokenizer:
         for other in others:
             found |= set(_ids(other, "eos_token_id"))
         return frozenset(i for i in found if i is not None)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Ids of the part of a text from `start` to `end`, and the characters of the part each stands for."""
+
+    start: int
+    end: int
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+    def part(self, first: int, last: int | None) -> tuple[list[int], list[int]]:
+        """Some ids, and the characters of the whole text where they end."""
+        return self.ids[first:last], [self.start + end for _, end in self.spans[first:last]]
+
+    def within(self, low: int, high: int) -> tuple[int, list[tuple[int, int, int]]]:
+        """Which is the first id that lies from `low` to `high`; all of them, with their places."""
+        first = bisect_left(self.spans, low - self.start, key=lambda span: span[0])
+        last = bisect_right(self.spans, high - self.start, key=lambda span: span[1])
+        return first, [
+            (id, begin + self.start, end + self.start)
+            for id, (begin, end) in zip(self.ids[first:last], self.spans[first:last], strict=True)
+        ]
 
 
 class Stream:

@@ -1,0 +1,506 @@
+"""One command per verb. Heavy imports happen inside the verb that needs them.
+
+With `--json` a verb prints one Report on standard output and nothing else there; text for people and
+progress go to standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from onecard import __version__
+from onecard.core.errors import BadRequest, nearest
+from onecard.core.report import Report, environment, write_text
+from onecard.core.settings import parse_size
+from onecard.terminal import Progress, say
+
+if TYPE_CHECKING:
+    from onecard.checkpoint.tokenizer import Tokenizer
+    from onecard.nn.model import Model
+    from onecard.runtime.chat import Conversation
+    from onecard.runtime.engine import Executor, Piece, Result
+    from onecard.runtime.sample import Sampling
+
+app = App(
+    name="onecard",
+    help="Make a large model fit and run fast on the one card, or the one CPU, that you have.\n\n"
+    "MODEL is a folder, a hub id such as org/name, or `demo` for the shipped model. --json prints one "
+    "report; --debug shows the traceback of an error.",
+    version=__version__,
+    help_format="plaintext",
+)
+
+Json = Annotated[
+    bool, Parameter(name="--json", negative="", help="print one JSON report, nothing else")
+]
+Flag = Parameter(negative="")
+Name = Annotated[str, Parameter(help="a model folder, hub id, or demo")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Compute:
+    """How a model that runs is held."""
+
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        Parameter(help="what to compute in (auto: as stored)"),
+    ] = "auto"
+    device: Annotated[str, Parameter(help="cpu, cuda or cuda:N")] = "cpu"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Choice:
+    """How the next token is chosen, beyond its temperature."""
+
+    top_k: Annotated[int, Parameter(help="keep the k likeliest tokens (0: all)")] = 0
+    top_p: Annotated[float, Parameter(help="keep the likeliest tokens up to this probability")] = (
+        0.95
+    )
+    min_p: Annotated[float, Parameter(help="drop tokens below this share of the likeliest")] = 0.0
+    repetition_penalty: Annotated[float, Parameter(help="above 1 makes repeating less likely")] = (
+        1.0
+    )
+    seed: Annotated[int | None, Parameter(help="the same seed gives the same text")] = None
+
+
+AS_STORED, USUAL = Compute(), Choice()
+
+
+# The machine and what lies on disk ---------------------------------------------------------------
+
+
+@app.command
+def info(*, refresh: Annotated[bool, Flag] = False, json: Json = False) -> None:
+    """Show this machine: cores, instruction sets, memory, measured bandwidth and peaks, GPU.
+
+    Parameters
+    ----------
+    refresh
+        measure again instead of using the cached figures
+    """
+    from onecard.kernels import cpu
+
+    show(cpu.info(refresh), json)
+
+
+@app.command
+def inspect(model: Name, /, *, context: int = 2048, batch: int = 1, json: Json = False) -> None:
+    """Show what a model is made of: bytes by part, formats, KV cache. Reads headers only.
+
+    Parameters
+    ----------
+    context
+        tokens of context for the KV cache
+    batch
+        sequences at once for the KV cache
+    """
+    from onecard.inspect import inspect_model
+
+    show(inspect_model(model, context, batch), json)
+
+
+@app.command
+def recipes(name: str | None = None, /, *, json: Json = False) -> None:
+    """List the shipped recipes and what each is good for, or print one as a file.
+
+    Parameters
+    ----------
+    name
+        print this recipe as YAML, to start one of your own from
+    """
+    from onecard.core.report import Row
+    from onecard.passes import RECIPES, find_recipe, to_yaml
+
+    if name is not None and not json:
+        print(to_yaml(find_recipe(name)), end="")
+        return
+    chosen = RECIPES if name is None else (find_recipe(name),)
+    show(Report(tuple(Row(r.name, "good_for", r.good_for) for r in chosen), title="Recipes"), json)
+
+
+@app.command
+def report(folder: Path, /, *, json: Json = False) -> None:
+    """Show the report of a result again, and write its report.html anew.
+
+    Parameters
+    ----------
+    folder
+        a folder with a report.json
+    """
+    from onecard.render import to_html
+
+    path = folder / "report.json" if folder.is_dir() else folder
+    if not path.is_file():
+        raise BadRequest(f"there is no report at {path}", do="give a folder that onecard wrote")
+    found = Report.from_json(path.read_text(encoding="utf-8"))
+    page = path.with_name("report.html")
+    write_text(page, to_html(found))
+    show(found, json)
+    say(f"page: {page}")
+
+
+# Making models smaller ----------------------------------------------------------------------------
+
+
+@app.command
+def compress(
+    model: Name,
+    out: Path,
+    /,
+    *,
+    recipe: str = "gptq-int4",
+    data: Path | None = None,
+    samples: int = 128,
+    length: int = 512,
+    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    memory: str | None = None,
+    dry_run: Annotated[bool, Flag] = False,
+    resume: Annotated[bool, Flag] = False,
+    force: Annotated[bool, Flag] = False,
+    prove: bool | None = None,
+    held_out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Compress MODEL into the folder OUT by a recipe. Run it again to go on after an interruption.
+
+    Parameters
+    ----------
+    out
+        the folder to write; it appears when everything is done
+    recipe
+        a name from `onecard recipes`, or a YAML file
+    data
+        calibration text (UTF-8), or a .json list of lists of token ids; without it, shipped text
+    samples
+        windows of calibration text
+    length
+        tokens per window
+    dtype
+        what blocks are run in while calibrating
+    memory
+        cap for the whole process, 3GiB say; refused at once where it cannot be kept
+    dry_run
+        print the plan (peak memory, disk, time, output size) and stop
+    resume
+        where OUT is finished already by the same command, say so and stop
+    force
+        replace OUT, and throw away unfinished work of another job
+    prove
+        measure quality against the original and show samples; by itself for small models only
+    held_out
+        text to prove it on; without it, the shipped held-out text
+    """
+    from onecard.calibrate.data import Calibration, read_text
+    from onecard.passes import find_recipe
+    from onecard.passes import job as jobs
+    from onecard.prove import is_small
+    from onecard.prove import prove as proof
+    from onecard.render import to_html
+
+    cap = None if memory is None else parse_size(memory)
+    settings = jobs.Settings(Calibration(samples, length), data, dtype, cap, force)
+    if resume and jobs.is_finished(model, out, find_recipe(recipe), settings):
+        say(f"{out} is finished")
+        show(Report.from_json((out / "report.json").read_text(encoding="utf-8")), json)
+        return
+    if held_out is not None:
+        read_text(held_out)
+    prepared = jobs.prepare(model, out, find_recipe(recipe), settings)
+    if dry_run:
+        show(Report(prepared.plan.rows(), title="Plan, nothing was done"), json)
+        return
+
+    def page(folder: Path, made: Report) -> Report:
+        write_text(folder / "report.html", to_html(made))
+        return made
+
+    with Progress("compressing") as progress:
+        found = jobs.compress(prepared, progress, page)
+        if prove or (prove is None and is_small(int(found.value("parameters") or 0), cap)):
+            found = proof(model, out, found, held_out, progress)
+            write_text(out / "report.json", found.to_json())
+            write_text(out / "report.html", to_html(found))
+        elif prove is None:
+            say(f"its quality was not measured: onecard eval {out} --against {model}")
+    show(found, json)
+    say(f"model: {out}\nreport: {out / 'report.html'}")
+
+
+@app.command
+def demo(
+    out: Annotated[Path | None, Parameter()] = None,
+    /,
+    *,
+    force: Annotated[bool, Flag] = False,
+    json: Json = False,
+) -> None:
+    """Compress the shipped model six ways, prove what each costs, run them, write a report.
+
+    Parameters
+    ----------
+    out
+        folder for the models and the report (default: ./onecard-demo)
+    force
+        replace OUT
+    """
+    from onecard.demo import run_demo
+    from onecard.render import to_html
+
+    out = out or Path("onecard-demo")
+    with Progress("demo") as progress:
+        found = run_demo(out, force, progress)
+    write_text(out / "report.html", to_html(found))
+    show(found, json)
+    say(f"report: {out / 'report.html'}")
+
+
+# Proving ------------------------------------------------------------------------------------------
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Name,
+    /,
+    *,
+    data: Path | None = None,
+    against: str | None = None,
+    window: int = 0,
+    stride: int = 0,
+    bos: Literal["start", "each", "none"] = "start",
+    documents: str | None = None,
+    limit: int = 0,
+    task: Path | None = None,
+    template: Literal["question", "plain"] = "question",
+    compute: Compute = AS_STORED,
+    json: Json = False,
+) -> None:
+    """Measure a model: perplexity, bits per byte, KL and agreement with a reference, choice tasks.
+
+    Parameters
+    ----------
+    data
+        text to read; without it, the shipped held-out text
+    against
+        a reference model for KL and top-1 agreement
+    window
+        tokens per context (0: the model's own, at most 2048)
+    stride
+        tokens between windows (0: the window)
+    bos
+        where the beginning-of-sequence token goes: start, each, none
+    documents
+        cut the text at this separator; each document is read on its own
+    limit
+        only the first N documents, windows or questions (0: all)
+    task
+        JSON lines of {question, choices, gold} instead of a text
+    template
+        how a question becomes a prompt
+    """
+    from onecard import evaluate as ev
+    from onecard.calibrate.data import read_text
+
+    reading = ev.Reading(window, stride, bos, documents, limit)
+    if task and (data or against or window or stride or documents):
+        raise BadRequest("--task answers questions, it reads no text", do="leave out --data, --against, "
+                         "--window, --stride and --documents")  # fmt: skip
+    questions = ev.read_questions(task)[: limit or None] if task else []
+    text = "" if task else read_text(data, "held_out.txt")
+    if data is None and documents is None:
+        reading = ev.Reading(window, stride, bos, "<|endoftext|>", limit)
+    subject = load(model, compute)
+    with Progress("eval") as progress:
+        if task:
+            found = ev.choose(subject, questions, template, progress=progress)
+        else:
+            reference = None if against is None else load(against, compute)
+            found = ev.evaluate(subject, text, reading, reference, progress=progress)
+    name = task.name if task else data.name if data else "the shipped held-out text"
+    show(Report(found.rows, found.environment, f"{model} on {name}", found.notes), json)
+
+
+# Running ------------------------------------------------------------------------------------------
+
+
+@app.command
+def run(
+    model: Name,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    /,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.8,
+    choice: Choice = USUAL,
+    stop: tuple[str, ...] = (),
+    ignore_eos: Annotated[bool, Flag] = False,
+    compute: Compute = AS_STORED,
+    json: Json = False,
+) -> None:
+    """Continue PROMPT. The text goes to standard output, speeds to standard error.
+
+    Parameters
+    ----------
+    prompt
+        the text to continue; - reads it from standard input
+    max_tokens
+        new tokens at most
+    temperature
+        0 is greedy
+    stop
+        end where this text appears (may be given several times)
+    ignore_eos
+        go on behind the model's end token
+    """
+    from onecard.runtime.engine import generate, prompt_ids
+    from onecard.runtime.sample import Sampling
+
+    sampling = Sampling(max_tokens, temperature, stop=stop, ignore_eos=ignore_eos, **asdict(choice))
+    text = sys.stdin.read() if prompt == "-" else prompt
+    executor, tokenizer = executor_of(model, compute)
+    result = stream(
+        generate(executor, tokenizer, prompt_ids(tokenizer, text), sampling), quiet=json
+    )
+    finish(model, result, json)
+
+
+@app.command
+def chat(
+    model: Name,
+    /,
+    *,
+    system: str | None = None,
+    max_tokens: int = 512,
+    temperature: float = 0.7,
+    choice: Choice = USUAL,
+    compute: Compute = AS_STORED,
+    json: Json = False,
+) -> None:
+    """Talk with a model, line by line. An empty line or end of input ends it.
+
+    Parameters
+    ----------
+    system
+        instructions in front of the conversation
+    max_tokens
+        new tokens per answer at most
+    temperature
+        0 is greedy
+    """
+    from onecard.runtime.chat import Conversation
+    from onecard.runtime.sample import Sampling
+
+    sampling = Sampling(max_tokens, temperature, **asdict(choice))
+    executor, tokenizer = executor_of(model, compute)
+    talk = Conversation(tokenizer, system)
+    result = None
+    sampling = replace(sampling, max_tokens=min(max_tokens, max(1, executor.max_context // 2)))
+    while question := _ask():
+        result = stream(_reply(talk, executor, question, sampling), quiet=json)
+    if result is not None:
+        finish(model, result, json)
+    elif json:
+        show(Report((), environment(model=model)), True)
+
+
+def _reply(
+    talk: Conversation, executor: Executor, question: str, sampling: Sampling
+) -> Iterator[Piece]:
+    """The answer; the oldest turns are left out, and that is said, when the context is full."""
+    while True:
+        try:
+            return talk.ask(executor, question, sampling)
+        except BadRequest:
+            first = 1 if talk.messages and talk.messages[0]["role"] == "system" else 0
+            if len(talk.messages) < first + 2:
+                raise
+            del talk.messages[first : first + 2]
+            say("(the context is full: the oldest question and answer were left out)")
+
+
+def _ask() -> str:
+    """The next line of the user, empty at the end."""
+    if sys.stdin.isatty():
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    return sys.stdin.readline().strip()
+
+
+def executor_of(model: str, compute: Compute) -> tuple[Executor, Tokenizer]:
+    """What runs a model, and its tokenizer."""
+    from onecard.runtime.reference import TorchExecutor
+
+    check_device(compute.device)
+    loaded = load(model, replace(compute, device="cpu"))
+    return TorchExecutor(loaded, compute.device), loaded.tokenizer
+
+
+def stream(pieces: Iterator[Piece], quiet: bool) -> Result:
+    """Print pieces as they come; returns the whole result."""
+    result = None
+    for piece in pieces:
+        if not quiet:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+        result = piece.result or result
+    if not quiet:
+        print(flush=True)
+    assert result is not None
+    return result
+
+
+def finish(model: str, result: Result, json: bool) -> None:
+    """Speeds of the last answer, to standard error or as a report."""
+    if json:
+        show(Report(result.rows(), environment(model=model), notes=(("text", result.text),)), True)
+        return
+    rate = result.decode_tokens_per_second
+    say(
+        f"{result.prompt_tokens} prompt tokens at {result.prompt_tokens_per_second:.0f}/s, "
+        f"{result.new_tokens} new"
+        + (f" at {rate:.1f}/s" if rate else "")
+        + f", first after {result.time_to_first_token * 1000:.0f} ms, ended by {result.finish}"
+    )
+
+
+# Shared -------------------------------------------------------------------------------------------
+
+
+def load(model: str, compute: Compute) -> Model:
+    """A model in memory, its result folder verified against its manifest."""
+    from onecard.checkpoint.hub import find_model
+    from onecard.checkpoint.load import load_model
+
+    check_device(compute.device)
+    dtype = None if compute.dtype == "auto" else compute.dtype
+    return load_model(find_model(model), dtype, compute.device)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is unknown or not here."""
+    import torch
+
+    kind = device.split(":", maxsplit=1)[0]
+    if kind not in ("cpu", "cuda"):
+        raise BadRequest(f"there is no device {device!r}", do=nearest(device, ("cpu", "cuda")))
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BadRequest("no CUDA device is available here", do="--device cpu")
+
+
+def show(found: Report, json: bool) -> None:
+    """A report on standard output: JSON, or tables for people."""
+    if json:
+        print(found.to_json())
+        return
+    from rich.console import Console
+
+    from onecard.render import terminal
+
+    terminal(found, Console())
