@@ -792,7 +792,7 @@ void many(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int tiles,
 // ------------------------------------------------------------------------------------------- table
 
 int64_t tile_bytes(const oc_matrix &w) {
-  return w.bits ? Geometry(w).tile : w.columns * tile_rows * width_of(w.dtype);
+  return w.bits ? Geometry(w).tile : to_lines(w.columns * tile_rows * width_of(w.dtype));
 }
 
 template <int bits>
