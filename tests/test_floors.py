@@ -64,6 +64,7 @@ def test_torch_free_verbs() -> None:
         "import sys; sys.modules['torch'] = None\n"
         "import onecard.checkpoint.shards, onecard.checkpoint.tokenizer, onecard.runtime.sample\n"
         "import onecard.kernels.cpu, onecard.inspect, onecard.render\n"
+        "import onecard.runtime.scheduler, onecard.runtime.chat, onecard.runtime.fake\n"
         "from onecard.cli import main\n"
         "main(['inspect', sys.argv[1]])\n"
     )
