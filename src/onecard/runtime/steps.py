@@ -58,8 +58,9 @@ class Fed:
     """What a feed gave.
 
     `ids` holds 1 to min(most, steps) ids where there was a draw and all went well; all but the last of
-    them have been fed. When logits are not finite ("not numbers"), or memory or anything else fails for
-    this sequence alone ("failed"), ids chosen before it are there, the others are not.
+    them have been fed. When the largest of the logits to choose from is not finite, or any is NaN ("not
+    numbers"), or anything else fails for this sequence alone ("failed"), the ids chosen before it are
+    there, the others are not.
     """
 
     ids: tuple[int, ...] = ()
