@@ -707,7 +707,7 @@ class Walk {
     if (!feed.most || !last || feed.status) return;
     oc_sampling s = feed.sampling;
     const int32_t i = feed.chosen_count;
-    s.count += i;
+    if (s.previous) s.count += i;
     s.draw = feed.draws ? feed.draws[i] : 0;
     s.logprob = feed.logprobs ? feed.logprobs + i : nullptr;
     s.ids = s.likeliest ? feed.likeliest_ids + int64_t(i) * s.likeliest : nullptr;
