@@ -144,11 +144,29 @@ def _with_prototypes(native: ctypes.CDLL) -> ctypes.CDLL:
             [pointer, pointer, c_int64, c_int64, c_int, c_int64, c_int, pointer, c_int, c_int, c_int,
              pointer, pointer],
         ),
+        "oc_sample_scratch": (c_int64, [c_int64]),
+        "oc_sample": (ctypes.c_int32, [pointer, c_int64, ctypes.POINTER(Choice), pointer]),
+        "oc_rows": (pointer, []),
     }  # fmt: skip
     for name, (result, arguments) in prototypes.items():
         function = getattr(native, name)
         function.restype, function.argtypes = result, arguments
     return native
+
+
+class Choice(ctypes.Structure):
+    """oc_sampling: how the next id of one request is chosen."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in (
+            "temperature", "top_p", "min_p", "repetition", "presence", "frequency",
+        )),
+        ("top_k", ctypes.c_int64),
+        ("previous", ctypes.c_void_p), ("count", ctypes.c_int64), ("prompt", ctypes.c_int64),
+        ("draw", ctypes.c_double),
+        ("logprob", ctypes.c_void_p),
+        ("likeliest", ctypes.c_int32), ("ids", ctypes.c_void_p), ("logprobs", ctypes.c_void_p),
+    )  # fmt: skip
 
 
 # Rounding ---------------------------------------------------------------------------------------
