@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(not CLASSES, reason="the native library is not b
 SIZES = (*range(1, 131), 576, 2048, 5632)
 KINDS = ("silu", "relu", "gelu", "gelu_tanh")
 NAN, INF = float("nan"), float("inf")
-EDGE, OFFSET = 12345.0, 3  # what lies around a row, and where in a cache line it begins
+EDGE, OFFSET = 77, 3  # what lies around a row, and where in a cache line it begins
 
 pointer, c_int, c_int64, c_float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
@@ -85,7 +86,7 @@ def row_of(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def intact(*rows: Tensor) -> bool:
     edges = [row.room[part] for row in rows for part in (slice(OFFSET), slice(-OFFSET, None))]  # type: ignore[attr-defined]
-    return all(bool((edge == torch.tensor(EDGE).to(edge.dtype)).all()) for edge in edges)
+    return all(bool((edge == EDGE).all()) for edge in edges)
 
 
 def check(mine: Tensor, plain: Tensor, exact: Tensor) -> None:
@@ -122,7 +123,9 @@ def test_gather(rows: Rows, dtype: str) -> None:
 
 def normed(rows: Rows, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     y, x = row_of(len(x)), apart(x)
-    norm = NormRow(weight.data_ptr(), bias.data_ptr() if bias is not None else None, kind == "layer", 1e-5)
+    norm = NormRow(
+        weight.data_ptr(), bias.data_ptr() if bias is not None else None, kind == "layer", 1e-5
+    )
     rows.norm(norm, x.data_ptr(), len(x), y.data_ptr())
     rows.norm(norm, x.data_ptr(), len(x), x.data_ptr())
     assert same(x, y) and intact(x, y)
@@ -203,7 +206,7 @@ def test_quantize_marks_blocks_that_are_not_finite(rows: Rows, bad: float) -> No
     _, scale, _ = quantized(rows, x, 32)
     finite = scale.isfinite().tolist()
     assert finite == [False, True, True, False]
-    assert scale[0].isnan() == (bad != bad)
+    assert bool(scale[0].isnan()) == math.isnan(bad)
 
 
 # Activations --------------------------------------------------------------------------------------
@@ -251,8 +254,9 @@ def test_activate_keeps_what_is_no_number(rows: Rows, kind: str) -> None:
     for size in (5, 16, 37):
         x = torch.zeros(size)
         x[0], x[-1], x[2] = NAN, INF, -INF
-        theirs = reference.ACTIVATIONS[kind](x)
-        torch.testing.assert_close(activated(rows, kind, x), theirs, equal_nan=True)
+        y = activated(rows, kind, x)
+        assert y[0].isnan() and y[-1] == INF and (y[1] if size > 5 else y[3]) == 0
+        assert y[2] == 0 if kind == "relu" else y[2].isnan()
         one = activated(rows, kind, torch.ones(size), x)
         assert one[0].isnan() and one[-1] == INF and one[2] == -INF
 
@@ -261,7 +265,9 @@ def test_activate_keeps_what_is_no_number(rows: Rows, kind: str) -> None:
 
 
 def test_angles(rows: Rows) -> None:
-    for half, position in itertools.product((1, 3, 16, 32, 48, 64), (0, 1, 77, 4095, 131071, 10**6)):
+    for half, position in itertools.product(
+        (1, 3, 16, 32, 48, 64), (0, 1, 77, 4095, 131071, 10**6)
+    ):
         inverse = 1.0 / 10000 ** (torch.arange(half) / half)
         cos, sin = row_of(half), row_of(half)
         rope = Rope(inverse.data_ptr(), half, 1.25)
@@ -281,7 +287,9 @@ def test_angles_of_every_quarter(rows: Rows) -> None:
 
 
 def test_rotate(rows: Rows) -> None:
-    for (dim, half), heads in itertools.product(((2, 1), (64, 32), (80, 40), (96, 16), (30, 7)), (1, 3)):
+    for (dim, half), heads in itertools.product(
+        ((2, 1), (64, 32), (80, 40), (96, 16), (30, 7)), (1, 3)
+    ):
         x, angle = random(heads, dim), random(half, seed=1) * 9
         cos, sin = angle.cos(), angle.sin()
         turned = apart(x)
@@ -350,16 +358,19 @@ def test_peaks(rows: Rows) -> None:
         for bad in (None, -INF, INF, NAN, -NAN):
             if bad is not None:
                 x[size * 2 // 3] = bad
-            peak = row_of(blocks)
-            assert rows.peaks(apart(x).data_ptr(), size, peak.data_ptr()) == (bad is None or bad == bad)
-            whole = torch.nn.functional.pad(x.nan_to_num(-INF, INF, -INF), (0, -size % 128), value=-INF)
+            peak, row = row_of(blocks), apart(x)
+            numbers = bad is None or not math.isnan(bad)
+            assert rows.peaks(row.data_ptr(), size, peak.data_ptr()) == numbers
+            whole = torch.nn.functional.pad(
+                x.nan_to_num(-INF, INF, -INF), (0, -size % 128), value=-INF
+            )
             assert torch.equal(peak, whole.view(-1, 128).amax(1)) and intact(peak)
 
 
 def test_exp_sum(rows: Rows) -> None:
     for size in range(1, 129):
-        x = random(size, seed=size) * 4
-        mine = rows.exp_sum(apart(x).data_ptr(), size, float(x.max()))
+        x = apart(random(size, seed=size) * 4)
+        mine = rows.exp_sum(x.data_ptr(), size, float(x.max()))
         assert mine == pytest.approx(float((x.double() - x.max()).exp().sum()), rel=3e-7)
 
 
@@ -367,8 +378,8 @@ def test_chances(rows: Rows) -> None:
     for size, t in itertools.product((1, 2, 3, 5, 9, 100, 2047), (0.1, 0.7, 1.0, 100.0, 1e-300)):
         x = random(size, seed=size) * 30
         x[size // 2] = -INF if size > 1 else 0
-        mine = row_of(size, torch.float64)
-        rows.chances(apart(x).data_ptr(), size, float(x.max()), t, mine.data_ptr())
+        x, mine = apart(x), row_of(size, torch.float64)
+        rows.chances(x.data_ptr(), size, float(x.max()), t, mine.data_ptr())
         with np.errstate(all="ignore"):
             exact = np.exp((x.numpy().astype(np.float64) - float(x.max())) / t)
         assert np.all(np.abs(mine.numpy() - exact) <= 4e-16 * exact + 5e-324) and intact(mine)
@@ -387,7 +398,9 @@ def test_a_row_has_the_same_bits_wherever_it_lies(rows: Rows) -> None:
             room[offset : offset + size] = x
             norm = NormRow(weight.data_ptr(), None, 1, 1e-5)
             rows.norm(norm, room[offset:].data_ptr(), size, y[offset:].data_ptr())
-            rows.activate(2, y[offset:].data_ptr(), room[offset:].data_ptr(), size, y[offset:].data_ptr())
+            rows.activate(
+                2, y[offset:].data_ptr(), room[offset:].data_ptr(), size, y[offset:].data_ptr()
+            )
             rows.softmax(y[offset:].data_ptr(), size)
             seen.append(y[offset : offset + size].clone())
         assert all(same(one, seen[0]) for one in seen)

@@ -36,11 +36,11 @@ class Draw:
 
 
 def sample(
-    logits: np.ndarray, settings: Sampling, previous: Sequence[int] = (), prompt: int = 0,
+    logits: np.ndarray, settings: Sampling, seen: Sequence[int] = (), prompt: int = 0,
     draw: float = 0.5, **more: object,
 ) -> int:  # fmt: skip
     """The id, or the code of an error."""
-    vocab, s, ids = len(logits), settings, np.array(previous, dtype=np.int32)
+    vocab, s, previous = len(logits), settings, np.array(seen, dtype=np.int32)
     size = cpu.library().oc_sample_scratch(vocab)
     scratch = np.full(size // 8 + 2, np.nan)
     scratch[-1] = 77.0
@@ -48,7 +48,7 @@ def sample(
         "temperature": s.temperature, "top_p": s.top_p, "min_p": s.min_p, "top_k": s.top_k,
         "repetition": s.repetition_penalty, "presence": s.presence_penalty,
         "frequency": s.frequency_penalty, "draw": draw,
-        "previous": ids.ctypes.data, "count": len(ids), "prompt": prompt,
+        "previous": previous.ctypes.data, "count": len(seen), "prompt": prompt,
     }  # fmt: skip
     choice = cpu.Choice(**(fields | more))
     before = logits.copy()
