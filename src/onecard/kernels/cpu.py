@@ -161,6 +161,9 @@ def _with_prototypes(native: ctypes.CDLL) -> ctypes.CDLL:
         "oc_layout_dense": (c_int64, [pointer, pointer, c_int, c_int, pointer]),
         "oc_layout_quantize": (c_int64, [pointer, pointer, c_int, c_int, pointer]),
         "oc_checksum": (c_int, [pointer, c_int64, c_int, pointer]),
+        "oc_sample_scratch": (c_int64, [c_int64]),
+        "oc_sample": (ctypes.c_int32, [pointer, c_int64, pointer, pointer]),
+        "oc_rows": (pointer, []),
     }  # fmt: skip
     for name, (result, arguments) in prototypes.items():
         function = getattr(native, name)

@@ -99,6 +99,15 @@ class EngineSettings(Structure):
     _fields_ = (("threads", c_int32), ("kv_dtype", c_int32), ("pages", c_int64), ("rows", c_int64))
 
 
+class Quantized(Structure):
+    """oc::Quantized of csrc/engine.h: rows [16 rows x 64 columns in a chunk] and their scales and sums."""
+
+    _fields_ = (
+        ("q", c_void_p), ("scale", c_void_p), ("sum", c_void_p),
+        ("stride", c_int64), ("blocks", c_int64), ("block", c_int32),
+    )  # fmt: skip
+
+
 NONE, LAST, ALL = 0, 1, 2
 
 

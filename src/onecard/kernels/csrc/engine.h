@@ -55,7 +55,7 @@ struct Rows {
   // y may be x. The sums are float32, 16 lanes (column modulo 16), halves added to halves.
   void (*norm)(const oc_norm &norm, const float *x, int64_t width, float *y);
   // q, scale and sum of one row. scale = max|x| / 127, q = rint(x * (127 / max|x|)), half to even; a
-  // block of zeros has scale 0. A block with NaN or infinity has that in its scale.
+  // block of zeros, or of less than 2^-120, has scale 0. A block with NaN or infinity has that in its scale.
   void (*quantize)(const float *x, int64_t columns, const Quantized &to, int64_t row);
   // y[i] = act(gate[i]) * up[i]; up NULL: act(gate[i]). y may be either.
   void (*activate)(int activation, const float *gate, const float *up, int64_t count, float *y);
