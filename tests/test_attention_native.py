@@ -41,10 +41,14 @@ class Heads:
         return self.dim**-0.5 if self.scale is None else self.scale
 
 
-Sequences = Sequence[tuple[Tensor, Tensor, Tensor]]  # q [T,H,D], k and v [T,G,D] of one request each
+Sequences = Sequence[
+    tuple[Tensor, Tensor, Tensor]
+]  # q [T,H,D], k and v [T,G,D] of one request each
 
 
-def draw(heads: Heads, length: int, seed: int = 0, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def draw(
+    heads: Heads, length: int, seed: int = 0, spread: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * seed + length)
     q = torch.randn(length, heads.heads, heads.dim, generator=generator) * spread
     k = torch.randn(length, heads.kv_heads, heads.dim, generator=generator)
@@ -70,7 +74,9 @@ def attend(
     return list(y.split(count))
 
 
-def alone(heads: Heads, dtype: str, request: tuple[Tensor, Tensor, Tensor], past: int = 0) -> Tensor:
+def alone(
+    heads: Heads, dtype: str, request: tuple[Tensor, Tensor, Tensor], past: int = 0
+) -> Tensor:
     return attend(heads, dtype, [request], [past])[0]
 
 
@@ -111,7 +117,14 @@ SHAPES = [
     Heads(8, 2, 64), Heads(1, 1, 16), Heads(3, 3, 40), Heads(5, 1, 80, scale=0.3), Heads(6, 2, 96),
     Heads(4, 4, 128), Heads(2, 1, 256), Heads(40, 2, 72), Heads(2, 2, 17), Heads(3, 1, 50),
 ]  # fmt: skip
-MASKS = [{}, {"window": 1}, {"window": 33}, {"window": 250}, {"cap": 2.0}, {"cap": 50.0, "window": 300}]
+MASKS = [
+    {},
+    {"window": 1},
+    {"window": 33},
+    {"window": 250},
+    {"cap": 2.0},
+    {"cap": 50.0, "window": 300},
+]
 
 
 # Right --------------------------------------------------------------------------------------------
@@ -196,7 +209,9 @@ def test_a_long_context_is_split_and_merged(isa: str, dtype: str) -> None:
         for p in (2000, 2047, 2048, 2099):
             one = (q[: p + 1], k[: p + 1], v[: p + 1])
             for threads in (1, 4):
-                assert same(attend(heads, dtype, [one], [p], threads)[0], whole[p - 2000 : p - 1999])
+                assert same(
+                    attend(heads, dtype, [one], [p], threads)[0], whole[p - 2000 : p - 1999]
+                )
         kept = rounded(k, dtype), rounded(v, dtype)
         exact = expected(heads, q, *kept)[2000:]
         assert (whole - exact).abs().max() < (3e-3 if dtype == "bf16" and isa == "amx" else 2e-5)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from onecard.core.spec import Norm
-from onecard.kernels import cpu, reference
+from onecard.kernels import cpu, reference, structs
 
 CLASSES = cpu.isas() if cpu.available() else ()
 pytestmark = pytest.mark.skipif(not CLASSES, reason="the native library is not built")
@@ -173,7 +173,7 @@ def quantized(rows: Rows, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor
     rows.quantize(x.data_ptr(), len(x), ctypes.byref(to), row)
     others = torch.cat((q[:, :row], q[:, row + 1 :]), 1)
     assert (others == 77).all()
-    return q[:, row].flatten()[: blocks * block], scale[row], total[row]
+    return q[:, row].flatten()[: blocks * block].view(blocks, block), scale[row], total[row]
 
 
 @pytest.mark.parametrize("block", [32, 64, 128])

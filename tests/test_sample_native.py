@@ -246,7 +246,10 @@ def test_ids_and_sizes_out_of_range_are_refused() -> None:
         assert sample(logits, SETTINGS[-1], [1, id]) == BAD_ARGUMENT
     for vocab in (0, -1, 2**31):
         assert native.oc_sample_scratch(vocab) == BAD_ARGUMENT
-    buffer, choice = (ctypes.c_char * 4096)(), structs.Sampling(temperature=1, top_p=1, repetition=1)
+    buffer, choice = (
+        (ctypes.c_char * 4096)(),
+        structs.Sampling(temperature=1, top_p=1, repetition=1),
+    )
     assert native.oc_sample(buffer, 10, choice, buffer) == 0
     for arguments in (
         (None, 10, choice, buffer), (buffer, 0, choice, buffer), (buffer, 10, None, buffer),
