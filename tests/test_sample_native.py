@@ -52,7 +52,7 @@ def sample(
     }  # fmt: skip
     choice = structs.Sampling(**(fields | more))
     before = logits.copy()
-    id = cpu.library().oc_sample(logits.ctypes.data, vocab, choice, scratch.ctypes.data)
+    id = cpu.library().oc_sample(logits.ctypes.data, vocab, ctypes.byref(choice), scratch.ctypes.data)
     assert np.array_equal(logits, before, equal_nan=True) and scratch[-1] == 77
     return int(id)
 
@@ -250,9 +250,10 @@ def test_ids_and_sizes_out_of_range_are_refused() -> None:
         (ctypes.c_char * 4096)(),
         structs.Sampling(temperature=1, top_p=1, repetition=1),
     )
-    assert native.oc_sample(buffer, 10, choice, buffer) == 0
+    at = ctypes.addressof(choice)
+    assert native.oc_sample(buffer, 10, at, buffer) == 0
     for arguments in (
-        (None, 10, choice, buffer), (buffer, 0, choice, buffer), (buffer, 10, None, buffer),
-        (buffer, 10, choice, None),
+        (None, 10, at, buffer), (buffer, 0, at, buffer), (buffer, 10, None, buffer),
+        (buffer, 10, at, None),
     ):  # fmt: skip
         assert native.oc_sample(*arguments) == BAD_ARGUMENT
