@@ -501,9 +501,15 @@ constexpr bool signed_panel = false;
 #endif
 constexpr int panel_rows = panel_tiles * tile_rows;
 constexpr int many_from = 9;
-constexpr int chunk_columns = 512, chunk_blocks = chunk_columns / 32;
+constexpr int chunk_columns = signed_panel ? 256 : 512, chunk_blocks = chunk_columns / 32;
 
-// A few tiles, a chunk of columns: bytes [columns / 4][tile][16 rows][4], and what goes with each block.
+// Where the bytes of a tile of the panel lie that belong to the columns 4 quad .. 4 quad + 3: sixteen quads
+// of one tile after another for the tile unit, else the tiles side by side.
+constexpr int64_t place_of(int64_t quad, int tile) {
+  return signed_panel ? ((quad / 16 * panel_tiles + tile) * 16 + quad % 16) * 64 : (quad * panel_tiles + tile) * 64;
+}
+
+// A few tiles, a chunk of columns, and what goes with each block.
 struct Panel {
   alignas(64) uint8_t bytes[chunk_columns * panel_rows];
   alignas(64) float scale[chunk_blocks][panel_rows];
@@ -526,17 +532,227 @@ void unpack(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int plac
     }
     _mm512_store_si512(&panel.zero[b][place * tile_rows], left);
     _mm512_store_ps(&panel.scale[b][place * tile_rows], scale_of(w, g, tile, first + b, 0));
-    uint8_t *const out = panel.bytes + (int64_t(b) * quads * panel_tiles + place) * 64;
     for (int i = 0; i < quads; i += 4)
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         const Bytes u = quad_of<bits>(codes, w.block, i + j, 0);
-        _mm512_store_si512(out + (i + j) * panel_tiles * 64, signed_panel ? _mm512_sub_epi8(u, shift) : u);
+        uint8_t *const out = panel.bytes + place_of(int64_t(b) * quads + i + j, place);
+        _mm512_store_si512(out, signed_panel ? _mm512_sub_epi8(u, shift) : u);
       }
   }
 }
 
+// The codes of the next chunk are called for while this one is multiplied.
+struct Ahead {
+  const uint8_t *tile[panel_tiles];
+  int64_t at, end, each;  // bytes of a tile's chunk, and how many of them at a time
+
+  void some() {
+    for (const int64_t stop = at + each < end ? at + each : end; at < stop; at += 64)
+      for (const uint8_t *codes : tile) _mm_prefetch(reinterpret_cast<const char *>(codes + at), _MM_HINT_T1);
+  }
+};
+
 typedef void Unpack(const oc_matrix &, const Geometry &, const uint8_t *, int, int64_t, int, Panel &);
+
+#if defined(__AMX_INT8__)
+
+// Tiles: 0..3 sums, 4 and 5 rows, 6 and 7 the panel.
+struct TileConfig {
+  alignas(64) uint8_t bytes[64] = {1};
+  explicit TileConfig(int columns) {
+    for (int tile = 0; tile < 8; tile++) {
+      const bool input = tile == 4 || tile == 5, weights = tile >= 6;
+      bytes[16 + 2 * tile] = uint8_t(input ? columns : 64);
+      bytes[48 + tile] = uint8_t(weights ? columns / 4 : 16);
+    }
+  }
+};
+
+// Integer sums [blocks][tile][16][16] of 32 rows, on their way to the float sums [tile][16][16]; the tiles
+// are those of rows 0..15 and 16..31 times those of the panel. At most two blocks, from `b` of the panel on.
+struct Ready {
+  const int32_t *dots;
+  int blocks, b;
+  const float *factor;  // of the first row and block; rows are a.blocks apart
+  const int32_t *total;
+  float *sum;
+  __mmask16 begun;  // 0 where these are the first blocks
+};
+
+// Adds the rows [begin, end) of all 64 that the four tiles have.
+template <bool zeros, int blocks, int begin, int end>
+inline __attribute__((always_inline)) void rescale(const Ready &ready, const Panel &panel, int64_t stride) {
+#pragma GCC unroll 64
+  for (int i = begin; i < end; i++) {
+    const int tile = i / 16, m = tile / 2 * 16 + i % 16, column = tile % 2 * 16;
+    Floats sum = _mm512_maskz_load_ps(ready.begun, ready.sum + i * 16);
+#pragma GCC unroll 2
+    for (int n = 0; n < blocks; n++) {
+      Ints x = _mm512_load_si512(ready.dots + (n * 64 + i) * 16);
+      if constexpr (zeros) {
+        const Ints zero = _mm512_load_si512(panel.zero[ready.b + n] + column);
+        x = Lanes::sub(x, Lanes::mul(zero, Lanes::ints(ready.total[m * stride + n])));
+      }
+      const Floats scale = _mm512_load_ps(panel.scale[ready.b + n] + column);
+      const Floats factor = Lanes::floats(ready.factor[m * stride + n]);
+      sum = Lanes::fma(Lanes::floats(x), Lanes::mul(scale, factor), sum);
+    }
+    _mm512_store_ps(ready.sum + i * 16, sum);
+  }
+}
+
+template <bool zeros, int begin, int end>
+inline __attribute__((always_inline)) void rescale(const Ready &ready, const Panel &panel, int64_t stride) {
+  if constexpr (begin < end) {
+    if (ready.blocks == 2) rescale<zeros, 2, begin, end>(ready, panel, stride);
+    if (ready.blocks == 1) rescale<zeros, 1, begin, end>(ready, panel, stride);
+  }
+}
+
+// A product of tiles takes 16 cycles, and so does a store, which blocks what follows while it waits. So sums
+// leave one tile at a time, just before its next use, and between the products the vector units add a
+// few rows of sums that left before. Rows past the last mean nothing.
+struct Unit {
+  explicit Unit(const oc_matrix &w) {
+    const TileConfig config(w.block < 64 ? w.block : 64);
+    asm volatile("" : : "r"(&config) : "memory");
+    _tile_loadconfig(config.bytes);
+  }
+  ~Unit() { _tile_release(); }
+
+  // Products of `blocks` blocks of `steps` steps each, while the sums of the tiles go to `leaving`, and then
+  // to `out`; the last block's sums stay.
+  template <bool zeros, int blocks, int steps>
+  static inline __attribute__((always_inline)) void pair(const Quantized &a, int64_t row, int64_t column, int width,
+                                                         const Panel &panel, int64_t quad, int32_t *leaving,
+                                                         int32_t *out, const Ready &ready) {
+    constexpr int slots = blocks * steps * 4, free = slots > 4 ? slots - 4 : 1;
+#define MEANWHILE(slot)                                                               \
+  if constexpr ((slot) >= 4 && (slot) < slots)                                        \
+  rescale<zeros, ((slot) - 4) * 64 / free, ((slot) - 3) * 64 / free>(ready, panel, a.blocks)
+#define STEP(n)                                                                       \
+  if constexpr ((n) < blocks * steps) {                                               \
+    constexpr bool first = (n) % steps == 0;                                          \
+    int32_t *const gone = (n) == 0 ? leaving : out;                                   \
+    const int8_t *const q = a.at(row, column + (n) * width);                          \
+    const uint8_t *const bytes = panel.bytes + place_of(quad + (n) * width / 4, 0);   \
+    _tile_loadd(6, bytes, 64);                                                        \
+    _tile_loadd(4, q, 64);                                                            \
+    if (first) { _tile_stored(0, gone, 64); _tile_zero(0); }                          \
+    _tile_dpbssd(0, 4, 6);                                                            \
+    MEANWHILE(4 * (n));                                                               \
+    _tile_loadd(7, bytes + 1024, 64);                                                 \
+    if (first) { _tile_stored(1, gone + 256, 64); _tile_zero(1); }                    \
+    _tile_dpbssd(1, 4, 7);                                                            \
+    MEANWHILE(4 * (n) + 1);                                                           \
+    _tile_loadd(5, q + a.stride, 64);                                                 \
+    if (first) { _tile_stored(2, gone + 512, 64); _tile_zero(2); }                    \
+    _tile_dpbssd(2, 5, 6);                                                            \
+    MEANWHILE(4 * (n) + 2);                                                           \
+    if (first) { _tile_stored(3, gone + 768, 64); _tile_zero(3); }                    \
+    _tile_dpbssd(3, 5, 7);                                                            \
+    MEANWHILE(4 * (n) + 3);                                                           \
+    asm volatile("" : : : "memory");                                                  \
+  }
+    STEP(0) STEP(1) STEP(2) STEP(3)
+#undef STEP
+#undef MEANWHILE
+    if constexpr (slots <= 4) rescale<zeros, 0, 64>(ready, panel, a.blocks);
+  }
+
+  template <bool zeros, int steps>
+  static void chunk(const oc_matrix &w, const Panel &panel, const Quantized &a, int64_t rows, int64_t first,
+                    int blocks, float *sum, Ahead &ahead) {
+    alignas(64) int32_t buffers[2][2 * 1024];
+    const int width = w.block / steps;
+    int32_t *leaving = buffers[0];
+    Ready ready = {buffers[0], 0, 0, nullptr, nullptr, sum, 0};
+    int turn = 0;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t row = 0; row < rows; row += step_rows) {
+      ahead.some();
+      for (int b = 0; b < blocks; b += 2) {
+        int32_t *const out = buffers[turn ^= 1];
+        const int64_t column = (first + b) * w.block, quad = int64_t(b) * w.block / 4;
+        if (blocks - b >= 2)
+          pair<zeros, 2, steps>(a, row, column, width, panel, quad, leaving, out, ready);
+        else
+          pair<zeros, 1, steps>(a, row, column, width, panel, quad, leaving, out, ready);
+        const int count = blocks - b >= 2 ? 2 : 1;
+        const int64_t at = row * a.blocks + first + b;
+        ready = {out, count, b, a.scale + at, a.sum + at, sum + row * panel_rows, __mmask16(first + b ? -1 : 0)};
+        leaving = out + (count - 1) * 1024;
+      }
+    }
+    _tile_stored(0, leaving, 64);
+    _tile_stored(1, leaving + 256, 64);
+    _tile_stored(2, leaving + 512, 64);
+    _tile_stored(3, leaving + 768, 64);
+    asm volatile("" : : : "memory");
+    rescale<zeros, 0, 64>(ready, panel, a.blocks);
+  }
+
+  template <bool zeros>
+  static void chunk(const oc_matrix &w, const Panel &panel, const Quantized &a, int64_t rows, int64_t first,
+                    int blocks, float *sum, Ahead &ahead) {
+    if (w.block == 128)
+      chunk<zeros, 2>(w, panel, a, rows, first, blocks, sum, ahead);
+    else
+      chunk<zeros, 1>(w, panel, a, rows, first, blocks, sum, ahead);
+  }
+
+  // Where the sum of a row and a tile lies.
+  static int64_t place(int64_t row, int tile) {
+    return row / 32 * 1024 + (row % 32 / 16 * 2 + tile) * 256 + row % 16 * 16;
+  }
+};
+
+#else
+
+// The products of one block as a single piece of assembly, because compilers move the 24 sums about:
+// each step takes four columns of 48 weights to 8 rows. Rows past the last are there, and mean nothing.
+#define ZERO(n) "vpxord %%zmm" #n ", %%zmm" #n ", %%zmm" #n "\n\t"
+#define STORE(n) "vmovdqa64 %%zmm" #n ", 64*" #n "(%[out])\n\t"
+#define ROW(m, n0, n1, n2)                       \
+  "vpbroadcastd 64*" #m "(%[q]), %%zmm27\n\t"    \
+  "vpdpbusd %%zmm27, %%zmm24, %%zmm" #n0 "\n\t" \
+  "vpdpbusd %%zmm27, %%zmm25, %%zmm" #n1 "\n\t" \
+  "vpdpbusd %%zmm27, %%zmm26, %%zmm" #n2 "\n\t"
+#define EACH(DO)                                                                                    \
+  DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13) DO(14)    \
+  DO(15) DO(16) DO(17) DO(18) DO(19) DO(20) DO(21) DO(22) DO(23)
+
+// `columns` is 32 or a multiple of 64; q is the first of 8 rows in their chunks; out [8][48].
+inline void block_dots(const uint8_t *w, const int8_t *q, int64_t columns, int32_t *out) {
+  const int64_t chunks = columns < 64 ? 1 : columns / 64, quads = columns < 64 ? 8 : 16;
+  int64_t left_chunks = chunks, left;
+  asm volatile(EACH(ZERO)
+               "1:\n\t"
+               "mov %[quads], %[left]\n\t"
+               "2:\n\t"
+               "vmovdqa64 (%[w]), %%zmm24\n\t"
+               "vmovdqa64 64(%[w]), %%zmm25\n\t"
+               "vmovdqa64 128(%[w]), %%zmm26\n\t"
+               ROW(0, 0, 1, 2) ROW(1, 3, 4, 5) ROW(2, 6, 7, 8) ROW(3, 9, 10, 11)
+               ROW(4, 12, 13, 14) ROW(5, 15, 16, 17) ROW(6, 18, 19, 20) ROW(7, 21, 22, 23)
+               "add $4, %[q]\n\t"
+               "add $192, %[w]\n\t"
+               "dec %[left]\n\t"
+               "jnz 2b\n\t"
+               "add $1024 - 64, %[q]\n\t"
+               "dec %[chunks]\n\t"
+               "jnz 1b\n\t"
+               EACH(STORE)
+               : [w] "+r"(w), [q] "+r"(q), [chunks] "+r"(left_chunks), [left] "=&r"(left)
+               : [quads] "r"(quads), [out] "r"(out)
+               : "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8",
+                 "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17", "zmm18",
+                 "zmm19", "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27");
+}
 
 // Integer sums of some rows, on their way to the float sums [rows][panel_rows]: those of `blocks` blocks
 // (at most two) from block b of the panel on, [blocks][step_rows][panel_rows].
@@ -590,165 +806,15 @@ inline __attribute__((always_inline)) void rescale(const Dots &dots, const Panel
   if (dots.blocks == 1) rescale_blocks<zeros, 1>(dots, panel, a, first, begin, end);
 }
 
-#if defined(__AMX_INT8__)
-
-// Tiles: 0..3 sums, 4 and 5 rows, 6 and 7 the panel.
-struct TileConfig {
-  alignas(64) uint8_t bytes[64] = {1};
-  explicit TileConfig(int columns) {
-    for (int tile = 0; tile < 8; tile++) {
-      const bool input = tile == 4 || tile == 5, weights = tile >= 6;
-      bytes[16 + 2 * tile] = uint8_t(input ? columns : 64);
-      bytes[48 + tile] = uint8_t(weights ? columns / 4 : 16);
-    }
-  }
-};
-
-// Every product of tiles takes 16 cycles. Meanwhile sums that are ready leave for a buffer, one tile just
-// before its next use (a store takes as long as a product, and one that waits blocks what follows), and
-// the vector units add a few rows of those that left before. Rows past the last mean nothing.
-struct Unit {
-  explicit Unit(const oc_matrix &w) {
-    const TileConfig config(w.block < 64 ? w.block : 64);
-    asm volatile("" : : "r"(&config) : "memory");
-    _tile_loadconfig(config.bytes);
-  }
-  ~Unit() { _tile_release(); }
-
-  static inline __attribute__((always_inline)) void store(int32_t *out) {
-    _tile_stored(0, out, 128);
-    _tile_stored(1, out + 16, 128);
-    _tile_stored(2, out + 16 * panel_rows, 128);
-    _tile_stored(3, out + 16 * panel_rows + 16, 128);
-  }
-
-  template <bool zeros>
-  static void chunk(const oc_matrix &w, const Panel &panel, const Quantized &a, int64_t rows, int64_t first,
-                    int blocks, float *sum) {
-    constexpr int block_dots = step_rows * panel_rows;
-    alignas(64) int32_t buffers[2][2 * block_dots];
-    const int step = w.block < 64 ? w.block : 64, slice = w.block < 128 ? 8 : 3;
-    int32_t *leaving = buffers[0];
-    Dots ready = {buffers[0], 0, 0, 0, 0, sum}, next = ready;
-    int turn = 0;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t row = 0; row < rows; row += step_rows) {
-      const int count = int(rows - row < step_rows ? rows - row : step_rows);
-      for (int b = 0; b < blocks; b += 2) {
-        const int pair = blocks - b < 2 ? 1 : 2;
-        int32_t *const out = buffers[turn ^= 1];
-        int done = 0;
-        const auto meanwhile = [&] {
-          rescale<zeros>(ready, panel, a, first, done, done + slice);
-          done += slice;
-        };
-        for (int i = 0; i < pair; i++) {
-          const uint8_t *bytes = panel.bytes + int64_t(b + i) * w.block * panel_rows;
-          const int8_t *q = a.at(row, (first + b + i) * w.block);
-          const bool later = i > 0;
-          _tile_loadd(6, bytes, 128);
-          _tile_loadd(4, q, 64);
-          _tile_stored(0, leaving, 128);
-          _tile_zero(0);
-          _tile_dpbssd(0, 4, 6);
-          if (later) meanwhile();
-          _tile_loadd(7, bytes + 64, 128);
-          _tile_stored(1, leaving + 16, 128);
-          _tile_zero(1);
-          _tile_dpbssd(1, 4, 7);
-          if (later) meanwhile();
-          _tile_loadd(5, q + a.stride, 64);
-          _tile_stored(2, leaving + 16 * panel_rows, 128);
-          _tile_zero(2);
-          _tile_dpbssd(2, 5, 6);
-          if (later) meanwhile();
-          _tile_stored(3, leaving + 16 * panel_rows + 16, 128);
-          _tile_zero(3);
-          _tile_dpbssd(3, 5, 7);
-          if (later) meanwhile();
-          if (!later) ready = next;
-          for (int k = step; k < w.block; k += step) {
-            q += Quantized::chunk;
-            bytes += step * panel_rows;
-            _tile_loadd(6, bytes, 128);
-            _tile_loadd(4, q, 64);
-            _tile_dpbssd(0, 4, 6);
-            meanwhile();
-            _tile_loadd(7, bytes + 64, 128);
-            _tile_dpbssd(1, 4, 7);
-            meanwhile();
-            _tile_loadd(5, q + a.stride, 64);
-            _tile_dpbssd(2, 5, 6);
-            meanwhile();
-            _tile_dpbssd(3, 5, 7);
-            meanwhile();
-          }
-          leaving = out + i * block_dots;
-        }
-        rescale<zeros>(ready, panel, a, first, done, step_rows);
-        next = {out, b, pair, count, row, sum + row * panel_rows};
-      }
-    }
-    store(leaving);
-    asm volatile("" : : "r"(leaving) : "memory");
-    rescale<zeros>(next, panel, a, first, 0, step_rows);
-  }
-};
-
-#else
-
-// The products of one block as a single piece of assembly, because compilers move the 24 sums about:
-// each step takes four columns of 48 weights to 8 rows. Rows past the last are there, and mean nothing.
-#define ZERO(n) "vpxord %%zmm" #n ", %%zmm" #n ", %%zmm" #n "\n\t"
-#define STORE(n) "vmovdqa64 %%zmm" #n ", 64*" #n "(%[out])\n\t"
-#define ROW(m, n0, n1, n2)                       \
-  "vpbroadcastd 64*" #m "(%[q]), %%zmm27\n\t"    \
-  "vpdpbusd %%zmm27, %%zmm24, %%zmm" #n0 "\n\t" \
-  "vpdpbusd %%zmm27, %%zmm25, %%zmm" #n1 "\n\t" \
-  "vpdpbusd %%zmm27, %%zmm26, %%zmm" #n2 "\n\t"
-#define EACH(DO)                                                                                    \
-  DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13) DO(14)    \
-  DO(15) DO(16) DO(17) DO(18) DO(19) DO(20) DO(21) DO(22) DO(23)
-
-// `columns` is 32 or a multiple of 64; q is the first of 8 rows in their chunks; out [8][48].
-inline void block_dots(const uint8_t *w, const int8_t *q, int64_t columns, int32_t *out) {
-  const int64_t chunks = columns < 64 ? 1 : columns / 64, quads = columns < 64 ? 8 : 16;
-  int64_t left_chunks = chunks, left;
-  asm volatile(EACH(ZERO)
-               "1:\n\t"
-               "mov %[quads], %[left]\n\t"
-               "2:\n\t"
-               "vmovdqa64 (%[w]), %%zmm24\n\t"
-               "vmovdqa64 64(%[w]), %%zmm25\n\t"
-               "vmovdqa64 128(%[w]), %%zmm26\n\t"
-               ROW(0, 0, 1, 2) ROW(1, 3, 4, 5) ROW(2, 6, 7, 8) ROW(3, 9, 10, 11)
-               ROW(4, 12, 13, 14) ROW(5, 15, 16, 17) ROW(6, 18, 19, 20) ROW(7, 21, 22, 23)
-               "add $4, %[q]\n\t"
-               "add $192, %[w]\n\t"
-               "dec %[left]\n\t"
-               "jnz 2b\n\t"
-               "add $1024 - 64, %[q]\n\t"
-               "dec %[chunks]\n\t"
-               "jnz 1b\n\t"
-               EACH(STORE)
-               : [w] "+r"(w), [q] "+r"(q), [chunks] "+r"(left_chunks), [left] "=&r"(left)
-               : [quads] "r"(quads), [out] "r"(out)
-               : "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8",
-                 "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17", "zmm18",
-                 "zmm19", "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27");
-}
-
 struct Unit {
   explicit Unit(const oc_matrix &) {}
 
   template <bool zeros>
   static void chunk(const oc_matrix &w, const Panel &panel, const Quantized &a, int64_t rows, int64_t first,
-                    int blocks, float *sum) {
+                    int blocks, float *sum, Ahead &ahead) {
     alignas(64) int32_t dots[2][step_rows * panel_rows];
     for (int64_t row = 0; row < rows; row += step_rows) {
+      ahead.some();
       const int count = int(rows - row < step_rows ? rows - row : step_rows);
       for (int b = 0; b < blocks; b += 2) {
         const int pair = blocks - b < 2 ? 1 : 2;
@@ -760,31 +826,39 @@ struct Unit {
       }
     }
   }
+
+  static int64_t place(int64_t row, int tile) { return row * panel_rows + tile * tile_rows; }
 };
 
 #endif
 
 // All rows times one panel; it comes a chunk at a time, so the sums wait in `sum` [rows][panel_rows].
-void many(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int tiles, const Quantized &a,
+void many(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int tiles, bool last, const Quantized &a,
           int64_t rows, float *y, int64_t stride, Panel &panel, float *sum) {
   Unpack *const unpack_tile = w.bits == 8   ? unpack<8>
                               : w.bits == 4 ? unpack<4>
                               : w.bits == 3 ? unpack<3>
                                             : unpack<2>;
-  const int64_t per_chunk = chunk_columns / w.block;
-  memset(sum, 0, size_t(rows) * panel_rows * 4);
+  const int64_t per_chunk = chunk_columns / w.block, turns = (rows + step_rows - 1) / step_rows;
+  if (!signed_panel) memset(sum, 0, size_t(turns * step_rows) * panel_rows * 4);
   for (int64_t first = 0; first < g.blocks; first += per_chunk) {
     const int blocks = int(g.blocks - first < per_chunk ? g.blocks - first : per_chunk);
     for (int t = 0; t < panel_tiles; t++)
       unpack_tile(w, g, tile + (t < tiles ? t * g.tile : 0), t, first, blocks, panel);
+    // Behind the last chunk of a panel comes the first of the next one, if there is one.
+    const bool same = first + per_chunk < g.blocks;
+    const int64_t begin = same ? 0 : panel_tiles * g.tile;
+    const int64_t bytes = per_chunk * g.block_codes, next = g.codes + (same ? first + per_chunk : 0) * g.block_codes;
+    Ahead ahead = {{}, 0, last && !same ? 0 : bytes, to_lines((bytes + turns - 1) / turns)};
+    for (int t = 0; t < panel_tiles; t++) ahead.tile[t] = tile + begin + (t < tiles ? t * g.tile : 0) + next;
     if (w.zero_point && w.bits == 8)
-      Unit::chunk<true>(w, panel, a, rows, first, blocks, sum);
+      Unit::chunk<true>(w, panel, a, rows, first, blocks, sum, ahead);
     else
-      Unit::chunk<false>(w, panel, a, rows, first, blocks, sum);
+      Unit::chunk<false>(w, panel, a, rows, first, blocks, sum, ahead);
   }
   for (int64_t m = 0; m < rows; m++)
     for (int t = 0; t < tiles; t++)
-      _mm512_storeu_ps(y + m * stride + t * 16, _mm512_load_ps(sum + m * panel_rows + t * 16));
+      _mm512_storeu_ps(y + m * stride + t * 16, _mm512_load_ps(sum + Unit::place(m, t)));
 }
 
 #endif
@@ -818,7 +892,7 @@ void multiply(const oc_matrix &w, const Input &in, int64_t begin, int64_t end, f
     auto *const sum = reinterpret_cast<float *>(&panel + 1);
     const Unit unit(w);
     for (int64_t t = begin; t < end; t += panel_tiles)
-      many(w, g, data + t * bytes, int(end - t < panel_tiles ? end - t : panel_tiles), *in.quantized, in.rows, y + t * tile_rows, stride,
+      many(w, g, data + t * bytes, int(end - t < panel_tiles ? end - t : panel_tiles), t + panel_tiles >= end, *in.quantized, in.rows, y + t * tile_rows, stride,
            panel, sum);
     return;
   }
