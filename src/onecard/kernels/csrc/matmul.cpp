@@ -580,25 +580,32 @@ struct Ready {
   __mmask16 begun;  // 0 where these are the first blocks
 };
 
-// Adds the rows [begin, end) of all 64 that the four tiles have.
+// Adds the rows [begin, end) of the 32, which two tiles each share.
 template <bool zeros, int blocks, int begin, int end>
 inline __attribute__((always_inline)) void rescale(const Ready &ready, const Panel &panel, int64_t stride) {
-#pragma GCC unroll 64
-  for (int i = begin; i < end; i++) {
-    const int tile = i / 16, m = tile / 2 * 16 + i % 16, column = tile % 2 * 16;
-    Floats sum = _mm512_maskz_load_ps(ready.begun, ready.sum + i * 16);
+  Floats scale[blocks][2];
+#pragma GCC unroll 4
+  for (int n = 0; n < 2 * blocks; n++) scale[n / 2][n % 2] = _mm512_load_ps(panel.scale[ready.b + n / 2] + n % 2 * 16);
+#pragma GCC unroll 32
+  for (int m = begin; m < end; m++) {
+    constexpr int tile = 256;
+    const int at = m / 16 * 2 * tile + m % 16 * 16;
+    Floats left = _mm512_maskz_load_ps(ready.begun, ready.sum + at);
+    Floats right = _mm512_maskz_load_ps(ready.begun, ready.sum + at + tile);
 #pragma GCC unroll 2
     for (int n = 0; n < blocks; n++) {
-      Ints x = _mm512_load_si512(ready.dots + (n * 64 + i) * 16);
+      Ints x = _mm512_load_si512(ready.dots + n * 1024 + at), y = _mm512_load_si512(ready.dots + n * 1024 + at + tile);
       if constexpr (zeros) {
-        const Ints zero = _mm512_load_si512(panel.zero[ready.b + n] + column);
-        x = Lanes::sub(x, Lanes::mul(zero, Lanes::ints(ready.total[m * stride + n])));
+        const Ints total = Lanes::ints(ready.total[m * stride + n]);
+        x = Lanes::sub(x, Lanes::mul(_mm512_load_si512(panel.zero[ready.b + n]), total));
+        y = Lanes::sub(y, Lanes::mul(_mm512_load_si512(panel.zero[ready.b + n] + 16), total));
       }
-      const Floats scale = _mm512_load_ps(panel.scale[ready.b + n] + column);
       const Floats factor = Lanes::floats(ready.factor[m * stride + n]);
-      sum = Lanes::fma(Lanes::floats(x), Lanes::mul(scale, factor), sum);
+      left = Lanes::fma(Lanes::floats(x), Lanes::mul(scale[n][0], factor), left);
+      right = Lanes::fma(Lanes::floats(y), Lanes::mul(scale[n][1], factor), right);
     }
-    _mm512_store_ps(ready.sum + i * 16, sum);
+    _mm512_store_ps(ready.sum + at, left);
+    _mm512_store_ps(ready.sum + at + tile, right);
   }
 }
 
@@ -630,7 +637,7 @@ struct Unit {
     constexpr int slots = blocks * steps * 4, free = slots > 4 ? slots - 4 : 1;
 #define MEANWHILE(slot)                                                               \
   if constexpr ((slot) >= 4 && (slot) < slots)                                        \
-  rescale<zeros, ((slot) - 4) * 64 / free, ((slot) - 3) * 64 / free>(ready, panel, a.blocks)
+  rescale<zeros, ((slot) - 4) * 32 / free, ((slot) - 3) * 32 / free>(ready, panel, a.blocks)
 #define STEP(n)                                                                       \
   if constexpr ((n) < blocks * steps) {                                               \
     constexpr bool first = (n) % steps == 0;                                          \
@@ -658,7 +665,7 @@ struct Unit {
     STEP(0) STEP(1) STEP(2) STEP(3)
 #undef STEP
 #undef MEANWHILE
-    if constexpr (slots <= 4) rescale<zeros, 0, 64>(ready, panel, a.blocks);
+    if constexpr (slots <= 4) rescale<zeros, 0, 32>(ready, panel, a.blocks);
   }
 
   template <bool zeros, int steps>
@@ -693,7 +700,7 @@ struct Unit {
     _tile_stored(2, leaving + 512, 64);
     _tile_stored(3, leaving + 768, 64);
     asm volatile("" : : : "memory");
-    rescale<zeros, 0, 64>(ready, panel, a.blocks);
+    rescale<zeros, 0, 32>(ready, panel, a.blocks);
   }
 
   template <bool zeros>
