@@ -661,6 +661,11 @@ def test_closing_ends_all_that_is_left() -> None:
     with pytest.raises(FailedWork, match="closed"):
         engine.add(GOOD[0])
     assert engine.step() == [] and not engine.busy
+    late = Engine(stepper(), LETTERS)
+    late.add(GOOD[0])
+    late.closed = True  # by another thread, at this moment
+    (event,) = late.step()
+    assert "closed" in str(event.error) and not late.busy
 
 
 def test_another_thread_cuts_a_long_call_short() -> None:
