@@ -517,6 +517,30 @@ def test_an_allocation_that_fails_fails_one(call: int) -> None:
     assert engine.pool.available == 24
 
 
+def test_every_request_ends_once_whatever_fails() -> None:
+    """Books that fail when a page becomes known, at any call, the last of a reply too."""
+
+    class Forgetful(Pool):
+        left = 0
+
+        def keep(self, *given: Any) -> int:
+            self.left -= 1
+            if self.left == 0:
+                raise MemoryError("no page")
+            return super().keep(*given)
+
+    for call in range(1, 30):
+        engine = Engine(stepper(), LETTERS, SLOW, Forgetful(64, PAGE))
+        engine.pool.left = call  # type: ignore[attr-defined]
+        numbers = [engine.add(request) for request in GOOD]
+        told = []
+        while engine.busy:
+            told += engine.step()
+            engine.audit()
+        assert sorted(event.request for event in told if event.last) == numbers
+        assert sum(event.error is not None for event in told) <= 1
+
+
 def test_a_tokenizer_that_fails_fails_one() -> None:
     class Broken(Letters):
         def decode(self, ids: Sequence[int]) -> str:
@@ -637,6 +661,11 @@ def test_closing_ends_all_that_is_left() -> None:
     with pytest.raises(FailedWork, match="closed"):
         engine.add(GOOD[0])
     assert engine.step() == [] and not engine.busy
+    late = Engine(stepper(), LETTERS)
+    late.add(GOOD[0])
+    late.closed = True  # by another thread, at this moment
+    (event,) = late.step()
+    assert "closed" in str(event.error) and not late.busy
 
 
 def test_another_thread_cuts_a_long_call_short() -> None:

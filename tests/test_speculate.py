@@ -212,10 +212,22 @@ def test_drafts_share_their_budget(running: int, draft: int) -> None:
 
 def test_no_draft_reaches_beyond_the_last_id() -> None:
     """The fake refuses positions beyond the context; the pool has no page for them either."""
-    stepper = ReferenceStepper(5, 4, SIZE, max_context=20, memory=0.0)
-    engine = Engine(stepper, LETTERS, Limits(draft=16))  # type: ignore[arg-type]
-    (result,) = engine.generate([[1, 2, 3] * 4], Sampling(max_tokens=8, ignore_eos=True))
+    inner = ReferenceStepper(20, 4, SIZE, max_context=80, memory=0.0)
+    ends = []
+
+    class Watched:
+        vocab_size, max_context, pages, page_tokens = SIZE, 80, 20, 4
+
+        def step(self, batch: Sequence[Feed], *more: Any) -> list[Fed]:
+            ends.extend(feed.past + len(feed.ids) for feed in batch)
+            return inner.step(batch, *more)
+
+    engine = Engine(Watched(), LETTERS, Limits(draft=16))  # type: ignore[arg-type]
+    whole, _ = said(0.0, [[1, 2, 3]], Sampling(max_tokens=140, ignore_eos=True), draft=0)
+    prompt = whole[0][0][-72:]  # turns in circles
+    (result,) = engine.generate([prompt], Sampling(max_tokens=8, ignore_eos=True))
     assert isinstance(result, Result) and result.new_tokens == 8
+    assert engine.counts.drafted > 0 and max(ends) <= 79
 
 
 @pytest.mark.parametrize("pages", [9, 12, 20])

@@ -415,12 +415,12 @@ class Engine:
                     break
         finally:
             said = len(reply.new) - before
-            self._count(part, fed, said)
             result = reply.result() if reply.finish else None
             if said:
                 live.done = len(reply.ids) - 1
                 new, chances = tuple(reply.new[before:]), tuple(reply.logprobs[before:])
                 self._events.append(Event(live.number, text, new, chances, result))
+            self._count(part, fed, said)
         self._learn(live)
         if result is not None:
             self._end(live)
@@ -479,7 +479,8 @@ class Engine:
                 "the request failed inside the engine", f"{type(error).__name__}: {error}"
             )
             failed.__cause__, error = error, failed
-        self._events.append(Event(live.number, error=error))
+        if live.reply.finish is None:  # else its result is told already
+            self._events.append(Event(live.number, error=error))
         self._end(live, forget=True)
 
     @contextlib.contextmanager
