@@ -20,6 +20,11 @@ pytestmark = pytest.mark.skipif(not CLASSES, reason="the native library is not b
 DTYPES = ("fp16", "bf16", "int8")
 
 
+def float32(dtype: str) -> bool:
+    """Whether queries and weights stay float32 in this class; else they are rounded to bf16."""
+    return dtype == "fp16" or cpu.isa() != "amx"
+
+
 @pytest.fixture(params=CLASSES)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.force_isa(request.param)
@@ -157,7 +162,7 @@ def check(heads: Heads, dtype: str, length: int) -> None:
         plain = expected(heads, q, k, v, reference.DTYPES[dtype])
     for measure in (lambda x: x.abs().max(), lambda x: x.square().mean().sqrt()):
         assert measure(mine - exact) <= 2 * measure(plain.double() - exact) + 1e-6
-    if not (dtype == "bf16" and cpu.isa() == "amx"):
+    if float32(dtype):
         assert (mine - expected(heads, q, *kept)).abs().max() < 2e-5
 
 
@@ -166,7 +171,7 @@ def test_large_scores_are_told_apart(isa: str) -> None:
     for dtype in DTYPES:
         q, k, v = draw(heads, 300, spread=30.0)
         mine, kept = alone(heads, dtype, (q, k, v)), (rounded(k, dtype), rounded(v, dtype))
-        if not (dtype == "bf16" and isa == "amx"):
+        if float32(dtype):
             assert (mine - expected(heads, q, *kept)).abs().max() < 1e-3
 
 
@@ -214,7 +219,7 @@ def test_a_long_context_is_split_and_merged(isa: str, dtype: str) -> None:
                 )
         kept = rounded(k, dtype), rounded(v, dtype)
         exact = expected(heads, q, *kept)[2000:]
-        assert (whole - exact).abs().max() < (3e-3 if dtype == "bf16" and isa == "amx" else 2e-5)
+        assert (whole - exact).abs().max() < (2e-5 if float32(dtype) else 3e-3)
 
 
 # What is not finite -------------------------------------------------------------------------------
@@ -273,7 +278,7 @@ def test_zeros(isa: str) -> None:
     for dtype in DTYPES:
         q, k, v = (torch.zeros_like(x) for x in draw(heads, 45))
         assert same(alone(heads, dtype, (q, k, -v)), q)
-        assert torch.allclose(alone(heads, dtype, (q, k, v + 3)), q + 3)
+        assert torch.allclose(alone(heads, dtype, (q, k, v + 3)), q + 3, rtol=4e-3)
 
 
 # Refusals -----------------------------------------------------------------------------------------

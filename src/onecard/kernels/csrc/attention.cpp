@@ -40,7 +40,7 @@ using oc::Work;
 constexpr int page = oc::page_tokens, segment = oc::segment_tokens, pages_of_segment = segment / page;
 constexpr int line = 256;         // floats from row to row of all scratch matrices
 constexpr int panel_columns = 32;
-constexpr int most_rows = 128;    // of a task, unless one query has more heads
+constexpr int most_rows = 256;    // of a task, unless one query has more heads
 constexpr int few_rows = 16;      // up to here panels are read as they are stored
 constexpr float log2_e = 0x1.715476p0f;
 static_assert(line >= segment && line >= oc::most_head_dim, "a row must fit");
@@ -99,26 +99,46 @@ inline floats widen_fp16(halves x) {  // NaN included, unlike Fp16::read
 }
 #endif
 
+inline int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
 inline ints iota() {
   ints x;
   for (int i = 0; i < width; i++) x[i] = i;
   return x;
 }
 
+// The other half of a vector's lanes, and the other halves of those: folding takes log2(width) steps.
+#if defined(__AVX512F__)
+template <int half>
+inline floats other(floats x) {
+  if (half == 8) return _mm512_maskz_shuffle_f32x4(0xffff, x, x, 0x4e);
+  if (half == 4) return _mm512_maskz_shuffle_f32x4(0xffff, x, x, 0xb1);
+  if (half == 2) return _mm512_maskz_permute_ps(0xffff, x, 0x4e);
+  return _mm512_maskz_permute_ps(0xffff, x, 0xb1);
+}
+#else
+template <int half>
+inline floats other(floats x) {
+  floats y = x;
+  for (int i = 0; i < half; i++) y[i] = x[i + half];
+  return y;
+}
+#endif
+
+template <int half = width / 2>
 inline float fold_sum(floats x) {
-  float lane[width];
-  memcpy(lane, &x, sizeof lane);
-  for (int half = width / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-  return lane[0];
+  x += other<half>(x);
+  if constexpr (half > 1) return fold_sum<half / 2>(x);
+  return x[0];
 }
 
+template <int half = width / 2>
 inline float fold_max(floats x) {
-  float lane[width];
-  memcpy(lane, &x, sizeof lane);
-  for (int half = width / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  return lane[0];
+  const floats y = other<half>(x);
+  x = y > x ? y : x;
+  if constexpr (half > 1) return fold_max<half / 2>(x);
+  return x[0];
 }
 
 // 2^t for t <= 1 within 2 ulp; 0 below 2^-100, where no sum can tell, and for -infinity; NaN for NaN.
@@ -144,6 +164,18 @@ inline floats exp2(floats t) {
   return floats_of((scaled & ~(words)(t < least)) | (words)(t != t));
 #endif
 }
+
+#if defined(__AMX_BF16__)
+// 2^t for what is rounded to bf16 next: within 2^-13.
+inline floats exp2_coarse(floats t) {
+  const floats part = _mm512_reduce_ps(t, 0x01);
+  floats y = splat(0x1.3baaaap-4f);
+  y = fma(y, part, splat(0x1.d23788p-3f));
+  y = fma(y, part, splat(0x1.63e65ap-1f));
+  y = fma(y, part, splat(1));
+  return _mm512_maskz_scalef_ps(0xffff, y, t);
+}
+#endif
 
 // Within a few ulp; NaN for NaN.
 inline floats tanh(floats x) {
@@ -198,7 +230,7 @@ struct Int8 {
 // Where a matrix [rows][columns] has an element.
 inline int64_t offset(int pair, int64_t rows, int64_t columns, int64_t row, int64_t column) {
   const int64_t first = column / panel_columns * panel_columns;
-  const int64_t across = columns - first < panel_columns ? columns - first : panel_columns;
+  const int64_t across = least_of(columns - first, panel_columns);
   return first * rows + row / pair * pair * across + (column - first) * pair + row % pair;
 }
 
@@ -323,7 +355,7 @@ inline void multiply(const float *a, const typename T::Stored *b, int64_t across
 template <class T, int vectors>
 void multiply_rows(int rows, const float *a, const typename T::Stored *b, int64_t across, int64_t count,
                    bool more, float *c) {
-  constexpr int most = T::pair == 2 || tall < 8 ? (tall < 8 ? 4 : 8) : tall;
+  constexpr int most = T::pair == 2 && tall > 8 ? 8 : tall;
   int r = 0;
   for (; rows - r >= most; r += most)
     multiply<T, most, vectors>(a + r * line, b, across, count, more, c + r * line);
@@ -347,7 +379,7 @@ template <class T>
 void multiply_panels(int rows, const float *a, const typename T::Stored *b, int64_t stored, int64_t columns,
                      int64_t first, int64_t count, bool more, float *c) {
   for (int64_t column = 0; column < columns; column += panel_columns) {
-    const int64_t across = columns - column < panel_columns ? columns - column : panel_columns;
+    const int64_t across = least_of(columns - column, panel_columns);
     const auto *const panel = b + column * stored + first * across;
     for (int64_t v = 0; v < across; v += wide * width)
       if (across < wide * width)
@@ -362,7 +394,7 @@ template <class T>
 void expand(const typename T::Stored *from, int64_t stored, int64_t columns, float *to, int64_t to_stored,
             int64_t to_first) {
   for (int64_t column = 0; column < columns; column += panel_columns) {
-    const int64_t across = columns - column < panel_columns ? columns - column : panel_columns;
+    const int64_t across = least_of(columns - column, panel_columns);
     const auto *b = from + column * stored;
     float *out = to + column * to_stored + to_first * across;
     for (int64_t row = 0; row < stored; row += T::pair, b += T::pair * across, out += T::pair * across)
@@ -374,6 +406,122 @@ void expand(const typename T::Stored *from, int64_t stored, int64_t columns, flo
   }
 }
 
+// ------------------------------------------------------------------------------------------- tiles
+
+// With tile registers, bf16 and int8 caches are multiplied in bf16 (exact for int8), 16 rows at a time; the
+// queries and the weights are rounded. A row of a tile knows nothing of the others.
+#if defined(__AMX_BF16__)
+constexpr bool has_tiles = true;
+
+// gcc 12's tile loads do not say that they read memory.
+inline void fence() { asm volatile("" : : : "memory"); }
+
+struct Tiles {
+  alignas(64) uint8_t config[64] = {1};
+  Tiles() {
+    for (int tile = 0; tile < 8; tile++) {
+      config[16 + 2 * tile] = 64;
+      config[48 + tile] = 16;
+    }
+    fence();
+    _tile_loadconfig(config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// Tiles 0 to 3 hold sums: 16 columns in 0, the next 16 in 1, and the same of the next 16 rows in 2 and 3.
+// One step of 32: a's rows are `a_line` bytes apart, b is a panel of `across` columns.
+template <int tall_tiles>
+inline void tile_step(const uint16_t *a, int64_t a_line, const uint16_t *b, int64_t across) {
+  _tile_loadd(4, a, a_line);
+  _tile_loadd(6, b, 4 * across);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (tall_tiles == 2) {
+    _tile_loadd(5, a + 8 * a_line, a_line);
+    _tile_dpbf16ps(2, 5, 6);
+  }
+  if (across < panel_columns) return;
+  _tile_loadd(7, b + 32, 4 * across);
+  _tile_dpbf16ps(1, 4, 7);
+  if constexpr (tall_tiles == 2) _tile_dpbf16ps(3, 5, 7);
+}
+
+template <int tall_tiles>
+inline void tile_clear() {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (tall_tiles == 1) return;
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+template <int tall_tiles>
+inline void tile_store(float *c, int64_t across) {
+  _tile_stored(0, c, 4 * line);
+  if constexpr (tall_tiles == 2) _tile_stored(2, c + 16 * line, 4 * line);
+  if (across < panel_columns) return;
+  _tile_stored(1, c + 16, 4 * line);
+  if constexpr (tall_tiles == 2) _tile_stored(3, c + 16 * line + 16, 4 * line);
+}
+
+// s[rows][page] = q[rows][k_rows] keys; q is zero up to whole steps.
+template <int tall_tiles>
+void tile_scores(const uint16_t *q, const uint16_t *keys, int64_t k_rows, float *s) {
+  constexpr int step = 32;
+  alignas(64) uint16_t last[step * page];
+  const int64_t rest = k_rows % step;
+  if (rest) {
+    memset(last, 0, sizeof last);
+    memcpy(last, keys + (k_rows - rest) * page, size_t(2 * rest * page));
+  }
+  fence();
+  tile_clear<tall_tiles>();
+  for (int64_t k = 0; k < k_rows; k += step)
+    tile_step<tall_tiles>(q + k, 2 * line, k_rows - k < step ? last : keys + k * page, page);
+  tile_store<tall_tiles>(s, page);
+}
+
+// c[rows][columns] = sum of weights[rows][page] values[page][columns] over pages.
+template <int tall_tiles>
+void tile_sums(const uint16_t *weights, const uint16_t *const *values, int64_t columns, int begin, int end,
+               float *c) {
+  fence();
+  for (int64_t column = 0; column < columns; column += panel_columns) {
+    const int64_t across = least_of(columns - column, panel_columns);
+    tile_clear<tall_tiles>();
+    for (int p = begin; p < end; p++)
+      tile_step<tall_tiles>(weights + p * page, 4 * line, values[p] + column * page, across);
+    tile_store<tall_tiles>(c + column, across);
+  }
+}
+
+// A row of q, zero up to whole steps of 32.
+inline void round_row(const float *q, int count, float factor, uint16_t *to) {
+  for (int i = 0; i < count; i += 2 * width) {
+    const int left = count - i;
+    const __mmask32 lanes = left < 2 * width ? (1u << left) - 1 : ~0u;
+    const floats low = _mm512_maskz_loadu_ps(__mmask16(lanes), q + i);
+    const floats high = _mm512_maskz_loadu_ps(__mmask16(lanes >> width), q + i + width);
+    const __m512bh both = _mm512_cvtne2ps_pbh(high * factor, low * factor);
+    memcpy(to + i, &both, sizeof both);
+  }
+}
+
+// A stored matrix in bf16, panels as they are.
+inline void expand_to_bf16(const int8_t *from, int64_t count, uint16_t *to) {
+  for (int64_t i = 0; i < count; i += 2 * width) {
+    const __m512i low = _mm512_maskz_cvtepi8_epi32(0xffff, take<__m128i>(from + i));
+    const __m512i high = _mm512_maskz_cvtepi8_epi32(0xffff, take<__m128i>(from + i + width));
+    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_maskz_cvtepi32_ps(0xffff, high),
+                                              _mm512_maskz_cvtepi32_ps(0xffff, low));
+    memcpy(to + i, &both, sizeof both);
+  }
+}
+#else
+constexpr bool has_tiles = false;
+struct Tiles {};
+#endif
+
 // ----------------------------------------------------------------------------------------- softmax
 
 // The sums of one segment, or of all so far; m in powers of two.
@@ -381,27 +529,73 @@ struct Sums {
   float m, sum;
 };
 
-// Scores s[begin, end) of one row, of which [from, to) are seen, become weights 2^(s - m), else 0.
-inline Sums weigh(float *s, int begin, int end, int from, int to) {
-  const int first = from / width * width, last = (to - 1) / width * width;
-  for (int i = begin; i < first; i += width) give(s + i, floats{});
-  for (int i = last + width; i < end; i += width) give(s + i, floats{});
-  const floats nothing = splat(-__builtin_inff());
-  const ints lane = iota();
-  give(s + first, lane + first >= from ? load(s + first) : nothing);
-  give(s + last, lane + last < to ? load(s + last) : nothing);
-  floats most = nothing;
-  for (int i = first; i <= last; i += width) {
-    const floats x = load(s + i);
-    most = x > most ? x : most;
+// What turns products into scores, and weights into factors of values.
+struct Scales {
+  float cap;  // 0: none
+  const float *of_page[pages_of_segment];  // [2][page], of keys and of values; int8 only
+};
+
+// Positions of one page that are not among [from, to) get a score that weighs nothing.
+inline void hide(float *s, int from, int to) {
+  for (int i = 0; i < page; i += width) {
+    const ints at = iota() + i;
+    give(s + i, (at >= from) & (at < to) ? load(s + i) : splat(-__builtin_inff()));
   }
-  const float m = fold_max(most);
+}
+
+// The products s of one row over the pages [begin, end), of which the positions [from, to) are seen, become
+// scores, and then weights 2^(score - m), else 0: float32 in place or, for tiles, bf16 from s on.
+template <class T, bool tiles>
+inline Sums weigh(float *s, const Scales &scales, int begin, int end, int from, int to) {
+  constexpr bool scaled = sizeof(typename T::Stored) == 1;
+  constexpr int parts = page / width;
+  const int first = from / page, last = (to - 1) / page;
+  for (int p = first; scaled && p <= last; p++)
+    for (int i = 0; i < page; i += width)
+      give(s + p * page + i, load(s + p * page + i) * load(scales.of_page[p] + i));
+  for (int i = first * page; scales.cap > 0 && i < (last + 1) * page; i += width)
+    give(s + i, tanh(load(s + i)) * scales.cap);
+  if (from > first * page) hide(s + first * page, from - first * page, page);
+  if (to < (last + 1) * page) hide(s + last * page, 0, to - last * page);
+  floats most[parts];
+  for (int i = 0; i < parts; i++) most[i] = load(s + first * page + i * width);
+  for (int p = first + 1; p <= last; p++)
+    for (int i = 0; i < parts; i++) {
+      const floats score = load(s + p * page + i * width);
+      most[i] = score > most[i] ? score : most[i];
+    }
+  for (int i = 1; i < parts; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
+  const float m = fold_max(most[0]);
   floats sum = {};
-  for (int i = first; i <= last; i += width) {
-    const floats weight = exp2(load(s + i) - m);
-    give(s + i, weight);
-    sum += weight;
+#if defined(__AMX_BF16__)
+  if constexpr (tiles) {
+    uint16_t *const out = reinterpret_cast<uint16_t *>(s);
+    for (int p = begin; p < first; p++) memset(out + p * page, 0, 2 * page);
+    for (int p = first; p <= last; p++) {
+      floats low = exp2_coarse(load(s + p * page) - m), high = exp2_coarse(load(s + p * page + width) - m);
+      if (scaled) {
+        sum += low + high;
+        low *= load(scales.of_page[p] + page);
+        high *= load(scales.of_page[p] + page + width);
+      }
+      const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+      if (!scaled) sum = _mm512_dpbf16_ps(sum, both, (__m512bh)_mm512_set1_epi16(0x3f80));
+      memcpy(out + p * page, &both, sizeof both);
+    }
+    for (int p = last + 1; p < end; p++) memset(out + p * page, 0, 2 * page);
+    return {m, fold_sum(sum)};
   }
+#endif
+  for (int p = begin; p < first; p++) memset(s + p * page, 0, 4 * page);
+  for (int p = first; p <= last; p++)
+#pragma GCC unroll 2
+    for (int i = 0; i < parts; i++) {
+      float *const x = s + p * page + i * width;
+      const floats weight = exp2(load(x) - m);
+      sum += weight;
+      give(x, scaled ? weight * load(scales.of_page[p] + page + i * width) : weight);
+    }
+  for (int p = last + 1; p < end; p++) memset(s + p * page, 0, 4 * page);
   return {m, fold_sum(sum)};
 }
 
@@ -420,14 +614,14 @@ inline void add_segment(bool fresh, Sums &all, float *acc, const Sums &one, cons
 }
 
 inline void finish(const Sums &all, const float *acc, int head_dim, float *y) {
-  const float inverse = 1 / all.sum;
-  for (int i = 0; i < head_dim; i++) y[i] = acc[i] * inverse + 0.0f;  // -0 becomes +0
+  const floats inverse = splat(1 / all.sum);
+  int i = 0;
+  for (; i + width <= head_dim; i += width) give(y + i, load(acc + i) * inverse + 0.0f);  // -0 becomes +0
+  const floats last = load(acc + i) * inverse + 0.0f;
+  if (i < head_dim) memcpy(y + i, &last, size_t(head_dim - i) * 4);
 }
 
 // ------------------------------------------------------------------------------------------- tasks
-
-inline int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The first position that is seen from one.
 inline int64_t first_seen(const oc_layer &layer, int64_t position) {
@@ -487,12 +681,13 @@ inline int64_t rows_of_task(const oc_layer &layer) {
   return (most_of(most_rows, layer.heads / layer.kv_heads) + 15) & ~15;
 }
 
-constexpr int tile_rows = tall > few_rows ? tall : few_rows;
+constexpr int rows_of_tile = has_tiles ? 32 : few_rows;  // the most
+static_assert(rows_of_tile >= tall, "");
 
 int64_t scratch_bytes(const oc_layer &layer) {
   const Head head(layer.head_dim);
   const int64_t rows = rows_of_task(layer);
-  return 4 * (2 * rows * line + 2 * rows + 2 * tile_rows * line) +
+  return 4 * (2 * rows * line + 2 * rows + 2 * rows_of_tile * line) +
          4 * pages_of_segment * (head.keys() + head.values());
 }
 
@@ -503,8 +698,8 @@ Scratch cut(const oc_layer &layer, void *memory) {
   all.q = static_cast<float *>(memory);
   all.acc = all.q + rows * line;
   all.scores = all.acc + rows * line;
-  all.part = all.scores + tile_rows * line;
-  all.keys = all.part + tile_rows * line;
+  all.part = all.scores + rows_of_tile * line;
+  all.keys = all.part + rows_of_tile * line;
   all.values = all.keys + pages_of_segment * head.keys();
   all.sums = reinterpret_cast<Sums *>(all.values + pages_of_segment * head.values());
   return all;
@@ -543,124 +738,172 @@ Task find_task(const Attend &job, int64_t index) {
   return task;
 }
 
-// One segment as rows see it: pages [begin, end) of the task's are needed.
-struct View {
-  const Attend *job;
-  const Task *task;
-  int64_t base, group;
-  Head head;
-  const uint8_t *page[pages_of_segment];
-
-  int64_t position(int64_t row) const { return task->span->past + task->query + row / group; }
-  // The positions of the segment that a row sees: [from, to).
-  int from(int64_t row) const {
-    return int(most_of(0, first_seen(*job->layer, position(row)) - base));
-  }
-  int to(int64_t row) const { return int(least_of(segment, position(row) + 1 - base)); }
-};
-
-// The rows [row, row + rows) over the pages that they see; acc of the segment into scratch.part.
+// One segment as the rows of a task see it, page by page.
 template <class T>
-void attend_tile(const View &view, const Scratch &scratch, bool expanded, int64_t row, int rows,
-                 Sums *sums) {
+struct View {
   typedef typename T::Stored Stored;
-  const Head &head = view.head;
-  const oc_layer &layer = *view.job->layer;
-  const int begin = view.from(row) / page, end = (view.to(row + rows - 1) + page - 1) / page;
-  const float *const q = scratch.q + row * line;
-  for (int p = begin; p < end; p++) {
-    float *const s = scratch.scores + p * page;
-    if (expanded)
-      multiply_panels<Float>(rows, q, scratch.keys + p * head.keys(), head.k_rows, page, 0, head.k_rows,
-                             false, s);
-    else
-      multiply_panels<T>(rows, q, reinterpret_cast<const Stored *>(view.page[p]), head.k_rows, page, 0,
-                         head.k_rows, false, s);
-    if (view.job->pages.dtype != OC_INT8) continue;
-    const float *const scale = reinterpret_cast<const float *>(view.page[p] + head.keys() + head.values());
-    for (int r = 0; r < rows; r++)
-      for (int i = 0; i < page; i += width) give(s + r * line + i, load(s + r * line + i) * load(scale + i));
+  // Whether products are made of tiles, of the stored panels or, if there are no tiles, of expanded ones.
+  static constexpr bool tiles = has_tiles && T::pair == 2;
+
+  const Attend &job;
+  const Task &task;
+  const Scratch &scratch;
+  const oc_layer &layer;
+  const Head head;
+  const int64_t group;
+  int64_t base;
+  bool expanded;
+  Scales scales;
+  const void *keys[pages_of_segment], *values[pages_of_segment];
+
+  View(const Attend &a, const Task &t, const Scratch &s)
+      : job(a), task(t), scratch(s), layer(*a.layer), head(layer.head_dim),
+        group(layer.heads / layer.kv_heads) {
+    scales.cap = layer.soft_cap * log2_e;
   }
-  for (int r = 0; r < rows; r++) {
-    float *const s = scratch.scores + r * line;
-    if (layer.soft_cap > 0)
-      for (int i = begin * page; i < end * page; i += width)
-        give(s + i, tanh(load(s + i)) * (layer.soft_cap * log2_e));
-    sums[r] = weigh(s, begin * page, end * page, view.from(row + r), view.to(row + r));
-    if (view.job->pages.dtype != OC_INT8) continue;
-    for (int p = begin; p < end; p++) {
-      const auto *const scale =
-          reinterpret_cast<const float *>(view.page[p] + head.keys() + head.values()) + page;
-      for (int i = 0; i < page; i += width)
-        give(s + p * page + i, load(s + p * page + i) * load(scale + i));
+
+  int64_t position(int64_t row) const { return task.span->past + task.query + row / group; }
+  // The positions of the segment that a row sees: [from, to).
+  int from(int64_t row) const { return int(most_of(0, first_seen(layer, position(row)) - base)); }
+  int to(int64_t row) const { return int(least_of(segment, position(row) + 1 - base)); }
+  // The same in pages, for rows in a row.
+  int first_page(int64_t row) const { return from(row) / page; }
+  int end_page(int64_t row) const { return (to(row) + page - 1) / page; }
+
+  const float *q_of(int64_t row) const {
+    return job.q + (task.span->row + task.query + row / group) * job.q_stride +
+           (task.kv_head * group + row % group) * layer.head_dim;
+  }
+  float *y_of(int64_t row) const {
+    return job.y + (task.span->row + task.query + row / group) * job.y_stride +
+           (task.kv_head * group + row % group) * layer.head_dim;
+  }
+
+  void take_queries(int64_t rows) const {
+    const float factor = layer.soft_cap > 0 ? layer.scale / layer.soft_cap : layer.scale * log2_e;
+    for (int64_t r = 0; r < rows; r++) {
+      const float *const q = q_of(r), *const y = y_of(r);
+      for (int i = 0; !task.partial && i < layer.head_dim; i += 16) __builtin_prefetch(y + i, 1);
+#if defined(__AMX_BF16__)
+      if constexpr (tiles) {
+        round_row(q, layer.head_dim, factor, reinterpret_cast<uint16_t *>(scratch.q) + r * line);
+        continue;
+      }
+#endif
+      float *const to = scratch.q + r * line;
+      for (int i = 0; i < layer.head_dim; i++) to[i] = q[i] * factor;
+      if (layer.head_dim % 2) to[layer.head_dim] = 0;
     }
   }
-  if (expanded) {
-    multiply_panels<Float>(rows, scratch.scores + begin * page, scratch.values, segment, head.v_columns,
-                           begin * page, (end - begin) * page, false, scratch.part);
-    return;
-  }
-  for (int p = begin; p < end; p++)
-    multiply_panels<T>(rows, scratch.scores + p * page,
-                       reinterpret_cast<const Stored *>(view.page[p]) + head.keys(), page, head.v_columns, 0,
-                       page, p > begin, scratch.part);
-}
 
-template <class T>
-void attend(const Attend &job, const Task &task, const Scratch &scratch) {
-  typedef typename T::Stored Stored;
-  const oc_layer &layer = *job.layer;
-  const int64_t group = layer.heads / layer.kv_heads, rows = task.queries * group;
-  View view{&job, &task, 0, group, Head(layer.head_dim), {}};
-  const Head &head = view.head;
-  const float factor = layer.soft_cap > 0 ? layer.scale / layer.soft_cap : layer.scale * log2_e;
-  for (int64_t r = 0; r < rows; r++) {
-    const float *const q = job.q + (task.span->row + task.query + r / group) * job.q_stride +
-                           (task.kv_head * group + r % group) * layer.head_dim;
-    float *const to = scratch.q + r * line;
-    for (int i = 0; i < layer.head_dim; i++) to[i] = q[i] * factor;
-    if (layer.head_dim % 2) to[layer.head_dim] = 0;
-  }
-  for (int64_t s = task.begin; s < task.end; s++) {
-    view.base = s * segment;
-    int64_t first = 0, last = rows;  // the rows that see some of it
-    while (view.to(first) <= 0) first++;
-    while (view.from(last - 1) >= segment) last--;
-    const int begin = view.from(first) / page, end = (view.to(last - 1) + page - 1) / page;
-    const bool expanded = last - first > few_rows;
+  void open(int64_t number, int64_t first, int64_t last) {
+    const int begin = first_page(first), end = end_page(last - 1);
+    expanded = tiles ? T::pair == 2 && sizeof(Stored) == 1 : last - first > few_rows;
     for (int p = begin; p < end; p++) {
-      view.page[p] = job.pages.data +
-                     task.span->table[s * pages_of_segment + p] * job.pages.page_bytes +
-                     task.kv_head * head.bytes(job.pages.dtype);
+      const auto *const stored = reinterpret_cast<const Stored *>(
+          job.pages.data + task.span->table[number * pages_of_segment + p] * job.pages.page_bytes +
+          task.kv_head * head.bytes(job.pages.dtype));
+      keys[p] = stored;
+      values[p] = stored + head.keys();
+      scales.of_page[p] = reinterpret_cast<const float *>(stored + head.keys() + head.values());
       if (!expanded) continue;
-      const auto *const stored = reinterpret_cast<const Stored *>(view.page[p]);
+#if defined(__AMX_BF16__)
+      if constexpr (tiles && sizeof(Stored) == 1) {
+        auto *const to = reinterpret_cast<uint16_t *>(scratch.keys) + p * (head.keys() + head.values());
+        expand_to_bf16(stored, head.keys() + head.values(), to);
+        keys[p] = to;
+        values[p] = to + head.keys();
+        continue;
+      }
+#endif
       expand<T>(stored, head.k_rows, page, scratch.keys + p * head.keys(), head.k_rows, 0);
       expand<T>(stored + head.keys(), page, head.v_columns, scratch.values, segment, p * page);
     }
-    const int64_t most = expanded ? tall : few_rows;
+  }
+
+  // The rows [row, row + rows) over the pages that they see; acc of the segment into scratch.part.
+  void tile(int64_t row, int rows, Sums *sums) const {
+    const int begin = first_page(row), end = end_page(row + rows - 1);
+#if defined(__AMX_BF16__)
+    if constexpr (tiles) {
+      if (rows > 16)
+        of_tiles<2>(row, rows, begin, end, sums);
+      else
+        of_tiles<1>(row, rows, begin, end, sums);
+      return;
+    }
+#endif
+    for (int p = begin; p < end; p++) {
+      const float *const q = scratch.q + row * line;
+      float *const s = scratch.scores + p * page;
+      if (expanded)
+        multiply_panels<Float>(rows, q, scratch.keys + p * head.keys(), head.k_rows, page, 0, head.k_rows,
+                               false, s);
+      else
+        multiply_panels<T>(rows, q, static_cast<const Stored *>(keys[p]), head.k_rows, page, 0, head.k_rows,
+                           false, s);
+    }
+    for (int r = 0; r < rows; r++)
+      sums[r] = weigh<T, false>(scratch.scores + r * line, scales, begin, end, from(row + r), to(row + r));
+    if (expanded)
+      multiply_panels<Float>(rows, scratch.scores + begin * page, scratch.values, segment, head.v_columns,
+                             begin * page, (end - begin) * page, false, scratch.part);
+    for (int p = begin; !expanded && p < end; p++)
+      multiply_panels<T>(rows, scratch.scores + p * page, static_cast<const Stored *>(values[p]), page,
+                         head.v_columns, 0, page, p > begin, scratch.part);
+  }
+
+#if defined(__AMX_BF16__)
+  template <int tall_tiles>
+  void of_tiles(int64_t row, int rows, int begin, int end, Sums *sums) const {
+    const auto *const q = reinterpret_cast<const uint16_t *>(scratch.q) + row * line;
+    for (int p = begin; p < end; p++)
+      tile_scores<tall_tiles>(q, static_cast<const uint16_t *>(keys[p]), head.k_rows,
+                              scratch.scores + p * page);
+    fence();
+    for (int r = 0; r < rows; r++)
+      sums[r] = weigh<T, true>(scratch.scores + r * line, scales, begin, end, from(row + r), to(row + r));
+    tile_sums<tall_tiles>(reinterpret_cast<const uint16_t *>(scratch.scores),
+                          reinterpret_cast<const uint16_t *const *>(values), head.v_columns, begin, end,
+                          scratch.part);
+    fence();
+  }
+#endif
+};
+
+template <class T>
+void attend(const Attend &job, const Task &task, const Scratch &scratch) {
+  View<T> view(job, task, scratch);
+  [[maybe_unused]] const Tiles tiles;
+  const oc_layer &layer = *job.layer;
+  const int64_t rows = task.queries * view.group, columns = view.head.v_columns;
+  view.take_queries(rows);
+  for (int64_t number = task.begin; number < task.end; number++) {
+    view.base = number * segment;
+    int64_t first = 0, last = rows;  // the rows that see some of it
+    while (view.to(first) <= 0) first++;
+    while (view.from(last - 1) >= segment) last--;
+    view.open(number, first, last);
+    const int64_t most = view.tiles ? 32 : view.expanded ? tall : few_rows;
     for (int64_t row = first; row < last; row += most) {
       const int count = int(least_of(most, last - row));
-      Sums sums[tile_rows];
-      attend_tile<T>(view, scratch, expanded, row, count, sums);
+      Sums sums[rows_of_tile];
+      view.tile(row, count, sums);
       for (int r = 0; r < count; r++) {
         const float *const part = scratch.part + r * line;
         if (task.partial) {
           float *const to = task.partial + (row + r) * record(layer);
           memcpy(to, &sums[r], sizeof sums[r]);
-          memcpy(to + 16, part, size_t(head.v_columns) * 4);
+          memcpy(to + 16, part, size_t(columns) * 4);
           continue;
         }
-        const bool fresh = s == first_segment(layer, view.position(row + r));
-        add_segment(fresh, scratch.sums[row + r], scratch.acc + (row + r) * line, sums[r], part,
-                    head.v_columns);
+        const bool fresh = number == first_segment(layer, view.position(row + r));
+        add_segment(fresh, scratch.sums[row + r], scratch.acc + (row + r) * line, sums[r], part, columns);
       }
     }
   }
-  for (int64_t r = 0; !task.partial && r < rows; r++) {
-    float *const y = job.y + (task.span->row + task.query + r / group) * job.y_stride +
-                     (task.kv_head * group + r % group) * layer.head_dim;
-    finish(scratch.sums[r], scratch.acc + r * line, layer.head_dim, y);
-  }
+  for (int64_t r = 0; !task.partial && r < rows; r++)
+    finish(scratch.sums[r], scratch.acc + r * line, layer.head_dim, view.y_of(r));
 }
 
 void run(const Attend &job, int64_t index, void *memory) {
