@@ -720,120 +720,100 @@ struct Unit {
 
 #else
 
-// The products of one block as a single piece of assembly, because compilers move the 24 sums about:
-// each step takes four columns of 48 weights to 8 rows. Rows past the last are there, and mean nothing.
-#define ZERO(n) "vpxord %%zmm" #n ", %%zmm" #n ", %%zmm" #n "\n\t"
-#define STORE(n) "vmovdqa64 %%zmm" #n ", 64*" #n "(%[out])\n\t"
-#define ROW(m, n0, n1, n2)                       \
-  "vpbroadcastd 64*" #m "(%[q]), %%zmm27\n\t"    \
-  "vpdpbusd %%zmm27, %%zmm24, %%zmm" #n0 "\n\t" \
-  "vpdpbusd %%zmm27, %%zmm25, %%zmm" #n1 "\n\t" \
+// One block of 8 rows x 48 weights as a single piece of assembly, because compilers move the 24 sums about.
+// They begin at `start` (what the codes count too much of, negated), grow by four columns a step, and
+// at the end join the float sums: sum = fma(float(dots), scale * factor of the row, sum). Rows past the last
+// mean nothing.
+struct Job {
+  const uint8_t *w;      // panel bytes of the block
+  const int8_t *q;       // the first of 8 rows, in their chunks
+  int64_t chunks, turns; // of 64 columns, and of 16 in each
+  const int32_t *start;  // [8][48]
+  const float *scale;    // [48]
+  const float *factor;   // [8]
+  float *sum;            // [8][48]
+};
+
+#define START(n) "vmovdqa64 64*" #n "(%[start]), %%zmm" #n "\n\t"
+#define ROW(m, column, n0, n1, n2)                          \
+  "vpbroadcastd 64*" #m "+" #column "(%[q]), %%zmm27\n\t"   \
+  "vpdpbusd %%zmm27, %%zmm24, %%zmm" #n0 "\n\t"             \
+  "vpdpbusd %%zmm27, %%zmm25, %%zmm" #n1 "\n\t"             \
   "vpdpbusd %%zmm27, %%zmm26, %%zmm" #n2 "\n\t"
-#define EACH(DO)                                                                                    \
+#define STEP(column)                                                                                \
+  "vmovdqa64 48*" #column "(%[w]), %%zmm24\n\t"                                                     \
+  "vmovdqa64 48*" #column "+64(%[w]), %%zmm25\n\t"                                                  \
+  "vmovdqa64 48*" #column "+128(%[w]), %%zmm26\n\t"                                                 \
+  ROW(0, column, 0, 1, 2) ROW(1, column, 3, 4, 5) ROW(2, column, 6, 7, 8) ROW(3, column, 9, 10, 11) \
+  ROW(4, column, 12, 13, 14) ROW(5, column, 15, 16, 17) ROW(6, column, 18, 19, 20)                  \
+  ROW(7, column, 21, 22, 23)
+#define JOIN(scale, n)                                        \
+  "vmulps %%zmm" #scale ", %%zmm27, %%zmm28\n\t"              \
+  "vcvtdq2ps %%zmm" #n ", %%zmm" #n "\n\t"                    \
+  "vfmadd213ps 64*" #n "(%[sum]), %%zmm28, %%zmm" #n "\n\t"   \
+  "vmovaps %%zmm" #n ", 64*" #n "(%[sum])\n\t"
+#define JOIN_ROW(m, n0, n1, n2) \
+  "vbroadcastss 4*" #m "(%[factor]), %%zmm27\n\t" JOIN(24, n0) JOIN(25, n1) JOIN(26, n2)
+#define ALL(DO)                                                                                     \
   DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13) DO(14)    \
   DO(15) DO(16) DO(17) DO(18) DO(19) DO(20) DO(21) DO(22) DO(23)
-
-// `columns` is 32 or a multiple of 64; q is the first of 8 rows in their chunks; out [8][48].
-inline void block_dots(const uint8_t *w, const int8_t *q, int64_t columns, int32_t *out) {
-  const int64_t chunks = columns < 64 ? 1 : columns / 64, quads = columns < 64 ? 8 : 16;
-  int64_t left_chunks = chunks, left;
-  asm volatile(EACH(ZERO)
+inline void multiply_block(const Job &job) {
+  const uint8_t *w = job.w;
+  const int8_t *q = job.q;
+  int64_t chunks = job.chunks, left;
+  asm volatile(ALL(START)
                "1:\n\t"
-               "mov %[quads], %[left]\n\t"
+               "mov %[turns], %[left]\n\t"
                "2:\n\t"
-               "vmovdqa64 (%[w]), %%zmm24\n\t"
-               "vmovdqa64 64(%[w]), %%zmm25\n\t"
-               "vmovdqa64 128(%[w]), %%zmm26\n\t"
-               ROW(0, 0, 1, 2) ROW(1, 3, 4, 5) ROW(2, 6, 7, 8) ROW(3, 9, 10, 11)
-               ROW(4, 12, 13, 14) ROW(5, 15, 16, 17) ROW(6, 18, 19, 20) ROW(7, 21, 22, 23)
-               "add $4, %[q]\n\t"
-               "add $192, %[w]\n\t"
+               STEP(0) STEP(4) STEP(8) STEP(12)
+               "add $16, %[q]\n\t"
+               "add $768, %[w]\n\t"
                "dec %[left]\n\t"
                "jnz 2b\n\t"
                "add $1024 - 64, %[q]\n\t"
                "dec %[chunks]\n\t"
                "jnz 1b\n\t"
-               EACH(STORE)
-               : [w] "+r"(w), [q] "+r"(q), [chunks] "+r"(left_chunks), [left] "=&r"(left)
-               : [quads] "r"(quads), [out] "r"(out)
+               "vmovaps (%[scale]), %%zmm24\n\t"
+               "vmovaps 64(%[scale]), %%zmm25\n\t"
+               "vmovaps 128(%[scale]), %%zmm26\n\t"
+               JOIN_ROW(0, 0, 1, 2) JOIN_ROW(1, 3, 4, 5) JOIN_ROW(2, 6, 7, 8) JOIN_ROW(3, 9, 10, 11)
+               JOIN_ROW(4, 12, 13, 14) JOIN_ROW(5, 15, 16, 17) JOIN_ROW(6, 18, 19, 20) JOIN_ROW(7, 21, 22, 23)
+               : [w] "+r"(w), [q] "+r"(q), [chunks] "+r"(chunks), [left] "=&r"(left)
+               : [turns] "r"(job.turns), [start] "r"(job.start), [scale] "r"(job.scale),
+                 [factor] "r"(job.factor), [sum] "r"(job.sum)
                : "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8",
                  "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17", "zmm18",
-                 "zmm19", "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27");
-}
-
-// Integer sums of some rows, on their way to the float sums [rows][panel_rows]: those of `blocks` blocks
-// (at most two) from block b of the panel on, [blocks][step_rows][panel_rows].
-struct Dots {
-  const int32_t *at;
-  int b, blocks, rows;
-  int64_t row;
-  float *sum;
-};
-
-// Adds the rows [begin, end) of `blocks` blocks.
-template <bool zeros, int blocks>
-inline __attribute__((always_inline)) void rescale_blocks(const Dots &dots, const Panel &panel,
-                                                          const Quantized &a, int64_t first, int begin,
-                                                          int end) {
-  const float *const factors = a.scale + dots.row * a.blocks + first + dots.b;
-  const int32_t *const totals = a.sum + dots.row * a.blocks + first + dots.b;
-  Floats scale[blocks][panel_tiles];
-#pragma GCC unroll 2
-  for (int i = 0; i < blocks; i++)
-#pragma GCC unroll 3
-    for (int t = 0; t < panel_tiles; t++) scale[i][t] = _mm512_load_ps(panel.scale[dots.b + i] + t * tile_rows);
-  for (int m = begin; m < end; m++) {
-    float *const at = dots.sum + m * panel_rows;
-    Floats sum[panel_tiles];
-#pragma GCC unroll 3
-    for (int t = 0; t < panel_tiles; t++) sum[t] = _mm512_load_ps(at + t * tile_rows);
-#pragma GCC unroll 2
-    for (int i = 0; i < blocks; i++) {
-      const Floats factor = Lanes::floats(factors[m * a.blocks + i]);
-#pragma GCC unroll 3
-      for (int t = 0; t < panel_tiles; t++) {
-        Ints x = _mm512_load_si512(dots.at + (i * step_rows + m) * panel_rows + t * tile_rows);
-        if constexpr (zeros) {
-          const Ints zero = _mm512_load_si512(panel.zero[dots.b + i] + t * tile_rows);
-          x = Lanes::sub(x, Lanes::mul(zero, Lanes::ints(totals[m * a.blocks + i])));
-        }
-        sum[t] = Lanes::fma(Lanes::floats(x), Lanes::mul(scale[i][t], factor), sum[t]);
-      }
-    }
-#pragma GCC unroll 3
-    for (int t = 0; t < panel_tiles; t++) _mm512_store_ps(at + t * tile_rows, sum[t]);
-  }
-}
-
-template <bool zeros>
-inline __attribute__((always_inline)) void rescale(const Dots &dots, const Panel &panel, const Quantized &a,
-                                                   int64_t first, int begin, int end) {
-  if (end > dots.rows) end = dots.rows;
-  if (dots.blocks == 2) rescale_blocks<zeros, 2>(dots, panel, a, first, begin, end);
-  if (dots.blocks == 1) rescale_blocks<zeros, 1>(dots, panel, a, first, begin, end);
+                 "zmm19", "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27", "zmm28");
 }
 
 struct Unit {
   explicit Unit(const oc_matrix &) {}
 
-  template <bool zeros>
+  template <bool vectors>
   static void chunk(const oc_matrix &w, const Panel &panel, const Quantized &a, int64_t rows, int64_t first,
                     int blocks, float *sum, Ahead &ahead) {
-    alignas(64) int32_t dots[2][step_rows * panel_rows];
+    alignas(64) int32_t start[step_rows][panel_rows];
+    alignas(64) float factor[step_rows];
+    const int64_t chunks = w.block < 64 ? 1 : w.block / 64, turns = w.block < 64 ? w.block / 16 : 4;
     for (int64_t row = 0; row < rows; row += step_rows) {
       ahead.some();
-      const int count = int(rows - row < step_rows ? rows - row : step_rows);
-      for (int b = 0; b < blocks; b += 2) {
-        const int pair = blocks - b < 2 ? 1 : 2;
-        for (int i = 0; i < pair; i++)
-          block_dots(panel.bytes + int64_t(b + i) * w.block * panel_rows,
-                     a.at(row, (first + b + i) * w.block), w.block, dots[i]);
-        const Dots ready = {dots[0], b, pair, count, row, sum + row * panel_rows};
-        rescale<true>(ready, panel, a, first, 0, step_rows);
+      for (int b = 0; b < blocks; b++) {
+        for (int m = 0; m < step_rows; m++) {
+          const int64_t at = (row + m) * a.blocks + first + b;
+          factor[m] = a.scale[at];
+          const Ints total = Lanes::ints(vectors ? -a.sum[at] : -a.sum[at] * panel.zero[b][0]);
+          for (int t = 0; t < panel_tiles; t++) {
+            const Ints zero = _mm512_load_si512(panel.zero[b] + t * tile_rows);
+            _mm512_store_si512(start[m] + t * tile_rows, vectors ? Lanes::mul(zero, total) : total);
+          }
+        }
+        multiply_block({panel.bytes + int64_t(b) * w.block * panel_rows, a.at(row, (first + b) * w.block), chunks,
+                        turns, start[0], panel.scale[b], factor, sum + row * panel_rows});
       }
     }
   }
 
+  // Where the sum of a row and a tile lies.
   static int64_t place(int64_t row, int tile) { return row * panel_rows + tile * tile_rows; }
 };
 
@@ -858,7 +838,7 @@ void many(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int tiles,
     const int64_t bytes = per_chunk * g.block_codes, next = g.codes + (same ? first + per_chunk : 0) * g.block_codes;
     Ahead ahead = {{}, 0, last && !same ? 0 : bytes, to_lines((bytes + turns - 1) / turns)};
     for (int t = 0; t < panel_tiles; t++) ahead.tile[t] = tile + begin + (t < tiles ? t * g.tile : 0) + next;
-    if (w.zero_point && w.bits == 8)
+    if (w.zero_point && (w.bits == 8 || !signed_panel))
       Unit::chunk<true>(w, panel, a, rows, first, blocks, sum, ahead);
     else
       Unit::chunk<false>(w, panel, a, rows, first, blocks, sum, ahead);
