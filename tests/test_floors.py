@@ -64,12 +64,9 @@ def test_torch_free_verbs() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "import onecard.checkpoint.shards, onecard.checkpoint.tokenizer, onecard.runtime.sample\n"
-<<<<<<< HEAD
         "import onecard.kernels.cpu, onecard.inspect, onecard.render, onecard.nn.families\n"
-=======
-        "import onecard.kernels.cpu, onecard.inspect, onecard.render\n"
         "import onecard.runtime.scheduler, onecard.runtime.chat, onecard.runtime.fake\n"
->>>>>>> sched
+        "import onecard.runtime.cpu\n"
         "from onecard.cli import main\n"
         "main(['inspect', sys.argv[1]])\n"
     )

@@ -21,7 +21,7 @@ from onecard.core.spec import FeedForward, LayerSpec, Rope
 from onecard.kernels import cpu, rope, structs
 from onecard.runtime.sample import Logprobs
 from onecard.runtime.steps import Draw, Fed, Feed, Ids
-from onecard.runtime.weights import HEADS, Head, Weights, open_weights
+from onecard.runtime.weights import HEADS, Head, open_weights
 
 PAGE = 32
 ACTIVATIONS = {"silu": structs.SILU, "relu": structs.RELU, "gelu": structs.GELU,
@@ -42,12 +42,12 @@ class CpuSettings:
     threads: int | None = None  # None: one per usable core
     context: int | None = None  # positions in the pool; None: the model's, at most 4096
     rows: int = 512  # new ids in a step, at most
-    cache: str = "fp16"  # how keys and values are held
+    cache: str | None = None  # how keys and values are held; None: bf16 with tile units, else fp16
     head: Head = "int8"
     exact: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.cache not in CACHES:
+        if self.cache is not None and self.cache not in CACHES:
             raise BadRequest(f"there is no cache {self.cache!r}", do=nearest(self.cache, CACHES))
         if self.head not in HEADS:
             raise BadRequest(f"there is no head {self.head!r}", do=nearest(self.head, HEADS))
@@ -66,6 +66,7 @@ class CpuStepper:
         source = folder if isinstance(folder, Source) else Source(folder)
         self.spec, self.settings = source.spec, settings
         self.threads = settings.threads or usable_cores()
+        self.cache = settings.cache or ("bf16" if cpu.isa() == "amx" else "fp16")
         self.vocab_size = self.spec.vocab_size
         context = settings.context or min(self.spec.max_context, 4096)
         self.max_context = min(self.spec.max_context, context)
@@ -76,7 +77,7 @@ class CpuStepper:
         self._native = cpu.library()
         self._engine = ctypes.c_void_p()
         asked = structs.EngineSettings(
-            self.threads, cpu.CODES[settings.cache], self.pages, settings.rows
+            self.threads, cpu.CODES[self.cache], self.pages, settings.rows
         )
         error = self._native.oc_engine_open(
             ctypes.byref(self._model), ctypes.byref(asked), ctypes.byref(self._engine)
@@ -128,7 +129,7 @@ class CpuStepper:
 
     def _described(self) -> structs.Model:
         spec, weights = self.spec, self.weights
-        ropes = list(dict.fromkeys(l.attention.rope for l in spec.layers if l.attention.rope))
+        ropes = list(dict.fromkeys(x.attention.rope for x in spec.layers if x.attention.rope))
         layers = [self._layer(i, layer, ropes) for i, layer in enumerate(spec.layers)]
         return structs.Model(
             vocab=spec.vocab_size, hidden=spec.hidden, embed=spec.embed_size,
