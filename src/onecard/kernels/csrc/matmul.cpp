@@ -344,6 +344,7 @@ Floats scale_of(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int6
 // ---------------------------------------------------------------------------------------- few rows
 
 constexpr int few_most = Lanes::count == 16 ? 8 : 4;
+constexpr int64_t ahead = 2048;  // bytes that are called for: the processor's own looking ahead ends with a page
 
 // `rows` rows from `first` on, times one tile, into y[row][16]. Products of neighbouring quads go to
 // sums of their own, so that none waits for the one before it.
@@ -360,6 +361,7 @@ void few_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const 
       Ints dots[chains][rows];
       for (auto &chain : dots)
         for (auto &dot : chain) dot = Lanes::ints(0);
+      for (int64_t i = 0; i < g.block_codes; i += 64) __builtin_prefetch(codes + ahead + i);
       for (int k = 0; k < w.block; k += 16)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
