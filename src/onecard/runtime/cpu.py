@@ -36,8 +36,8 @@ NO_MEMORY = -2
 
 @dataclass(frozen=True)
 class CpuSettings:
-    """How a model runs on a processor. `exact` names linears (by the end of their path, `down` say)
-    whose inputs stay float32; "all" names them all."""
+    """How a model runs on a processor. `exact` names linears (by the last words of their path, `down` or
+    `attention.o` say) whose inputs stay float32; "all" names them all."""
 
     threads: int | None = None  # None: one per usable core
     context: int | None = None  # positions in the pool; None: the model's, at most 4096
@@ -72,6 +72,7 @@ class CpuStepper:
         self.pages = -(-context // PAGE)
         self.weights = open_weights(source, self.threads, settings.head)
         self._kept: list[Any] = [self.weights]
+        self._check_names()
         self._model = self._described()
         self._native = cpu.library()
         self._engine = ctypes.c_void_p()
@@ -151,7 +152,14 @@ class CpuStepper:
 
     def _matrix(self, path: str) -> structs.Matrix:
         exact = self.settings.exact
-        return self.weights.matrix(path, "all" in exact or path.endswith(exact))
+        return self.weights.matrix(path, "all" in exact or any(_is(path, name) for name in exact))
+
+    def _check_names(self) -> None:
+        paths = self.weights.linears()
+        for name in self.settings.exact:
+            if name != "all" and not any(_is(path, name) for path in paths):
+                known = {path.rpartition(".")[2] for path in paths}
+                raise BadRequest(f"the model has no linear {name!r}", do=nearest(name, known))
 
     def _rope(self, spec: Rope) -> structs.Rope:
         inverse, scale = rope.frequencies(spec, self.max_context, self.spec.max_context)
@@ -193,6 +201,11 @@ class CpuStepper:
             width = f.experts.shared_width
         parts = {part: self._matrix(f"{path}.{part}") for part in ("gate", "up", "down")}
         return structs.Mlp(width=width, activation=ACTIVATIONS[f.activation], **parts)
+
+
+def _is(path: str, name: str) -> bool:
+    """Whether a path ends in the words of a name."""
+    return f".{path}".endswith(f".{name}")
 
 
 class _Call:
