@@ -129,8 +129,9 @@ def steps(
             raise BadRequest(
                 f"a context of {length} ids", do=f"there is memory for {pages * page_tokens}"
             )
-        if need > len(free) and parts:  # what is in the step, and in those before it, ends with it
-            yield parts
+        if need > len(free):  # the contexts before this one are over with the step
+            if parts:
+                yield parts
             parts, free, room = [], np.arange(pages, dtype=np.int32), rows
         table, free = free[:need], free[need:]
         begin = 0
