@@ -8,7 +8,7 @@ refused rather than ignored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from cyclopts import Parameter
@@ -19,7 +19,7 @@ from onecard.core.report import Value
 
 if TYPE_CHECKING:
     from onecard.nn.model import Model
-    from onecard.runtime.cpu import CpuStepper
+    from onecard.runtime.cpu import CpuSettings, CpuStepper
     from onecard.runtime.engine import Runner
     from onecard.runtime.score import Scorer
 
@@ -33,52 +33,74 @@ LONGEST = 32768
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Compute:
-    """What runs a model, and how."""
+    """What runs a model."""
 
     engine: Annotated[
         Literal["auto", "native", "reference"],
         Parameter(help="native kernels, or plain torch (auto: native on a CPU)"),
     ] = "auto"
     device: Annotated[str, Parameter(help="cpu, cuda or cuda:N")] = "cpu"
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        Parameter(help="reference engine: what to compute in (auto: as stored)"),
+    ] = "auto"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Native:
+    """How the native engine runs it."""
+
     threads: Annotated[int | None, Parameter(help="threads (none: one per usable core)")] = None
     context: Annotated[
-        int | None, Parameter(help="native: positions that there is memory for (none: as needed)")
+        int | None, Parameter(help="positions that there is memory for (none: as many as needed)")
     ] = None
     cache: Annotated[
-        Literal["fp16", "bf16", "int8"], Parameter(help="native: how keys and values are held")
+        Literal["fp16", "bf16", "int8"], Parameter(help="how keys and values are held")
     ] = "fp16"
     head: Annotated[
-        Literal["int8", "stored"], Parameter(help="native: a dense head rounded, or as stored")
+        Literal["int8", "stored"], Parameter(help="a dense head rounded to int8, or as it is stored")
     ] = "int8"
     exact: Annotated[
         tuple[str, ...],
-        Parameter(help="native: linears whose inputs are not rounded to int8, such as down; or all"),
+        Parameter(help="linears whose inputs are not rounded to int8, `down,attention.o` say; or all"),
     ] = ()
-    dtype: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
-        Parameter(help="reference: what to compute in (auto: as stored)"),
-    ] = "auto"
 
-    @property
-    def native(self) -> bool:
-        """Whether the native engine is meant. BadRequest for flags that do not go together."""
-        kind = self.device.split(":", maxsplit=1)[0]
-        if kind not in DEVICES:
-            raise BadRequest(f"there is no device {self.device!r}", do=nearest(self.device, DEVICES))
-        native = self.engine == "native" or (self.engine == "auto" and kind == "cpu")
-        if native and kind != "cpu":
-            raise BadRequest("the native engine runs on a CPU", do="--engine reference, or no --device")
-        usual = Compute()
-        for name in ("dtype",) if native else ("context", "cache", "head", "exact"):
-            if getattr(self, name) != getattr(usual, name):
-                engine, other = ("native", "reference") if native else ("reference", "native")
-                raise BadRequest(f"the {engine} engine has no --{name}", do=f"--engine {other}")
-        return native
+    def settings(self, context: int | None = None) -> CpuSettings:
+        """For so many positions, unless the flags say otherwise."""
+        from onecard.runtime.cpu import CpuSettings
+
+        exact = tuple(name for names in self.exact for name in names.split(",") if name)
+        return CpuSettings(threads=self.threads, context=self.context or context, cache=self.cache,
+                           head=self.head, exact=exact)  # fmt: skip
 
 
-def opened(model: str, compute: Compute) -> Opened:
+USUAL, AS_STORED = Native(), Compute()
+
+
+def is_native(compute: Compute, native: Native) -> bool:
+    """Whether the native engine is meant. BadRequest for flags that do not go together."""
+    kind = compute.device.split(":", maxsplit=1)[0]
+    if kind not in DEVICES:
+        raise BadRequest(
+            f"there is no device {compute.device!r}", do=nearest(compute.device, DEVICES)
+        )
+    chosen = compute.engine == "native" or (compute.engine == "auto" and kind == "cpu")
+    if chosen and kind != "cpu":
+        raise BadRequest("the native engine runs on a CPU", do="--engine reference, or no --device")
+    if chosen and compute.dtype != AS_STORED.dtype:
+        raise BadRequest("--dtype is for the reference engine", do="--engine reference")
+    for name, value in asdict(native).items():
+        if not chosen and name != "threads" and value != getattr(USUAL, name):
+            raise BadRequest(f"--{name} is for the native engine", do="--engine native")
+    return chosen
+
+
+def opened(model: str, compute: Compute = AS_STORED, native: Native = USUAL) -> Opened:
     """A model's headers and tokenizer, checked; its weights are read by what is asked of it."""
-    return Native(model, compute) if compute.native else Reference(model, compute)
+    if is_native(compute, native):
+        return OnCpu(model, native)
+    return InTorch(model, compute, native.threads)
 
 
 class Opened(Protocol):
@@ -96,37 +118,26 @@ class Opened(Protocol):
         """What a number must be read with."""
 
 
-class Native:
+class OnCpu:
     """Runs on this processor, without torch."""
 
-    def __init__(self, model: str, compute: Compute) -> None:
+    def __init__(self, model: str, flags: Native) -> None:
         from onecard.checkpoint.source import Source
 
-        self.compute = compute
-        self.source = Source(model)
+        self.flags, self.source = flags, Source(model)
         self.tokenizer = self.source.tokenizer()
-        self.stepper: CpuStepper | None = None
 
     def open(self, positions: int) -> CpuStepper:
-        from onecard.runtime.cpu import CpuSettings, CpuStepper
+        from onecard.runtime.cpu import CpuStepper
 
-        c = self.compute
-        exact = tuple(name for names in c.exact for name in names.split(",") if name)
-        context = c.context or min(positions, self.source.spec.max_context)
-        settings = CpuSettings(
-            threads=c.threads, context=context, cache=c.cache, head=c.head, exact=exact
-        )
-        self.stepper = CpuStepper(self.source, settings)
-        return self.stepper
+        positions = min(positions, self.source.spec.max_context)
+        return CpuStepper(self.source, self.flags.settings(positions))
 
     def runner(self, positions: int | None = None) -> Runner:
         from onecard.runtime.scheduler import Engine, Limits
 
-        rows = Limits().tokens
-        return Engine(
-            self.open(CONTEXT if positions is None else positions), self.tokenizer,
-            Limits(chunk=rows),
-        )  # fmt: skip
+        limits = Limits(chunk=Limits().tokens)  # nobody else waits for the rest of a step
+        return Engine(self.open(positions or CONTEXT), self.tokenizer, limits)
 
     def scorer(self, longest: int | None = None) -> Scorer:
         from onecard.runtime.score import NativeScorer
@@ -134,18 +145,19 @@ class Native:
         return NativeScorer(self.open(longest or LONGEST), self.tokenizer)
 
     def facts(self) -> dict[str, Value]:
+        from onecard.core.device import usable_cores
         from onecard.kernels import cpu
 
-        c, threads = self.compute, self.stepper.threads if self.stepper else 0
-        inputs = "int8" + (f", but for {','.join(c.exact)}" if c.exact else "")
-        return {"engine": f"native {cpu.isa()}", "threads": threads, "inputs": inputs,
-                "cache": c.cache, "head": c.head}  # fmt: skip
+        f = self.flags
+        inputs = "int8" + (f" but for {','.join(f.exact)}" if f.exact else "")
+        return {"engine": f"native {cpu.isa()}", "threads": f.threads or usable_cores(),
+                "inputs": inputs, "cache": f.cache, "head": f.head}  # fmt: skip
 
 
-class Reference:
+class InTorch:
     """Runs in torch, on a processor or a card."""
 
-    def __init__(self, model: str, compute: Compute) -> None:
+    def __init__(self, model: str, compute: Compute, threads: int | None) -> None:
         import torch
 
         from onecard.checkpoint.source import Source
@@ -153,10 +165,10 @@ class Reference:
         self.compute = compute
         if compute.device != "cpu" and not torch.cuda.is_available():
             raise BadRequest("no CUDA device is available here", do="--device cpu")
-        if compute.threads is not None:
-            if compute.threads < 1:
-                raise BadRequest(f"threads is {compute.threads}", do="1 or more is possible")
-            torch.set_num_threads(compute.threads)
+        if threads is not None:
+            if threads < 1:
+                raise BadRequest(f"threads is {threads}", do="1 or more is possible")
+            torch.set_num_threads(threads)
         self.source = Source(model)
         self.tokenizer = self.source.tokenizer()
 

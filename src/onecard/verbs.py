@@ -18,7 +18,7 @@ from onecard import __version__
 from onecard.core.errors import BadRequest
 from onecard.core.report import Report, Value, environment, write_text
 from onecard.core.settings import parse_size
-from onecard.running import Compute, opened
+from onecard.running import AS_STORED, USUAL, Compute, Native, opened
 from onecard.terminal import Progress, say
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Choice:
     seed: Annotated[int | None, Parameter(help="the same seed gives the same text")] = None
 
 
-AS_STORED, USUAL = Compute(), Choice()
+LIKELY = Choice()
 
 
 # The machine and what lies on disk ---------------------------------------------------------------
@@ -268,6 +268,7 @@ def evaluate(
     task: Path | None = None,
     template: Literal["question", "plain"] = "question",
     compute: Compute = AS_STORED,
+    native: Native = USUAL,
     json: Json = False,
 ) -> None:
     """Measure a model: perplexity, bits per byte, KL and agreement with a reference, choice tasks.
@@ -304,8 +305,8 @@ def evaluate(
     text = "" if task else read_text(data, "held_out.txt")
     if data is None and documents is None:
         reading = ev.Reading(window, stride, bos, "<|endoftext|>", limit)
-    subject = opened(model, compute)
-    other = None if against is None else opened(against, compute)
+    subject = opened(model, compute, native)
+    other = None if against is None else opened(against, compute, native)
     longest = None if task or reading.documents else window or 2048
     with Progress("eval") as progress:
         if task:
@@ -316,6 +317,52 @@ def evaluate(
     name = task.name if task else data.name if data else "the shipped held-out text"
     facts = found.environment | subject.facts()
     show(Report(found.rows, facts, f"{model} on {name}", found.notes), json)
+
+
+@app.command
+def bench(
+    model: Name,
+    /,
+    *,
+    prompt: tuple[int, ...] = (128, 512),
+    decode: tuple[int, ...] = (128,),
+    batch: tuple[int, ...] = (1, 4),
+    repeat: int = 3,
+    against: str | None = None,
+    isa: tuple[str, ...] = (),
+    serve: Annotated[bool, Flag] = False,
+    native: Native = USUAL,
+    json: Json = False,
+) -> None:
+    """Measure the native engine: prompt and decode speed, memory, shares of what the machine can do.
+
+    Parameters
+    ----------
+    prompt
+        ids of a prompt (may be given several times)
+    decode
+        ids that are written behind a short prompt (may be given several times)
+    batch
+        how many at once (may be given several times)
+    repeat
+        measurements of each, of which the median is shown
+    against
+        another model, measured in turn with this one; ratios are taken turn by turn
+    isa
+        instruction-set classes to compare, all for all of them (may be given several times)
+    serve
+        load the model, say ready, and answer lines such as `prompt 512` and `decode 128` with JSON
+    """
+    from onecard import bench as benches
+
+    if serve:
+        benches.serve(model, native.settings())
+        return
+    sizes = benches.Sizes(prompt, decode, batch, repeat)
+    models = [model] if against is None else [model, against]
+    with Progress("bench") as progress:
+        found = benches.bench(models, sizes, native.settings(), isa, progress=progress)
+    show(found, json)
 
 
 # Running ------------------------------------------------------------------------------------------
@@ -329,10 +376,11 @@ def run(
     *,
     max_tokens: int = 128,
     temperature: float = 0.8,
-    choice: Choice = USUAL,
+    choice: Choice = LIKELY,
     stop: tuple[str, ...] = (),
     ignore_eos: Annotated[bool, Flag] = False,
     compute: Compute = AS_STORED,
+    native: Native = USUAL,
     json: Json = False,
 ) -> None:
     """Continue PROMPT. The text goes to standard output, speeds to standard error.
@@ -355,7 +403,7 @@ def run(
 
     sampling = Sampling(max_tokens, temperature, stop=stop, ignore_eos=ignore_eos, **asdict(choice))
     text = sys.stdin.read() if prompt == "-" else prompt
-    subject = opened(model, compute)
+    subject = opened(model, compute, native)
     ids = prompt_ids(subject.tokenizer, text)
     runner = subject.runner(len(ids) + max_tokens)
     result = stream(generate(runner, subject.tokenizer, ids, sampling), quiet=json)
@@ -370,8 +418,9 @@ def chat(
     system: str | None = None,
     max_tokens: int = 512,
     temperature: float = 0.7,
-    choice: Choice = USUAL,
+    choice: Choice = LIKELY,
     compute: Compute = AS_STORED,
+    native: Native = USUAL,
     json: Json = False,
 ) -> None:
     """Talk with a model, line by line. An empty line or end of input ends it.
@@ -389,7 +438,7 @@ def chat(
     from onecard.runtime.sample import Sampling
 
     sampling = Sampling(max_tokens, temperature, **asdict(choice))
-    subject = opened(model, compute)
+    subject = opened(model, compute, native)
     runner = subject.runner()
     talk = Conversation(subject.tokenizer, system)
     result = None

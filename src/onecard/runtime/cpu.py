@@ -140,8 +140,8 @@ class CpuStepper:
             embed_scale=spec.embed_scale,
             positions=weights.vector("stem.positions"), learned=spec.learned_positions,
             position_offset=spec.position_offset,
-            project_in=self._matrix("stem.project"), project_out=self._matrix("tail.project"),
-            norm=weights.norm("tail.norm"), head=self._matrix("tail.head"),
+            project_in=self.matrix("stem.project"), project_out=self.matrix("tail.project"),
+            norm=weights.norm("tail.norm"), head=self.matrix("tail.head"),
             soft_cap=spec.final_soft_cap or 0.0,
         )  # fmt: skip
 
@@ -150,7 +150,8 @@ class CpuStepper:
         self._kept.append(array)
         return array
 
-    def _matrix(self, path: str) -> structs.Matrix:
+    def matrix(self, path: str) -> structs.Matrix:
+        """A linear as it runs; one without data where the model has none such."""
         exact = self.settings.exact
         return self.weights.matrix(path, "all" in exact or any(_is(path, name) for name in exact))
 
@@ -185,12 +186,12 @@ class CpuStepper:
             feed_forward_in=norm(f"{at}.norm_feed_forward_in"),
             feed_forward_out=norm(f"{at}.norm_feed_forward_out"),
             q_norm=norm(f"{at}.attention.q_norm"), k_norm=norm(f"{at}.attention.k_norm"),
-            **{name: self._matrix(f"{at}.attention.{name}") for name in "qkvo"},
+            **{name: self.matrix(f"{at}.attention.{name}") for name in "qkvo"},
             experts=experts.count if experts else 0,
             top=experts.top if experts else 0,
             renormalize=int(bool(experts and experts.renormalize)),
-            router=self._matrix(f"{at}.feed_forward.router"),
-            shared_gate=self._matrix(f"{at}.feed_forward.shared_gate"),
+            router=self.matrix(f"{at}.feed_forward.router"),
+            shared_gate=self.matrix(f"{at}.feed_forward.shared_gate"),
             shared=int(bool(experts and experts.shared_width)),
             mlps=self._array(structs.Mlp, mlps),
         )  # fmt: skip
@@ -199,7 +200,7 @@ class CpuStepper:
         width = f.width
         if name == "feed_forward.shared" and f.experts:
             width = f.experts.shared_width
-        parts = {part: self._matrix(f"{path}.{part}") for part in ("gate", "up", "down")}
+        parts = {part: self.matrix(f"{path}.{part}") for part in ("gate", "up", "down")}
         return structs.Mlp(width=width, activation=ACTIVATIONS[f.activation], **parts)
 
 
