@@ -9,17 +9,22 @@ import types
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import TEXT
+from hypothesis import given
+from hypothesis import strategies as st
 
-import onecard.evaluate
 from onecard.checkpoint.load import load_model
 from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest
-from onecard.evaluate import Reading, choose, cut, evaluate, log_likelihood, read_questions
+from onecard.evaluate import Reading, choose, cut, evaluate, log_likelihood, log_likelihoods, read_questions, split
 from onecard.nn.model import Model
+from onecard.runtime.cpu import CpuSettings, CpuStepper
+from onecard.runtime.reference import TorchScorer
+from onecard.runtime.score import NativeScorer, judged, steps
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +32,15 @@ def model(tiny: Path) -> Model:
     return load_model(tiny, "fp32")
 
 
+@pytest.fixture(scope="module")
+def scorer(model: Model) -> TorchScorer:
+    return TorchScorer(model)
+
+
 def test_stories_on_tinystories(stories: Path, data: Path) -> None:
     """1.296 nats per token on the first 60 documents: the published figure of the checkpoint."""
     text = (data / "tinystories" / "tinystories_sample_2MiB.txt").read_text()
-    found = evaluate(load_model(stories), text, Reading(documents="<|endoftext|>", limit=60))
+    found = evaluate(TorchScorer(load_model(stories)), text, Reading(documents="<|endoftext|>", limit=60))
     assert found.value("nats_per_token") == pytest.approx(1.296, abs=0.0005)
     assert found.value("perplexity") == pytest.approx(math.exp(1.296), rel=1e-3)
 
@@ -41,7 +51,7 @@ def test_windows_equal_a_plain_loop(
 ) -> None:
     """The usual sliding-window loop over transformers' own model gives the same mean."""
     text = text_file.read_text()[:2500]
-    found = evaluate(model, text, Reading(window, stride))
+    found = evaluate(TorchScorer(model), text, Reading(window, stride))
     peer = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     ids = torch.tensor(model.tokenizer.encode(text))
     nats, count, start = 0.0, 0, 0
@@ -59,19 +69,20 @@ def test_windows_equal_a_plain_loop(
 
 def test_kl_and_agreement(model: Model, tiny: Path, text_file: Path) -> None:
     text = text_file.read_text()[:1500]
-    itself = evaluate(model, text, Reading(), model)
+    scorer = TorchScorer(model)
+    itself = evaluate(scorer, text, Reading(), scorer)
     assert itself.value("kl") == pytest.approx(0, abs=1e-9) and itself.value("top1_agreement") == 1
     other = load_model(tiny, "fp32")
     with torch.no_grad():
         other.network.stem.embedding.weight.mul_(1.5)
-    found = evaluate(other, text, Reading(), model)
+    found = evaluate(TorchScorer(other), text, Reading(), scorer)
     ids = torch.tensor([model.tokenizer.encode(text)])[:, :200]
     text = model.tokenizer.decode(ids[0].tolist())
     assert model.tokenizer.encode(text) == ids[0].tolist()
     with torch.no_grad():
         p = torch.log_softmax(model.network(ids)[0, :-1], -1)
         q = torch.log_softmax(other.network(ids)[0, :-1], -1)
-    single = evaluate(other, text, Reading(), model)
+    single = evaluate(TorchScorer(other), text, Reading(), scorer)
     assert single.value("kl") == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
     agreed = float((p.argmax(-1) == q.argmax(-1)).float().mean())
     assert single.value("top1_agreement") == pytest.approx(agreed)
@@ -85,7 +96,7 @@ def test_uniform_model_counts_bits(model: Model, tiny: Path) -> None:
         blank.network.stem.embedding.weight.zero_()
     text = "naïve 中文 text, 🙂 and more of it. " * 4
     for reading in (Reading(bos="each"), Reading(documents="🙃")):
-        found = evaluate(blank, text, reading)
+        found = evaluate(TorchScorer(blank), text, reading)
         assert found.value("nats_per_token") == pytest.approx(math.log(300), rel=1e-5)
         body = text.strip() if reading.documents else text
         bits = found.value("predicted_tokens") * math.log2(300) / len(body.encode())
@@ -145,15 +156,15 @@ def test_no_more_tokens_are_made_than_a_limit_needs(
     assert sum(made) < 200_000 < len(text) // 10
 
 
-def test_choices(model: Model, tmp_path: Path) -> None:
+def test_choices(scorer: TorchScorer, tmp_path: Path) -> None:
     questions = tmp_path / "q.jsonl"
     rows = [{"question": "The quick brown", "choices": [" fox", " zzqqxj"], "gold": 0}] * 3
     questions.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    found = choose(model, read_questions(questions))
+    found = choose(scorer, read_questions(questions))
     assert found.value("questions") == 3
     assert found.value("accuracy") in (0.0, 1.0)
     scores = [
-        log_likelihood(model, "Question: The quick brown\nAnswer:", c)[0]
+        log_likelihood(scorer, "Question: The quick brown\nAnswer:", c)[0]
         for c in (" fox", " zzqqxj")
     ]
     assert found.value("accuracy") == float(scores[0] > scores[1])
@@ -186,12 +197,12 @@ def test_a_question_may_hold_other_line_separators(tmp_path: Path) -> None:
 def test_choice_files_are_read(data: Path, stories: Path, name: str) -> None:
     questions = read_questions(data / "zeroshot" / f"{name}.jsonl")
     assert len(questions) > 400
-    found = choose(load_model(stories), questions[:6])
+    found = choose(TorchScorer(load_model(stories)), questions[:6])
     assert 0 <= found.value("accuracy") <= 1
 
 
 def test_log_likelihood_is_the_sum_over_the_answer(model: Model) -> None:
-    total, greedy = log_likelihood(model, "The quick", " brown fox")
+    total, greedy = log_likelihood(TorchScorer(model), "The quick", " brown fox")
     ids = model.tokenizer.encode("The quick brown fox")
     split = len(model.tokenizer.encode("The quick"))
     with torch.no_grad():
@@ -201,30 +212,22 @@ def test_log_likelihood_is_the_sum_over_the_answer(model: Model) -> None:
     assert greedy == all(int(logp[i - 1].argmax()) == ids[i] for i in range(split, len(ids)))
 
 
-def test_bos_is_where_the_tokenizer_puts_it(
-    model: Model, stories: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bos_is_where_the_tokenizer_puts_it(model: Model, stories: Path) -> None:
     """In front of a prompt only if the tokenizer adds it; in front of an empty prompt always."""
-    seen: list[list[int]] = []
-    monkeypatch.setattr(
-        onecard.evaluate, "token_likelihood", lambda model, head, rest: seen.append(head) or (0.0, True)
-    )  # fmt: skip
-    llama = load_model(stories)
-    assert llama.tokenizer.adds_bos and not model.tokenizer.adds_bos
-    for subject, prompt in ((model, "The"), (model, ""), (llama, "The"), (llama, "")):
-        log_likelihood(subject, prompt, " quick")
-    assert seen[:2] == [model.tokenizer.encode("The"), [model.tokenizer.bos_id]]
-    assert seen[2:] == [[1, *llama.tokenizer.encode("The")], [1]]
+    own, llama = model.tokenizer, Tokenizer(stories)
+    assert llama.adds_bos and not own.adds_bos
+    seen = [split(t, prompt, " quick")[0] for t in (own, llama) for prompt in ("The", "")]
+    assert seen == [own.encode("The"), [own.bos_id], [1, *llama.encode("The")], [1]]
 
 
-def test_bad_readings(model: Model) -> None:
+def test_bad_readings(scorer: TorchScorer) -> None:
     for reading in (Reading(1000), Reading(20, 30), Reading(1)):
         with pytest.raises(BadRequest):
-            evaluate(model, "some text " * 50, reading)
+            evaluate(scorer, "some text " * 50, reading)
     with pytest.raises(BadRequest):
         Reading(window=-1)
     with pytest.raises(BadRequest):
-        evaluate(model, "", Reading())
+        evaluate(scorer, "", Reading())
 
 
 @pytest.fixture
@@ -243,14 +246,17 @@ def harness(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     return onecard.harness
 
 
-def test_harness_adapter(harness, tiny: Path, model: Model) -> None:  # type: ignore[no-untyped-def]
-    lm = harness.OnecardLM(tiny, "fp32")
+@pytest.mark.parametrize("engine, near", [("reference", 1e-5), ("native", 2e-3)])
+def test_harness_adapter(harness, tiny: Path, model: Model, engine: str, near: float) -> None:  # type: ignore[no-untyped-def]
+    lm = harness.OnecardLM(tiny, engine, "fp32" if engine == "reference" else None)
+    scorer = TorchScorer(model)
     request = lambda *args: SimpleNamespace(args=args)  # noqa: E731
-    one = log_likelihood(model, "The quick", " brown")
-    assert lm.loglikelihood([request("The quick", " brown")]) == [one]
+    one = log_likelihood(scorer, "The quick", " brown")
+    ((found, greedy),) = lm.loglikelihood([request("The quick", " brown")])
+    assert found == pytest.approx(one[0], rel=near) and greedy == one[1]
     text = "The quick brown fox jumps"
     (rolling,) = lm.loglikelihood_rolling([request(text)])
-    assert rolling == pytest.approx(log_likelihood(model, "", text)[0], rel=1e-5)
+    assert rolling == pytest.approx(log_likelihood(scorer, "", text)[0], rel=near)
     long = "The quick brown fox jumps over the lazy dog. " * 60
     (rolling,) = lm.loglikelihood_rolling([request(long)])
     ids = model.tokenizer.encode(long)
@@ -260,6 +266,82 @@ def test_harness_adapter(harness, tiny: Path, model: Model) -> None:  # type: ig
         with torch.no_grad():
             logp = torch.log_softmax(model.network(part)[0, :-1], -1)
         wanted += float(logp.gather(-1, part[0, 1:, None]).double().sum())
-    assert len(ids) > 2 * body and rolling == pytest.approx(wanted, rel=1e-5)
+    assert len(ids) > 2 * body and rolling == pytest.approx(wanted, rel=near)
     (out,) = lm.generate_until([request("The quick", {"until": ["."], "max_gen_toks": 8})])
     assert isinstance(out, str) and "." not in out
+
+
+# The native engine reads as torch does ------------------------------------------------------------
+
+
+@given(
+    lengths=st.lists(st.integers(0, 90), max_size=12),
+    rows=st.integers(1, 70), pages=st.integers(3, 9),
+)  # fmt: skip
+def test_steps_hold_every_id_once(lengths: list[int], rows: int, pages: int) -> None:
+    """In order, no more than fits into a step, and no page in two hands."""
+    done = [0] * len(lengths)
+    for parts in steps(lengths, rows, pages, 32):
+        assert 0 < sum(part.end - part.begin for part in parts) <= rows
+        tables = {part.context: part.table for part in parts}
+        assert len(tables) == len(parts)
+        held = np.concatenate(list(tables.values()))
+        assert len(set(held.tolist())) == len(held) and held.max() < pages
+        for part in parts:
+            assert part.begin == done[part.context] and len(part.table) * 32 >= part.end
+            done[part.context] = part.end
+    assert done == lengths
+
+
+def test_contexts_keep_their_pages() -> None:
+    tables: dict[int, list[int]] = {}
+    for parts in steps([70, 5, 90, 33], 40, 4, 32):
+        for part in parts:
+            assert tables.setdefault(part.context, part.table.tolist()) == part.table.tolist()
+    with pytest.raises(BadRequest, match="129"):
+        list(steps([129], 40, 4, 32))
+
+
+def test_judged_is_log_softmax() -> None:
+    torch.manual_seed(0)
+    mine, theirs = torch.randn(70, 5003) * 4, torch.randn(70, 5003) * 4
+    targets = torch.randint(0, 5003, (70,))
+    targets[3] = mine[3].argmax()
+    p, q = torch.log_softmax(theirs.double(), -1), torch.log_softmax(mine.double(), -1)
+    kl, agreed = (p.exp() * (p - q)).sum(-1), mine.argmax(-1) == theirs.argmax(-1)
+    found = judged(mine.numpy(), targets.int().numpy(), theirs.numpy())
+    np.testing.assert_allclose(found.nats, -q.gather(-1, targets[:, None])[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(found.kl, kl, rtol=1e-4)
+    assert found.best[3] and found.best.sum() < 5 and found.agreed.tolist() == agreed.tolist()
+
+
+def test_native_perplexity_is_torchs(stories: Path, data: Path) -> None:
+    """Through int8 inputs within 0.2 %; with exact inputs and the head as stored, nearly the same."""
+    text = (data / "tinystories" / "tinystories_sample_2MiB.txt").read_text()
+    reading, model = Reading(documents="<|endoftext|>", limit=60), load_model(stories)
+    whole = evaluate(TorchScorer(model), text, reading)
+    for settings, near in ((CpuSettings(), 2e-3), (CpuSettings(head="stored", exact=("all",)), 1e-5)):
+        native = NativeScorer(CpuStepper(stories, settings), model.tokenizer)
+        found = evaluate(native, text, reading)
+        assert found.value("predicted_tokens") == whole.value("predicted_tokens")
+        assert found.value("perplexity") == pytest.approx(whole.value("perplexity"), rel=near)
+
+
+def test_native_kl(tiny: Path, text_file: Path) -> None:
+    text = text_file.read_text()[:3000]
+    tokenizer = Tokenizer(tiny)
+    first, second = (NativeScorer(CpuStepper(tiny), tokenizer, rows) for rows in (100, 512))
+    same = evaluate(first, text, Reading(64, 32), second)
+    assert same.value("kl") == 0 and same.value("top1_agreement") == 1
+    exact = NativeScorer(CpuStepper(tiny, CpuSettings(exact=("all",))), tokenizer)
+    other = evaluate(first, text, Reading(64, 32), exact)
+    assert 0 < other.value("kl") < 1e-2
+    assert other.value("perplexity") == same.value("perplexity")
+
+
+def test_native_choices(tiny: Path, model: Model) -> None:
+    pairs = [("The quick", " brown"), ("The quick", " zebra and more"), ("", "x"), ("abc", "")]
+    native = NativeScorer(CpuStepper(tiny, CpuSettings(exact=("all",), head="stored")), model.tokenizer)
+    found = log_likelihoods(native, pairs)
+    for (nats, greedy), wanted in zip(found, log_likelihoods(TorchScorer(model), pairs), strict=True):
+        assert nats == pytest.approx(wanted[0], rel=1e-3) and greedy == wanted[1]

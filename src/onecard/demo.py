@@ -11,7 +11,8 @@ import shutil
 import time
 from pathlib import Path
 
-from onecard.calibrate.data import Calibration, read_text
+from onecard.calibrate.data import Calibration
+from onecard.checkpoint.text import read_text
 from onecard.checkpoint.hub import SHIPPED
 from onecard.checkpoint.journal import check_target, partial_of
 from onecard.checkpoint.load import Source, load_model
@@ -27,6 +28,7 @@ from onecard.passes.job import Settings, compress, file_bytes, parameter_count, 
 from onecard.passes.prune import Prune
 from onecard.passes.quantize import RoundToNearest
 from onecard.prove import PROMPT, sample
+from onecard.runtime.reference import TorchScorer
 
 VARIANTS = (
     Recipe("int8", (RoundToNearest(bits=8),)),
@@ -92,7 +94,7 @@ def measure(
     model: Model, dense: Model, name: str, text: str, checkpoint: Checkpoint, count: int
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """Bytes, quality, speed and a sample of one variant."""
-    quality = evaluate(model, text, DOCUMENTS, dense, where=name)
+    quality = evaluate(TorchScorer(model), text, DOCUMENTS, TorchScorer(dense), where=name)
     result = sample(model)
     rows = [
         Row.of(name, "file_bytes", file_bytes(checkpoint)),

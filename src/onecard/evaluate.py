@@ -10,7 +10,7 @@ different conventions cannot be compared:
     top1_agreement   share of positions where both put the same token first
 
 Choice tasks take the answer with the highest log likelihood, raw and per UTF-8 byte of the answer.
-Logits are made for a few hundred positions at a time, so a large vocabulary costs no memory.
+Who reads is a `Scorer` (runtime/score.py): the native engine, or the network in torch.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from onecard.calibrate.data import check_vocabulary
+from onecard.checkpoint.text import check_vocabulary
 from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.report import Report, Row, environment
-from onecard.nn.model import Model
+from onecard.runtime.score import Scorer
 from onecard.windows import Piece, Pieces, Reading
 
-POSITIONS = 256
-SCORED_TOKENS = 2048
+TOGETHER = 2048
+"""Tokens that are given to the scorer at once, about."""
 Progress = Callable[[int, int, str], None]
 
 
@@ -55,19 +54,19 @@ class Tally:
 
 
 def evaluate(
-    model: Model, text: str, reading: Reading, reference: Model | None = None,
+    model: Scorer, text: str, reading: Reading, reference: Scorer | None = None,
     where: str = "model", progress: Progress = lambda done, total, what: None,
 ) -> Report:  # fmt: skip
     """Perplexity of a text, and the distance to a reference model if one is given."""
-    pieces = Pieces(model.tokenizer, text, reading, model.spec.max_context)
-    if reference is not None and reference.spec.vocab_size != model.spec.vocab_size:
+    pieces = Pieces(model.tokenizer, text, reading, model.max_context)
+    if reference is not None and reference.vocab_size != model.vocab_size:
         raise BadRequest(
-            f"the reference knows {reference.spec.vocab_size} tokens, the model "
-            f"{model.spec.vocab_size}", do="they must share a tokenizer",
+            f"the reference knows {reference.vocab_size} tokens, the model "
+            f"{model.vocab_size}", do="they must share a tokenizer",
         )  # fmt: skip
     total, done, (whole, what) = Tally(), 0, pieces.extent()
     for batch in _batched(pieces):
-        check_vocabulary([max(p.ids) for p in batch], model.spec.vocab_size)
+        check_vocabulary([max(p.ids) for p in batch], model.vocab_size)
         progress(min(done, whole), whole, f"{what} read")
         total += tally(model, batch, reference)
         done += sum(p.nbytes for p in batch) if what == "bytes" else len(batch)
@@ -94,50 +93,29 @@ def cut(tokenizer: Tokenizer, text: str, reading: Reading, context: int) -> tupl
 
 
 def _batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Neighbouring pieces of equal length together, about SCORED_TOKENS tokens at once."""
+    """Neighbouring pieces together, about TOGETHER tokens at once."""
     batch: list[Piece] = []
+    size = 0
     for piece in pieces:
-        if batch and (
-            len(piece.ids) != len(batch[0].ids) or (len(batch) + 1) * len(piece.ids) > SCORED_TOKENS
-        ):
+        if batch and size + len(piece.ids) > TOGETHER:
             yield batch
-            batch = []
+            batch, size = [], 0
         batch.append(piece)
+        size += len(piece.ids)
     if batch:
         yield batch
 
 
-def hidden_states(model: Model, ids: Tensor) -> Tensor:
-    """The last hidden states [B, T, hidden] of ids, without logits."""
-    h, context = model.network.start(ids)
-    for block in model.network.blocks:
-        h = block(h, context)
-    return h
-
-
-@torch.no_grad()
-def tally(model: Model, batch: Sequence[Piece], reference: Model | None) -> Tally:
-    """Score pieces of equal length."""
-    device = next(model.network.parameters()).device
-    ids = torch.tensor([p.ids for p in batch], device=device)  # [B, T]
-    first = torch.tensor([p.first for p in batch], device=device)
-    h = hidden_states(model, ids)
-    theirs = hidden_states(reference, ids) if reference else None
+def tally(model: Scorer, batch: Sequence[Piece], reference: Scorer | None) -> Tally:
+    """Score pieces."""
     total = Tally(nbytes=sum(p.nbytes for p in batch))
-    for start in range(0, ids.shape[1] - 1, POSITIONS):
-        end = min(start + POSITIONS, ids.shape[1] - 1)
-        targets = ids[:, start + 1 : end + 1]
-        scored = torch.arange(start + 1, end + 1, device=device)[None, :] >= first[:, None]
-        logp = torch.log_softmax(model.network.tail(h[:, start:end]).float(), -1)
-        nats = -logp.gather(-1, targets[..., None])[..., 0]
-        if not bool(torch.isfinite(nats[scored]).all()):
+    contexts, firsts = [p.ids for p in batch], [p.first for p in batch]
+    for _, run in model.scores(contexts, firsts, reference):
+        if not np.isfinite(run.nats).all():
             raise FailedWork("the model gives logits that are not numbers", do="check its weights")
-        kl, agreed = 0.0, 0
-        if reference is not None and theirs is not None:
-            wanted = torch.log_softmax(reference.network.tail(theirs[:, start:end]).float(), -1)
-            kl = float((wanted.exp() * (wanted - logp)).sum(-1)[scored].double().sum())
-            agreed = int((wanted.argmax(-1) == logp.argmax(-1))[scored].sum())
-        total += Tally(float(nats[scored].double().sum()), int(scored.sum()), 0, kl, agreed)
+        kl = 0.0 if run.kl is None else float(run.kl.sum())
+        agreed = 0 if run.agreed is None else int(run.agreed.sum())
+        total += Tally(float(run.nats.sum()), len(run.nats), 0, kl, agreed)
     return total
 
 
@@ -194,7 +172,7 @@ def _question(row: Any) -> Question:
 
 
 def choose(
-    model: Model, questions: Sequence[Question], template: str = "question", where: str = "model",
+    model: Scorer, questions: Sequence[Question], template: str = "question", where: str = "model",
     progress: Progress = lambda done, total, what: None,
 ) -> Report:  # fmt: skip
     """Accuracy on questions: the likeliest answer, raw and per byte of the answer."""
@@ -204,9 +182,8 @@ def choose(
     for number, question in enumerate(questions):
         progress(number, len(questions), "answering")
         prompt = TEMPLATES[template].format(question.question)
-        scores = [
-            log_likelihood(model, prompt, " " + choice.strip())[0] for choice in question.choices
-        ]
+        answers = [(prompt, " " + choice.strip()) for choice in question.choices]
+        scores = [score for score, _ in log_likelihoods(model, answers)]
         sizes = [len(choice.strip().encode("utf-8", "replace")) for choice in question.choices]
         right += scores.index(max(scores)) == question.gold
         rates = [score / size for score, size in zip(scores, sizes, strict=True)]
@@ -224,35 +201,44 @@ def choose(
     )  # fmt: skip
 
 
-@torch.no_grad()
-def log_likelihood(model: Model, prompt: str, answer: str) -> tuple[float, bool]:
-    """log p(answer | prompt), and whether greedy decoding would give the answer.
+def log_likelihood(model: Scorer, prompt: str, answer: str) -> tuple[float, bool]:
+    """log p(answer | prompt), and whether greedy decoding would give the answer."""
+    return log_likelihoods(model, [(prompt, answer)])[0]
 
-    The answer's tokens are those that the whole text has and the prompt has not. BOS is in front where
-    the tokenizer itself puts it, and where nothing else is: the first token needs a context.
+
+def log_likelihoods(model: Scorer, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    """`log_likelihood` of several (prompt, answer), read together."""
+    return token_likelihoods(model, [split(model.tokenizer, *pair) for pair in pairs])
+
+
+def split(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """The prompt's tokens and the answer's, which are those that the whole text has and the prompt has not.
+
+    BOS is in front where the tokenizer itself puts it, and where nothing else is: the first token
+    needs a context.
     """
-    tokenizer = model.tokenizer
     head, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
-    split = next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b),
-                 max(min(len(head), len(whole) - 1), 0))  # fmt: skip
-    needed = tokenizer.bos_id is not None and (tokenizer.adds_bos or split == 0)
+    at = next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b),
+              max(min(len(head), len(whole) - 1), 0))  # fmt: skip
+    needed = tokenizer.bos_id is not None and (tokenizer.adds_bos or at == 0)
     bos = [tokenizer.bos_id] if needed and tokenizer.bos_id is not None else []
-    return token_likelihood(model, bos + whole[:split], whole[split:])
+    return bos + whole[:at], whole[at:]
 
 
-@torch.no_grad()
-def token_likelihood(model: Model, head: list[int], rest: list[int]) -> tuple[float, bool]:
-    """log p(rest | head) of token ids, the oldest dropped beyond the context; is it the greedy choice?"""
-    if not head:
-        head, rest = rest[:1], rest[1:]
-    if not rest:
-        return 0.0, True
-    ids = (head + rest)[-(model.spec.max_context + 1) :]
-    count = min(len(rest), len(ids) - 1)
-    device = next(model.network.parameters()).device
-    h = hidden_states(model, torch.tensor([ids[:-1]], device=device))[:, -count:]
-    logp = torch.log_softmax(model.network.tail(h).float(), -1)[0]
-    targets = torch.tensor(ids[-count:], device=device)
-    return float(logp.gather(-1, targets[:, None]).double().sum()), bool(
-        (logp.argmax(-1) == targets).all()
-    )
+def token_likelihoods(
+    model: Scorer, pairs: Sequence[tuple[list[int], list[int]]]
+) -> list[tuple[float, bool]]:
+    """log p(rest | head) of token ids, the oldest dropped beyond the context; is it the greedy choice?
+
+    A first token without any context is not counted.
+    """
+    contexts, firsts = [], []
+    for head, rest in pairs:
+        ids = (head + rest)[-(model.max_context + 1) :]
+        contexts.append(ids)
+        firsts.append(max(len(ids) - len(rest), 1))
+    totals, greedy = [0.0] * len(pairs), [True] * len(pairs)
+    for i, run in model.scores(contexts, firsts):
+        totals[i] -= float(run.nats.sum())
+        greedy[i] &= bool(run.best.all())
+    return list(zip(totals, greedy, strict=True))

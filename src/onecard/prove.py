@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from onecard.calibrate.data import read_text
+from onecard.checkpoint.text import read_text
 from onecard.checkpoint.load import load_model
 from onecard.core.device import available_memory
 from onecard.core.report import Report, Row
 from onecard.evaluate import Progress, Reading, evaluate
 from onecard.nn.model import Model
 from onecard.runtime.engine import Result, complete, prompt_ids
-from onecard.runtime.reference import TorchExecutor
+from onecard.runtime.reference import TorchExecutor, TorchScorer
 from onecard.runtime.sample import Sampling
 
 PROMPT = "The function returns"
@@ -46,8 +46,9 @@ def prove(
     dense, made = load_model(original), load_model(result)
     words = read_text(text, "held_out.txt")
     reading = DOCUMENTS if text is None else Reading()
-    before = evaluate(dense, words, reading, progress=progress)
-    after = evaluate(made, words, reading, dense, progress=progress)
+    scorer = TorchScorer(dense)
+    before = evaluate(scorer, words, reading, progress=progress)
+    after = evaluate(TorchScorer(made), words, reading, scorer, progress=progress)
     rows = [
         Row.of("model", "perplexity", after.value("perplexity"), before.value("perplexity")),
         Row.of("model", "kl", after.value("kl")),

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 
 from onecard import __version__
-from onecard.core.errors import BadRequest, nearest
-from onecard.core.report import Report, environment, write_text
+from onecard.core.errors import BadRequest
+from onecard.core.report import Report, Value, environment, write_text
 from onecard.core.settings import parse_size
+from onecard.running import AS_STORED, USUAL, Compute, Native, opened
 from onecard.terminal import Progress, say
 
 if TYPE_CHECKING:
-    from onecard.checkpoint.tokenizer import Tokenizer
-    from onecard.nn.model import Model
     from onecard.runtime.chat import Conversation
-    from onecard.runtime.engine import Executor, Piece, Result
+    from onecard.runtime.engine import Piece, Result, Runner
     from onecard.runtime.sample import Sampling
 
 app = App(
@@ -45,18 +44,6 @@ Name = Annotated[str, Parameter(help="a model folder, hub id, or demo")]
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Compute:
-    """How a model that runs is held."""
-
-    dtype: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
-        Parameter(help="what to compute in (auto: as stored)"),
-    ] = "auto"
-    device: Annotated[str, Parameter(help="cpu, cuda or cuda:N")] = "cpu"
-
-
-@Parameter(name="*")
-@dataclass(frozen=True)
 class Choice:
     """How the next token is chosen, beyond its temperature."""
 
@@ -71,7 +58,7 @@ class Choice:
     seed: Annotated[int | None, Parameter(help="the same seed gives the same text")] = None
 
 
-AS_STORED, USUAL = Compute(), Choice()
+LIKELY = Choice()
 
 
 # The machine and what lies on disk ---------------------------------------------------------------
@@ -198,7 +185,8 @@ def compress(
     held_out
         text to prove it on; without it, the shipped held-out text
     """
-    from onecard.calibrate.data import Calibration, read_text
+    from onecard.calibrate.data import Calibration
+    from onecard.checkpoint.text import read_text
     from onecard.passes import find_recipe
     from onecard.passes import job as jobs
     from onecard.prove import is_small
@@ -280,6 +268,7 @@ def evaluate(
     task: Path | None = None,
     template: Literal["question", "plain"] = "question",
     compute: Compute = AS_STORED,
+    native: Native = USUAL,
     json: Json = False,
 ) -> None:
     """Measure a model: perplexity, bits per byte, KL and agreement with a reference, choice tasks.
@@ -306,7 +295,7 @@ def evaluate(
         how a question becomes a prompt
     """
     from onecard import evaluate as ev
-    from onecard.calibrate.data import read_text
+    from onecard.checkpoint.text import read_text
 
     reading = ev.Reading(window, stride, bos, documents, limit)
     if task and (data or against or window or stride or documents):
@@ -316,15 +305,64 @@ def evaluate(
     text = "" if task else read_text(data, "held_out.txt")
     if data is None and documents is None:
         reading = ev.Reading(window, stride, bos, "<|endoftext|>", limit)
-    subject = load(model, compute)
+    subject = opened(model, compute, native)
+    other = None if against is None else opened(against, compute, native)
+    longest = None if task or reading.documents else window or 2048
     with Progress("eval") as progress:
         if task:
-            found = ev.choose(subject, questions, template, progress=progress)
+            found = ev.choose(subject.scorer(), questions, template, progress=progress)
         else:
-            reference = None if against is None else load(against, compute)
-            found = ev.evaluate(subject, text, reading, reference, progress=progress)
+            reference = None if other is None else other.scorer(longest)
+            found = ev.evaluate(subject.scorer(longest), text, reading, reference, progress=progress)
     name = task.name if task else data.name if data else "the shipped held-out text"
-    show(Report(found.rows, found.environment, f"{model} on {name}", found.notes), json)
+    facts = found.environment | subject.facts()
+    show(Report(found.rows, facts, f"{model} on {name}", found.notes), json)
+
+
+@app.command
+def bench(
+    model: Name,
+    /,
+    *,
+    prompt: tuple[int, ...] = (128, 512),
+    decode: tuple[int, ...] = (128,),
+    batch: tuple[int, ...] = (1, 4),
+    repeat: int = 3,
+    against: str | None = None,
+    isa: tuple[str, ...] = (),
+    serve: Annotated[bool, Flag] = False,
+    native: Native = USUAL,
+    json: Json = False,
+) -> None:
+    """Measure the native engine: prompt and decode speed, memory, shares of what the machine can do.
+
+    Parameters
+    ----------
+    prompt
+        ids of a prompt (may be given several times)
+    decode
+        ids that are written behind a short prompt (may be given several times)
+    batch
+        how many at once (may be given several times)
+    repeat
+        measurements of each, of which the median is shown
+    against
+        another model, measured in turn with this one; ratios are taken turn by turn
+    isa
+        instruction-set classes to compare, all for all of them (may be given several times)
+    serve
+        load the model, say ready, and answer lines such as `prompt 512` and `decode 128` with JSON
+    """
+    from onecard import bench as benches
+
+    if serve:
+        benches.serve(model, native.settings())
+        return
+    sizes = benches.Sizes(prompt, decode, batch, repeat)
+    models = [model] if against is None else [model, against]
+    with Progress("bench") as progress:
+        found = benches.bench(models, sizes, native.settings(), isa, progress=progress)
+    show(found, json)
 
 
 # Running ------------------------------------------------------------------------------------------
@@ -338,10 +376,11 @@ def run(
     *,
     max_tokens: int = 128,
     temperature: float = 0.8,
-    choice: Choice = USUAL,
+    choice: Choice = LIKELY,
     stop: tuple[str, ...] = (),
     ignore_eos: Annotated[bool, Flag] = False,
     compute: Compute = AS_STORED,
+    native: Native = USUAL,
     json: Json = False,
 ) -> None:
     """Continue PROMPT. The text goes to standard output, speeds to standard error.
@@ -364,11 +403,11 @@ def run(
 
     sampling = Sampling(max_tokens, temperature, stop=stop, ignore_eos=ignore_eos, **asdict(choice))
     text = sys.stdin.read() if prompt == "-" else prompt
-    executor, tokenizer = executor_of(model, compute)
-    result = stream(
-        generate(executor, tokenizer, prompt_ids(tokenizer, text), sampling), quiet=json
-    )
-    finish(model, result, json)
+    subject = opened(model, compute, native)
+    ids = prompt_ids(subject.tokenizer, text)
+    runner = subject.runner(len(ids) + max_tokens)
+    result = stream(generate(runner, subject.tokenizer, ids, sampling), quiet=json)
+    finish(result, subject.facts() | {"model": model}, json)
 
 
 @app.command
@@ -379,8 +418,9 @@ def chat(
     system: str | None = None,
     max_tokens: int = 512,
     temperature: float = 0.7,
-    choice: Choice = USUAL,
+    choice: Choice = LIKELY,
     compute: Compute = AS_STORED,
+    native: Native = USUAL,
     json: Json = False,
 ) -> None:
     """Talk with a model, line by line. An empty line or end of input ends it.
@@ -398,25 +438,26 @@ def chat(
     from onecard.runtime.sample import Sampling
 
     sampling = Sampling(max_tokens, temperature, **asdict(choice))
-    executor, tokenizer = executor_of(model, compute)
-    talk = Conversation(tokenizer, system)
+    subject = opened(model, compute, native)
+    runner = subject.runner()
+    talk = Conversation(subject.tokenizer, system)
     result = None
-    sampling = replace(sampling, max_tokens=min(max_tokens, max(1, executor.max_context // 2)))
+    sampling = replace(sampling, max_tokens=min(max_tokens, max(1, runner.max_context // 2)))
     while question := _ask():
-        result = stream(_reply(talk, executor, question, sampling), quiet=json)
+        result = stream(_reply(talk, runner, question, sampling), quiet=json)
     if result is not None:
-        finish(model, result, json)
+        finish(result, subject.facts() | {"model": model}, json)
     elif json:
         show(Report((), environment(model=model)), True)
 
 
 def _reply(
-    talk: Conversation, executor: Executor, question: str, sampling: Sampling
+    talk: Conversation, runner: Runner, question: str, sampling: Sampling
 ) -> Iterator[Piece]:
     """The answer; the oldest turns are left out, and that is said, when the context is full."""
     while True:
         try:
-            return talk.ask(executor, question, sampling)
+            return talk.ask(runner, question, sampling)
         except BadRequest:
             first = 1 if talk.messages and talk.messages[0]["role"] == "system" else 0
             if len(talk.messages) < first + 2:
@@ -433,15 +474,6 @@ def _ask() -> str:
     return sys.stdin.readline().strip()
 
 
-def executor_of(model: str, compute: Compute) -> tuple[Executor, Tokenizer]:
-    """What runs a model, and its tokenizer."""
-    from onecard.runtime.reference import TorchExecutor
-
-    check_device(compute.device)
-    loaded = load(model, replace(compute, device="cpu"))
-    return TorchExecutor(loaded, compute.device), loaded.tokenizer
-
-
 def stream(pieces: Iterator[Piece], quiet: bool) -> Result:
     """Print pieces as they come; returns the whole result."""
     result = None
@@ -456,10 +488,10 @@ def stream(pieces: Iterator[Piece], quiet: bool) -> Result:
     return result
 
 
-def finish(model: str, result: Result, json: bool) -> None:
+def finish(result: Result, facts: dict[str, Value], json: bool) -> None:
     """Speeds of the last answer, to standard error or as a report."""
     if json:
-        show(Report(result.rows(), environment(model=model), notes=(("text", result.text),)), True)
+        show(Report(result.rows(), environment(**facts), notes=(("text", result.text),)), True)
         return
     rate = result.decode_tokens_per_second
     say(
@@ -471,27 +503,6 @@ def finish(model: str, result: Result, json: bool) -> None:
 
 
 # Shared -------------------------------------------------------------------------------------------
-
-
-def load(model: str, compute: Compute) -> Model:
-    """A model in memory, its result folder verified against its manifest."""
-    from onecard.checkpoint.hub import find_model
-    from onecard.checkpoint.load import load_model
-
-    check_device(compute.device)
-    dtype = None if compute.dtype == "auto" else compute.dtype
-    return load_model(find_model(model), dtype, compute.device)
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is unknown or not here."""
-    import torch
-
-    kind = device.split(":", maxsplit=1)[0]
-    if kind not in ("cpu", "cuda"):
-        raise BadRequest(f"there is no device {device!r}", do=nearest(device, ("cpu", "cuda")))
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BadRequest("no CUDA device is available here", do="--device cpu")
 
 
 def show(found: Report, json: bool) -> None:

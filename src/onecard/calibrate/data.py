@@ -22,10 +22,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from onecard.checkpoint.text import check_vocabulary, read_text
 from onecard.checkpoint.tokenizer import LARGEST_TEXT, Tokenizer
 from onecard.core.errors import BadRequest
 
-SHIPPED = Path(__file__).parent.parent / "shipped"
 SMALL, LARGEST = 1 << 20, 1 << 30
 """Bytes of a calibration text up to which it is tokenized whole; beyond which it is refused."""
 
@@ -44,21 +44,6 @@ class Calibration:
     def __post_init__(self) -> None:
         if not 1 <= self.samples <= 1 << 20 or not 2 <= self.length <= 1 << 20:
             raise BadRequest(f"{self.samples} samples of {self.length} tokens were asked for")
-
-
-def read_text(path: Path | None, shipped: str = "calibration.txt") -> str:
-    """The text of a file, or the shipped one. BadRequest when it is missing or not text."""
-    path = path or SHIPPED / shipped
-    if not path.is_file():
-        raise BadRequest(f"there is no text file {path}")
-    if path.stat().st_size > 4 * LARGEST_TEXT:
-        raise BadRequest(
-            f"{path} is too large ({path.stat().st_size} bytes)", do="give a part of it"
-        )
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRequest(f"{path} is not UTF-8 text", seen=str(error)) from error
 
 
 def calibration_ids(
@@ -182,15 +167,6 @@ def _given(path: Path, vocab_size: int) -> Tensor:
             raise BadRequest(wrong, seen="an id is not a whole number from 0 on")
         check_vocabulary(row, vocab_size)
     return torch.tensor(rows, dtype=torch.int64)
-
-
-def check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
-    """The tokenizer belongs to the model: no id lies beyond its embedding."""
-    if ids and max(ids) >= vocab_size:
-        raise BadRequest(
-            f"the tokenizer gives the id {max(ids)}, the model knows {vocab_size} tokens",
-            do="is this the model's own tokenizer?",
-        )
 
 
 def digest(ids: Tensor | None) -> str:

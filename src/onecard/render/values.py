@@ -16,7 +16,7 @@ LABELS = {
     "decode_tokens_per_second": "decode", "prompt_tokens_per_second": "prompt reading",
     "bandwidth_share": "share of bandwidth", "operations_share": "share of operations",
     "peak_memory_bytes": "peak memory", "planned_peak_bytes": "planned peak memory",
-    "seconds": "time",
+    "seconds": "time", "time_to_first_token": "first token",
 }  # fmt: skip
 SHARES = {"top1_agreement", "accuracy", "accuracy_by_length", "bandwidth_share",
           "operations_share", "sparsity", "relative_output_error", "relative_weight_error"}  # fmt: skip

@@ -36,8 +36,8 @@ NO_MEMORY = -2
 
 @dataclass(frozen=True)
 class CpuSettings:
-    """How a model runs on a processor. `exact` names linears (by the end of their path, `down` say)
-    whose inputs stay float32; "all" names them all."""
+    """How a model runs on a processor. `exact` names linears (by the last words of their path, `down` or
+    `attention.o` say) whose inputs stay float32; "all" names them all."""
 
     threads: int | None = None  # None: one per usable core
     context: int | None = None  # positions in the pool; None: the model's, at most 4096
@@ -73,6 +73,7 @@ class CpuStepper:
         self.pages = -(-context // PAGE)
         self.weights = open_weights(source, self.threads, settings.head)
         self._kept: list[Any] = [self.weights]
+        self._check_names()
         self._model = self._described()
         self._native = cpu.library()
         self._engine = ctypes.c_void_p()
@@ -140,8 +141,8 @@ class CpuStepper:
             embed_scale=spec.embed_scale,
             positions=weights.vector("stem.positions"), learned=spec.learned_positions,
             position_offset=spec.position_offset,
-            project_in=self._matrix("stem.project"), project_out=self._matrix("tail.project"),
-            norm=weights.norm("tail.norm"), head=self._matrix("tail.head"),
+            project_in=self.matrix("stem.project"), project_out=self.matrix("tail.project"),
+            norm=weights.norm("tail.norm"), head=self.matrix("tail.head"),
             soft_cap=spec.final_soft_cap or 0.0,
         )  # fmt: skip
 
@@ -150,9 +151,17 @@ class CpuStepper:
         self._kept.append(array)
         return array
 
-    def _matrix(self, path: str) -> structs.Matrix:
+    def matrix(self, path: str) -> structs.Matrix:
+        """A linear as it runs; one without data where the model has none such."""
         exact = self.settings.exact
-        return self.weights.matrix(path, "all" in exact or path.endswith(exact))
+        return self.weights.matrix(path, "all" in exact or any(_is(path, name) for name in exact))
+
+    def _check_names(self) -> None:
+        paths = self.weights.linears()
+        for name in self.settings.exact:
+            if name != "all" and not any(_is(path, name) for path in paths):
+                known = {path.rpartition(".")[2] for path in paths}
+                raise BadRequest(f"the model has no linear {name!r}", do=nearest(name, known))
 
     def _rope(self, spec: Rope) -> structs.Rope:
         inverse, scale = rope.frequencies(spec, self.max_context, self.spec.max_context)
@@ -178,12 +187,12 @@ class CpuStepper:
             feed_forward_in=norm(f"{at}.norm_feed_forward_in"),
             feed_forward_out=norm(f"{at}.norm_feed_forward_out"),
             q_norm=norm(f"{at}.attention.q_norm"), k_norm=norm(f"{at}.attention.k_norm"),
-            **{name: self._matrix(f"{at}.attention.{name}") for name in "qkvo"},
+            **{name: self.matrix(f"{at}.attention.{name}") for name in "qkvo"},
             experts=experts.count if experts else 0,
             top=experts.top if experts else 0,
             renormalize=int(bool(experts and experts.renormalize)),
-            router=self._matrix(f"{at}.feed_forward.router"),
-            shared_gate=self._matrix(f"{at}.feed_forward.shared_gate"),
+            router=self.matrix(f"{at}.feed_forward.router"),
+            shared_gate=self.matrix(f"{at}.feed_forward.shared_gate"),
             shared=int(bool(experts and experts.shared_width)),
             mlps=self._array(structs.Mlp, mlps),
         )  # fmt: skip
@@ -192,8 +201,13 @@ class CpuStepper:
         width = f.width
         if name == "feed_forward.shared" and f.experts:
             width = f.experts.shared_width
-        parts = {part: self._matrix(f"{path}.{part}") for part in ("gate", "up", "down")}
+        parts = {part: self.matrix(f"{path}.{part}") for part in ("gate", "up", "down")}
         return structs.Mlp(width=width, activation=ACTIVATIONS[f.activation], **parts)
+
+
+def _is(path: str, name: str) -> bool:
+    """Whether a path ends in the words of a name."""
+    return f".{path}".endswith(f".{name}")
 
 
 class _Call:

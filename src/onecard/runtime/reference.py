@@ -10,19 +10,27 @@ ids it was opened for. The logits of a prompt's last token alone are computed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Self
 
 import numpy as np
 import torch
 
+from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest, FailedWork, nearest
 from onecard.kernels.reference import DTYPES, from_dense
 from onecard.nn.layers import Linear
 from onecard.nn.model import Model
 from onecard.nn.transformer import Cache, Transformer
 from onecard.runtime.sample import Logits
+from onecard.runtime.score import Scores
 
 COMPUTE = ("fp32", "bf16", "fp16")
+POSITIONS = 256
+"""Positions whose logits are made at once: a large vocabulary costs no memory."""
+SCORED_TOKENS = 2048
+"""Tokens that are run together, about."""
+
 
 
 class TorchExecutor:
@@ -88,6 +96,70 @@ class TorchSession:
                 do="shorten the prompt, ask for fewer tokens, or use a smaller format",
             ) from error
         return logits.astype(np.float32, copy=False)
+
+
+class TorchScorer:
+    """The network of a Model as a Scorer (score.py), on the device where it lies."""
+
+    def __init__(self, model: Model) -> None:
+        assert isinstance(model.tokenizer, Tokenizer)
+        self.network, self.tokenizer = model.network, model.tokenizer
+        self.vocab_size, self.max_context = model.spec.vocab_size, model.spec.max_context
+
+    def scores(
+        self, contexts: Sequence[Sequence[int]], firsts: Sequence[int], reference: Self | None = None
+    ) -> Iterator[tuple[int, Scores]]:
+        for group in _alike(contexts):
+            yield from self._scores(group, contexts, firsts, reference)
+
+    @torch.no_grad()
+    def _scores(
+        self, group: list[int], contexts: Sequence[Sequence[int]], firsts: Sequence[int],
+        reference: Self | None,
+    ) -> Iterator[tuple[int, Scores]]:  # fmt: skip
+        device = next(self.network.parameters()).device
+        ids = torch.tensor([list(contexts[i]) for i in group], device=device)  # [B, T]
+        h = self._hidden(ids)
+        theirs = None if reference is None else reference._hidden(ids)
+        for start in range(min(firsts[i] for i in group), ids.shape[1], POSITIONS):
+            end = min(start + POSITIONS, ids.shape[1])
+            targets = ids[:, start:end]
+            logp = torch.log_softmax(self.network.tail(h[:, start - 1 : end - 1]).float(), -1)
+            nats = -logp.gather(-1, targets[..., None])[..., 0]
+            top = logp.argmax(-1)
+            found = [nats.double(), top == targets]
+            if reference is not None and theirs is not None:
+                told = reference.network.tail(theirs[:, start - 1 : end - 1])
+                wanted = torch.log_softmax(told.float(), -1)
+                found += [(wanted.exp() * (wanted - logp)).sum(-1).double()]
+                found += [wanted.argmax(-1) == top]
+            columns = [each.cpu().numpy() for each in found]
+            for row, i in enumerate(group):
+                skip = max(0, firsts[i] - start)
+                if start + skip < end:
+                    yield i, Scores(*(column[row, skip:] for column in columns))
+
+    def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """The last hidden states [B, T - 1, hidden]; the last id is not read."""
+        h, context = self.network.start(ids[:, :-1])
+        for block in self.network.blocks:
+            h = block(h, context)
+        return h
+
+
+def _alike(contexts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Neighbours of equal length, about SCORED_TOKENS tokens together."""
+    group: list[int] = []
+    for i, context in enumerate(contexts):
+        if len(context) < 2:
+            continue
+        other = bool(group) and len(contexts[group[0]]) != len(context)
+        if group and (other or (len(group) + 1) * len(context) > SCORED_TOKENS):
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
 
 
 def _device(name: str) -> torch.device:

@@ -117,6 +117,10 @@ class Weights:
         inside = sum(data.size for _, data in self._parts.values())
         return inside + (0 if "stem.embedding" in self._parts else self._embedding.size)
 
+    def linears(self) -> dict[str, int]:
+        """Bytes of the matrix of every linear."""
+        return {p: data.size for p, (about, data) in self._parts.items() if about[0] != "array"}
+
     def matrix(self, path: str, exact: bool = False) -> Matrix:
         """The oc_matrix of a linear with its bias; one without data where the model has none such."""
         if path not in self._parts:

@@ -1,0 +1,193 @@
+"""From MODEL and flags to what runs: the native engine on a processor, or the network in torch.
+
+`opened` reads headers and the tokenizer; weights are laid out or loaded when it is known what for: a
+`runner` for so many positions of keys and values, or a `scorer` for contexts of so many. Nothing here
+imports torch unless the reference engine is asked for. Flags that the chosen engine does not know are
+refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+
+from cyclopts import Parameter
+
+from onecard.checkpoint.tokenizer import Tokenizer
+from onecard.core.errors import BadRequest, nearest
+from onecard.core.report import Value
+
+if TYPE_CHECKING:
+    from onecard.nn.model import Model
+    from onecard.runtime.cpu import CpuSettings, CpuStepper
+    from onecard.runtime.engine import Runner
+    from onecard.runtime.score import Scorer
+
+DEVICES = ("cpu", "cuda")
+CONTEXT = 8192
+"""Positions of a conversation, at most, unless --context says otherwise."""
+LONGEST = 32768
+"""Ids of a text that is read, at most, unless --context says otherwise."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Compute:
+    """What runs a model."""
+
+    engine: Annotated[
+        Literal["auto", "native", "reference"],
+        Parameter(help="native kernels, or plain torch (auto: native on a CPU)"),
+    ] = "auto"
+    device: Annotated[str, Parameter(help="cpu, cuda or cuda:N")] = "cpu"
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        Parameter(help="reference engine: what to compute in (auto: as stored)"),
+    ] = "auto"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Native:
+    """How the native engine runs it."""
+
+    threads: Annotated[int | None, Parameter(help="threads (none: one per usable core)")] = None
+    context: Annotated[
+        int | None, Parameter(help="positions that there is memory for (none: as many as needed)")
+    ] = None
+    cache: Annotated[
+        Literal["fp16", "bf16", "int8"], Parameter(help="how keys and values are held")
+    ] = "fp16"
+    head: Annotated[
+        Literal["int8", "stored"], Parameter(help="a dense head rounded to int8, or as it is stored")
+    ] = "int8"
+    exact: Annotated[
+        tuple[str, ...],
+        Parameter(help="linears whose inputs are not rounded to int8, `down,attention.o` say; or all"),
+    ] = ()
+
+    def settings(self, context: int | None = None) -> CpuSettings:
+        """For so many positions, unless the flags say otherwise."""
+        from onecard.runtime.cpu import CpuSettings
+
+        exact = tuple(name for names in self.exact for name in names.split(",") if name)
+        return CpuSettings(threads=self.threads, context=self.context or context, cache=self.cache,
+                           head=self.head, exact=exact)  # fmt: skip
+
+
+USUAL, AS_STORED = Native(), Compute()
+
+
+def is_native(compute: Compute, native: Native) -> bool:
+    """Whether the native engine is meant. BadRequest for flags that do not go together."""
+    kind = compute.device.split(":", maxsplit=1)[0]
+    if kind not in DEVICES:
+        raise BadRequest(
+            f"there is no device {compute.device!r}", do=nearest(compute.device, DEVICES)
+        )
+    chosen = compute.engine == "native" or (compute.engine == "auto" and kind == "cpu")
+    if chosen and kind != "cpu":
+        raise BadRequest("the native engine runs on a CPU", do="--engine reference, or no --device")
+    if chosen and compute.dtype != AS_STORED.dtype:
+        raise BadRequest("--dtype is for the reference engine", do="--engine reference")
+    for name, value in asdict(native).items():
+        if not chosen and name != "threads" and value != getattr(USUAL, name):
+            raise BadRequest(f"--{name} is for the native engine", do="--engine native")
+    return chosen
+
+
+def opened(model: str, compute: Compute = AS_STORED, native: Native = USUAL) -> Opened:
+    """A model's headers and tokenizer, checked; its weights are read by what is asked of it."""
+    if is_native(compute, native):
+        return OnCpu(model, native)
+    return InTorch(model, compute, native.threads)
+
+
+class Opened(Protocol):
+    """A model that can be made to run."""
+
+    tokenizer: Tokenizer
+
+    def runner(self, positions: int | None = None) -> Runner:
+        """What generates; with memory for so many ids (None: a conversation)."""
+
+    def scorer(self, longest: int | None = None) -> Scorer:
+        """What reads contexts of so many ids (None: of the model's own size)."""
+
+    def facts(self) -> dict[str, Value]:
+        """What a number must be read with."""
+
+
+class OnCpu:
+    """Runs on this processor, without torch."""
+
+    def __init__(self, model: str, flags: Native) -> None:
+        from onecard.checkpoint.source import Source
+
+        self.flags, self.source = flags, Source(model)
+        self.tokenizer = self.source.tokenizer()
+
+    def open(self, positions: int) -> CpuStepper:
+        from onecard.runtime.cpu import CpuStepper
+
+        positions = min(positions, self.source.spec.max_context)
+        return CpuStepper(self.source, self.flags.settings(positions))
+
+    def runner(self, positions: int | None = None) -> Runner:
+        from onecard.runtime.scheduler import Engine, Limits
+
+        limits = Limits(chunk=Limits().tokens)  # nobody else waits for the rest of a step
+        return Engine(self.open(positions or CONTEXT), self.tokenizer, limits)
+
+    def scorer(self, longest: int | None = None) -> Scorer:
+        from onecard.runtime.score import NativeScorer
+
+        return NativeScorer(self.open(longest or LONGEST), self.tokenizer)
+
+    def facts(self) -> dict[str, Value]:
+        from onecard.core.device import usable_cores
+        from onecard.kernels import cpu
+
+        f = self.flags
+        inputs = "int8" + (f" but for {','.join(f.exact)}" if f.exact else "")
+        return {"engine": f"native {cpu.isa()}", "threads": f.threads or usable_cores(),
+                "inputs": inputs, "cache": f.cache, "head": f.head}  # fmt: skip
+
+
+class InTorch:
+    """Runs in torch, on a processor or a card."""
+
+    def __init__(self, model: str, compute: Compute, threads: int | None) -> None:
+        import torch
+
+        from onecard.checkpoint.source import Source
+
+        self.compute = compute
+        if compute.device != "cpu" and not torch.cuda.is_available():
+            raise BadRequest("no CUDA device is available here", do="--device cpu")
+        if threads is not None:
+            if threads < 1:
+                raise BadRequest(f"threads is {threads}", do="1 or more is possible")
+            torch.set_num_threads(threads)
+        self.source = Source(model)
+        self.tokenizer = self.source.tokenizer()
+
+    def load(self, device: str) -> Model:
+        """The model in memory, its result folder verified against its manifest."""
+        from onecard.checkpoint.load import load_model
+
+        dtype = None if self.compute.dtype == "auto" else self.compute.dtype
+        return load_model(self.source.folder, dtype, device)
+
+    def runner(self, positions: int | None = None) -> Runner:
+        from onecard.runtime.reference import TorchExecutor
+
+        return TorchExecutor(self.load("cpu"), self.compute.device)
+
+    def scorer(self, longest: int | None = None) -> Scorer:
+        from onecard.runtime.reference import TorchScorer
+
+        return TorchScorer(self.load(self.compute.device))
+
+    def facts(self) -> dict[str, Value]:
+        return {"engine": f"reference {self.compute.device}", "dtype": self.compute.dtype}
