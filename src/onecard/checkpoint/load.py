@@ -194,7 +194,8 @@ def _merged(together: list[tuple[nn.Module, Place]]) -> dict[str, Tensor]:
 def as_array(tensor: Tensor) -> Array:
     """A tensor as (dtype, shape, bytes) without a copy where it is contiguous."""
     tensor = tensor.detach().cpu().contiguous()
-    data = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # one number is contiguous with any stride
+    data = flat.view(torch.uint8).numpy() if tensor.numel() else b""
     return NAMES[tensor.dtype], tuple(tensor.shape), data
 
 
