@@ -4,8 +4,10 @@
 
 Makes the checkpoint (random weights, make_llama.py) unless one is given. Rounding to int4 under 2 GiB is
 timed beside copying the same file, A B A B in one run, and the ratio's median is printed with its
-spread; GPTQ int4 runs once under 3 GiB. Peak memory is the child's own maximum resident set. `--check`
-ends with an error where a figure misses what docs/performance.md promises.
+spread: once into the page cache, as both leave their files, and once until the files are on the disk
+(fsync). `busy_elsewhere` says how many cores other processes kept busy meanwhile (Linux): above 0.1 the
+seconds are of little use. GPTQ int4 runs once under 3 GiB. Peak memory is the child's own maximum
+resident set. `--check` ends with an error where a figure misses what docs/performance.md promises.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -43,33 +46,63 @@ def onecard(*words: object) -> list[str]:
     return [sys.executable, "-m", "onecard", *map(str, words)]
 
 
-def copying(model: Path, work: Path) -> float:
-    """Seconds to copy the weights file."""
+def copying(model: Path, work: Path) -> tuple[float, float]:
+    """Seconds to copy the weights file, and to get the copy onto the disk as well."""
     start = time.perf_counter()
     shutil.copyfile(model / "model.safetensors", work / "copy")
     seconds = time.perf_counter() - start
+    on_disk = seconds + flushing([work / "copy"])
     (work / "copy").unlink()
-    return seconds
+    return seconds, on_disk
+
+
+def flushing(files: Iterable[Path]) -> float:
+    """Seconds until files are on the disk."""
+    start = time.perf_counter()
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+def busy_seconds() -> float:
+    """Processor seconds that all processes have used since the machine started; 0 if unknown."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return 0.0
+    user, nice, system, *_ = map(int, stat.read_text().split("\n", 1)[0].split()[1:])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """Processor seconds of this process and of its children that ended."""
+    return sum(os.times()[:4])
 
 
 def rounding(model: Path, work: Path) -> dict[str, float]:
     """Round-to-nearest int4 under 2 GiB against copying, interleaved."""
-    ratios, seconds, peaks = [], [], []
+    ratios, ratios_on_disk, seconds, peaks = [], [], [], []
+    began, busy, own = time.perf_counter(), busy_seconds(), own_seconds()
     for _ in range(ROUNDS):
-        copied = copying(model, work)
+        copied, copied_on_disk = copying(model, work)
         took, peak = measured(
             onecard("compress", model, work / "rtn", "--recipe", "rtn-int4", "--memory", "2GiB")
         )
+        took_on_disk = took + flushing((work / "rtn").iterdir())
         shutil.rmtree(work / "rtn")
         ratios.append(copied / took)
+        ratios_on_disk.append(copied_on_disk / took_on_disk)
         seconds.append(took)
         peaks.append(peak)
+    elsewhere = busy_seconds() - busy - (own_seconds() - own)
     return {
         "rtn_seconds": statistics.median(seconds),
         "rtn_speed_of_copy": statistics.median(ratios),
         "rtn_speed_of_copy_least": min(ratios),
         "rtn_speed_of_copy_most": max(ratios),
+        "rtn_speed_of_copy_on_disk": statistics.median(ratios_on_disk),
         "rtn_peak_bytes": max(peaks),
+        "busy_elsewhere": max(elsewhere, 0) / (time.perf_counter() - began),
     }
 
 

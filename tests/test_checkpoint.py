@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from onecard.checkpoint import save
 from onecard.checkpoint.load import Source, load_model, verify
-from onecard.checkpoint.shards import Checkpoint, read_header, write_file
+from onecard.checkpoint.shards import Buffers, Checkpoint, read_header, write_file
 from onecard.core.errors import BadRequest
 from onecard.passes import Prune, RoundToNearest
 from onecard.passes.base import Recipe
@@ -166,3 +166,16 @@ def test_everything_is_carried_over(tiny: Path, tmp_path: Path) -> None:
     assert {"model.safetensors", "config.json", "recipe.yaml"} <= manifest["files"].keys()
     assert manifest["source"].keys() == {"model.safetensors", "config.json"}
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_buffers_are_used_again_only_when_nobody_refers_to_them() -> None:
+    buffers = Buffers()
+    first = buffers.empty(64)
+    place = first.ctypes.data
+    tensor = torch.frombuffer(first.data, dtype=torch.bfloat16)[8:]
+    del first
+    second = buffers.empty(64)
+    assert second.ctypes.data != place
+    del tensor
+    assert buffers.empty(64).ctypes.data == place
+    assert buffers.empty(32).size == 32

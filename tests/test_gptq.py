@@ -159,12 +159,12 @@ def test_impossible_hessians_are_refused(bad: str) -> None:
     else:
         h[0, 1] = h[1, 0] = 5
     with pytest.raises(FailedWork):
-        factor(h, 0.01)
+        factor(h, 0.01, torch.arange(h.shape[0]))
 
 
 def test_factor_is_a_square_root() -> None:
     _, h = problem()
-    r, dead = factor(h, 0.05)
+    r, dead = factor(h, 0.05, torch.arange(h.shape[0]))
     damped = h + torch.eye(64) * 0.05 * h.diagonal().mean()
     assert torch.allclose(r @ r.T, damped, rtol=1e-4, atol=1e-3) and not dead.any()
     assert torch.equal(r, r.triu())

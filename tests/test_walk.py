@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from conftest import make_llama
 
 from onecard.calibrate.data import Calibration
 from onecard.calibrate.stats import HESSIAN
@@ -15,6 +18,7 @@ from onecard.calibrate.walk import compress_block, walk
 from onecard.checkpoint.load import load_model
 from onecard.checkpoint.save import save_model
 from onecard.core.errors import BadRequest
+from onecard.core.report import Report
 from onecard.core.spec import sites
 from onecard.passes import GPTQ, Prune, RoundToNearest
 from onecard.passes.base import Recipe
@@ -180,3 +184,16 @@ def test_report_rows_are_json(tiny: Path, tmp_path: Path) -> None:
     again = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {row["what"] for row in again["rows"]} >= {"file_bytes", "bits_per_weight", "format"}
     assert report.value("file_bytes") == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("recipe", ["rtn-int4", "gptq-int4", "magnitude-50"])
+def test_peak_is_what_was_planned(tmp_path: Path, recipe: str) -> None:
+    """A process of its own stays under its plan, and the plan is no mere upper bound."""
+    model = make_llama(tmp_path / "model", hidden_size=1024, intermediate_size=2816)
+    command = [sys.executable, "-m", "onecard", "compress", str(model), str(tmp_path / "out"),
+               "--recipe", recipe, "--samples", "16", "--length", "128", "--no-prove", "--json"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, check=True)
+    report = Report.from_json(done.stdout.decode())
+    planned = float(report.value("planned_peak_bytes"))  # type: ignore[arg-type]
+    peak = float(report.value("peak_memory_bytes"))  # type: ignore[arg-type]
+    assert peak <= planned <= 1.25 * peak

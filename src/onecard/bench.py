@@ -268,6 +268,7 @@ def bench(
 
 def _best(one: Device, other: Device) -> Device:
     """The faster of two measurements of a machine: a roof is the most that it gives."""
+
     def best(a: tuple[tuple[object, float], ...], b: tuple[tuple[object, float], ...]) -> tuple:  # type: ignore[type-arg]
         return tuple((key, max(value, dict(b).get(key, 0.0))) for key, value in a)
 
@@ -323,7 +324,9 @@ def _needed(timed: Timed, case: Case, device: Device) -> float | None:
 def _ratio(where: str, base: list[float], mine: list[float]) -> Iterator[Row]:
     """How much faster, turn by turn."""
     ratios = sorted(b / a for a, b in zip(mine, base, strict=True))
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    low, _, high = (
+        statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    )
     yield Row(where, "speed_ratio", statistics.median(ratios))
     yield Row(where, "speed_ratio_low", low)
     yield Row(where, "speed_ratio_high", high)
@@ -374,14 +377,20 @@ def _limit(variant: Variant, case: Case, device: Device) -> str:
         if size < cache and reached > 0.5 * most:
             return f"{work} fit into the cache of {format_size(cache)}: {reached:.0f} tokens/s are not held by memory"
     share = reached / most
-    verdict = "the limit" if share >= NEAR else "not the limit: threads that wait, attention, small matrices"
+    verdict = (
+        "the limit"
+        if share >= NEAR
+        else "not the limit: threads that wait, attention, small matrices"
+    )
     return f"{work} at {roof} allow {most:.0f} tokens/s; {reached:.0f} are {100 * share:.0f} % of it, {verdict}"
 
 
 # One model, asked line by line --------------------------------------------------------------------
 
 
-def serve(model: str, settings: CpuSettings, lines: IO[str] = sys.stdin, out: IO[str] = sys.stdout) -> None:
+def serve(
+    model: str, settings: CpuSettings, lines: IO[str] = sys.stdin, out: IO[str] = sys.stdout
+) -> None:
     """Measures on request, until the lines end: `prompt 512` or `decode 128` gives one line of JSON.
 
         ready

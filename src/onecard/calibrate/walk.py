@@ -13,6 +13,7 @@ the hidden states, for about twice the time and the same numbers.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -124,12 +125,21 @@ def compress_block(
             assert name == site.name, f"the block reached {name}, expected {site.name}"
             if needs:
                 stats.add(x)
+            if i % 8 == 7 or i == len(hidden) - 1:
+                give_back()
         reached = Reached(f"blocks.{block.index}", site.name, linears, stats, blocks.stored)
         for p in passes:
             rows += p.site(reached)
     if replay:
         return [block(h, c) for h, c in zip(hidden, contexts, strict=True)]
     return [_finish(run) for run in runs]
+
+
+def give_back() -> None:
+    """Free heap memory goes back to the system at once; glibc would keep hundreds of MiB of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _context(spec: Spec, h: Tensor) -> Context:
@@ -168,25 +178,32 @@ def peak_bytes(
     `element` is the bytes of a number in the compute dtype; `site_bytes(rows, columns)` is what the
     passes hold while they work on a site of linears [rows, columns].
     """
-    tokens = 0 if ids is None or not needs else ids.numel()
+    tokens = batch = 0
+    if ids is not None and needs:
+        tokens, batch = ids.numel(), min(ids.numel(), max(TOKENS_PER_BATCH, ids.shape[1]))
     worst = 0
     for layer in set(spec.layers):
         shapes = linear_shapes(spec, layer)
         block = weight_count(spec, layer) * element
+        running = batch * 4 * (layer.feed_forward.width + spec.hidden) * 4
+        rope = 4 * layer.attention.rope.dims if layer.attention.rope else 0  # cos and sin, float32
         for site in sites(layer):
             rows = sum(shapes[name][0] for name in site.linears)
             columns = shapes[site.linears[0]][1]
-            held = _suspended(spec, layer) if not replay else 2 * spec.hidden
+            held = _suspended(spec, layer, site.name) if not replay else 2 * spec.hidden
             stats = columns * columns * 4 if HESSIAN in needs else 4 * columns
-            worst = max(worst, block + stats + site_bytes(rows, columns) + tokens * held * element)
-    batch = min(tokens, 2 * TOKENS_PER_BATCH)
-    scratch = batch * max(2 * f.feed_forward.width + 4 * spec.hidden for f in spec.layers) * 4
-    return worst + scratch
+            working = max(site_bytes(rows, columns), running)
+            worst = max(worst, block + stats + tokens * (held * element + rope) + working)
+    return worst
 
 
-def _suspended(spec: Spec, layer: LayerSpec) -> int:
-    """Numbers per token that a suspended block keeps at most: hidden states and one wide input."""
+def _suspended(spec: Spec, layer: LayerSpec, site: str) -> int:
+    """Numbers per token that a block holds while it is suspended at a site."""
     a, f = layer.attention, layer.feed_forward
-    attention = 2 * spec.hidden + a.num_heads * a.head_dim
-    wide = f.width * (f.experts.top if f.experts else 1)
-    return max(attention, 3 * spec.hidden + wide)
+    if site == "attention.in":
+        return 2 * spec.hidden
+    if site == "attention.out":
+        return 2 * spec.hidden + 2 * a.head_dim * (a.num_heads + a.num_kv_heads)
+    routed, shared = (2, f.experts.shared_width) if f.experts else (0, 0)
+    wide = max(f.width, shared) if site.endswith(".out") else 0
+    return (4 + routed) * spec.hidden + wide

@@ -13,7 +13,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = _files(folder)
+        self.empty: Callable[[int], Bytes] = fresh  # where the bytes that are read go
         self.entries: dict[str, Entry] = {}
         for path in self.files:
             for name, entry in read_header(path).items():
@@ -129,13 +132,38 @@ class Checkpoint:
     def read(self, name: str) -> tuple[Entry, Bytes]:
         """The raw bytes of a tensor."""
         entry = self.entries[name]
-        return entry, pread(entry.path, entry.begin, entry.nbytes)
+        return entry, pread(entry.path, entry.begin, self.empty(entry.nbytes))
 
 
-def pread(path: Path, offset: int, count: int) -> Bytes:
-    """`count` bytes from `offset`; a short file is an error, never a short answer."""
-    data = np.empty(count, np.uint8)  # a bytearray would be zeroed first
-    view, done = data.data, 0
+def fresh(count: int) -> Bytes:
+    """Memory for `count` bytes."""
+    return np.empty(count, np.uint8)  # a bytearray would be zeroed first
+
+
+class Buffers:
+    """Memory for tensors that come and go in the same sizes: what nobody refers to is used again.
+
+    Touching fresh pages takes longer than copying a tensor into them. For one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._held: defaultdict[int, list[Bytes]] = defaultdict(list)
+        alone = [fresh(0)]
+        self._idle = sys.getrefcount(alone[0])
+
+    def empty(self, count: int) -> Bytes:
+        """`count` bytes, taken until the array and all that shares its memory is gone."""
+        held = self._held[count]
+        for i in range(len(held)):
+            if sys.getrefcount(held[i]) == self._idle:
+                return held[i][:]
+        held.append(fresh(count))
+        return held[-1][:]
+
+
+def pread(path: Path, offset: int, data: Bytes) -> Bytes:
+    """Fills `data` from `offset` on; a short file is an error, never a short answer."""
+    view, done, count = data.data, 0, data.size
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         while done < count:
@@ -203,7 +231,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 Array = tuple[str, tuple[int, ...], Any]
-"""(dtype name, shape, bytes-like or the Entry to copy from) of one tensor on its way to a file."""
+"""(dtype name, shape, bytes-like, an iterator of them, or the Entry to copy from) of one tensor on its
+way to a file."""
 
 
 def header_of(arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
@@ -231,6 +260,8 @@ def write_file(path: Path, arrays: Mapping[str, Array]) -> str:
             data = arrays[name][2]
             if isinstance(data, Entry):
                 yield from copy_range(data)
+            elif isinstance(data, Iterator):
+                yield from data
             else:
                 yield data
 
@@ -256,9 +287,10 @@ def write_chunks(path: Path, chunks: Iterable[Any]) -> str:
 
 
 def copy_range(entry: Entry, chunk: int = 8 << 20) -> Iterable[Bytes]:
-    """The bytes of a tensor in pieces, for copying without holding it."""
+    """The bytes of a tensor in pieces, for copying without holding it; each takes the last's place."""
+    data = fresh(min(chunk, entry.nbytes))
     for offset in range(entry.begin, entry.end, chunk):
-        yield pread(entry.path, offset, min(chunk, entry.end - offset))
+        yield pread(entry.path, offset, data[: entry.end - offset])
 
 
 def sha256_of(path: Path) -> str:

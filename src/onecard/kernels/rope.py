@@ -18,7 +18,7 @@ def frequencies(rope: Rope, length: int, max_context: int) -> tuple[Floats, floa
     The kinds are those of `kernels/reference.py`'s rope_frequencies.
     """
     exponent = np.arange(0, rope.dims, 2, dtype=np.float32) / np.float32(rope.dims)
-    inverse = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
+    inverse: Floats = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
     factor = rope.factor("factor") or 1.0
     context = rope.original_context or max_context
     scale = 1.0
@@ -30,7 +30,7 @@ def frequencies(rope: Rope, length: int, max_context: int) -> tuple[Floats, floa
         case "dynamic":
             stretch = factor * max(length, max_context) / max_context - (factor - 1)
             theta = rope.theta * stretch ** (rope.dims / (rope.dims - 2))
-            inverse = 1.0 / np.float32(theta) ** exponent
+            inverse = np.float32(1.0) / np.float32(theta) ** exponent
         case "llama3":
             low, high = rope.factor("low_freq_factor"), rope.factor("high_freq_factor")
             smooth = ((context * inverse / (2 * math.pi) - low) / (high - low)).clip(0, 1)

@@ -19,8 +19,9 @@ A column without any input (H_jj = 0), and an expert that saw no token, is round
 weight that is exactly zero in a pruned matrix stays zero, and its absence is made good like any error
 (SparseGPT's reconstruction, arXiv 2301.00774).
 
-Memory: W, d in float32 and codes in int8, R and H: 9 rows * in + 8 in^2 bytes. Time: rows * in^2 for
-the products and in^3 / 3 for the factor.
+Memory: H and R, W twice, d, codes and what a panel leaves behind: 20 rows * in + 8 in^2 bytes; while
+factoring H, its reordered copy and R: 4 rows * in + 12 in^2. Time: rows * in^2 for the products and
+in^3 / 3 for the factor.
 
 Frantar et al., GPTQ, arXiv 2210.17323.
 """
@@ -112,8 +113,9 @@ class GPTQ(BlockPass):
         check_groups(self.format_of(128), spec, self.group != AUTO)
 
     def site_bytes(self, rows: int, columns: int) -> int:
-        searching = 4 * 4 * SEARCH_ROWS * columns if self.search else 0
-        return 15 * rows * columns + 12 * columns * columns + searching
+        searching = 0 if convert.native() else 16 * SEARCH_ROWS * columns
+        factoring = 4 * rows * columns + 12 * columns * columns
+        return max(factoring, 20 * rows * columns + 8 * columns * columns + searching)
 
     def site(self, site: Reached) -> Iterator[Row]:
         linears = list(site.linears.values())
@@ -154,12 +156,12 @@ def _share(loss: Tensor, power: Tensor) -> float:
     return float(loss.sum() / power.sum().clamp(min=1e-30))
 
 
-def factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
-    """R upper triangular with H + damping = R R^T, and which columns had no input.
+def factor(hessian: Tensor, damp: float, order: Tensor) -> tuple[Tensor, Tensor]:
+    """R upper triangular with H + damping = R R^T, and which columns had no input, in the given order.
 
     FailedWork when H is not finite or not positive definite even with ten times the damping.
     """
-    diagonal = hessian.diagonal()
+    diagonal, back = hessian.diagonal()[order], order.flip(0)
     if not bool(torch.isfinite(hessian.sum())) or bool((diagonal < 0).any()):
         raise FailedWork(
             "the Hessian of the inputs is not a sum of squares", do="check the weights"
@@ -167,10 +169,11 @@ def factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     dead = diagonal == 0
     level = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     for strength in (damp, max(10 * damp, 0.01)):
-        h = hessian.flip(0, 1)
+        h = hessian[back[:, None], back]
         h.diagonal().add_(strength * level)
         h.diagonal()[dead.flip(0)] = level
         lower, failed = torch.linalg.cholesky_ex(h)
+        del h
         if not int(failed):
             return lower.flip(0, 1), dead
     raise FailedWork(
@@ -187,7 +190,7 @@ def solve(w: Tensor, hessian: Tensor, format: Format, rounding: Rounding) -> Sol
     order = torch.arange(columns)
     if rounding.order == "activation":
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    r, _ = factor(hessian[order[:, None], order], rounding.damp)
+    r, _ = factor(hessian, rounding.damp, order)
     target = w.T.contiguous()[order]  # [in, rows]; every column of W is a row from here on
     keep = target != 0
     pruned = int(torch.count_nonzero(keep)) < (1 - PRUNED_SHARE) * keep.numel()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from onecard import __version__
 from onecard.calibrate.data import Calibration, calibration_ids, digest
 from onecard.calibrate.walk import Progress, batches, peak_bytes, walk, weight_count
 from onecard.checkpoint.journal import Journal, check_space, check_target, fingerprint
-from onecard.checkpoint.load import as_array, read, stored_arrays
+from onecard.checkpoint.load import as_array, is_finite, read, stored_arrays
 from onecard.checkpoint.load import block as read_block
 from onecard.checkpoint.load import stem as read_stem
 from onecard.checkpoint.save import (
@@ -34,7 +34,17 @@ from onecard.checkpoint.save import (
     config_with,
     source_hashes,
 )
-from onecard.checkpoint.shards import Array, Checkpoint, pread, read_header, read_json
+from onecard.checkpoint.shards import (
+    Array,
+    Buffers,
+    Bytes,
+    Checkpoint,
+    copy_range,
+    fresh,
+    pread,
+    read_header,
+    read_json,
+)
 from onecard.checkpoint.source import MANIFEST, Source, verify
 from onecard.core.device import resident, resident_peak
 from onecard.core.errors import BadRequest
@@ -48,9 +58,9 @@ from onecard.nn.transformer import Block, positions_of
 from onecard.passes import to_yaml
 from onecard.passes.base import Recipe
 
-SLACK = 256 << 20
+SLACK, LIBRARIES = 32 << 20, 64 << 20
+"""Allowance for the allocator, and for what matrix libraries keep once they have run."""
 SMALL_FILES = 4 << 20
-"""Allowance for the allocator and library scratch on top of what is counted."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,8 @@ class StreamedBlocks:
         self.spec, self.stored = source.spec, source.dtype
         self._aside = ThreadPoolExecutor(1)
         self._next: tuple[int, Future[Block]] | None = None
+        if dtype is None:
+            source.checkpoint.empty = Buffers().empty
 
     def load(self, index: int) -> Block:
         """Block `index`; where blocks are not run, the next one is read meanwhile."""
@@ -213,8 +225,15 @@ def make_plan(source: Source, recipe: Recipe, settings: Settings, ids: Tensor | 
 
     def peak(replay: bool) -> int:
         walking = peak_bytes(spec, ids, recipe.needs, element, replay, site_bytes)
-        ahead = 0 if recipe.needs else linears // spec.num_layers  # the block being read meanwhile
-        return max(resident_peak(), base + SLACK + max(walking + ahead, stem + state, largest))
+        if recipe.needs:
+            return max(
+                resident_peak(), base + SLACK + LIBRARIES + max(walking, stem + state, largest)
+            )
+        aside = max(  # the block being read meanwhile, and what the finished one becomes
+            weight_count(spec, layer) * stored + recipe.output_bytes(spec, layer, source.dtype)
+            for layer in set(spec.layers)
+        )
+        return max(resident_peak(), base + SLACK + walking + aside)
 
     replay = (
         settings.memory is not None
@@ -277,7 +296,12 @@ class Prepared:
     plan: Plan
 
     def key(self) -> dict[str, Any]:
-        """What decides the result: another key is another job."""
+        """What decides the result: another key is another job.
+
+        The number of threads does where blocks are run: the native kernels give the same bits for any,
+        but torch's matrix products cut their sums by it (the shipped model by gptq-int4 differs between
+        one thread and two).
+        """
         return {
             "onecard": __version__,
             "source": fingerprint(self.source.checkpoint),
@@ -373,9 +397,17 @@ def copy_outer(source: Source, journal: Journal, part: str) -> None:
     for name in outer_names(source, part):
         entry = source.checkpoint.entries[name]
         if not (part == "tail" and source.spec.tied and _is_embedding(source, name)):
-            arrays[name] = (entry.dtype, entry.shape, entry)
-    require_finite(source, list(arrays))
+            arrays[name] = (entry.dtype, entry.shape, _checked(source, name))
     journal.add(part, arrays, [])
+
+
+def _checked(source: Source, name: str) -> Iterator[Bytes]:
+    """A tensor's bytes for copying. BadRequest where a value is NaN or infinite."""
+    entry = source.checkpoint.entries[name]
+    for piece in copy_range(entry):
+        if not is_finite(torch.frombuffer(piece, dtype=DTYPES[entry.dtype])):
+            read(source, name)  # says how many
+        yield piece
 
 
 def _is_embedding(source: Source, name: str) -> bool:
@@ -389,10 +421,8 @@ def _hidden(job: Prepared, journal: Journal, dtype: torch.dtype | None) -> list[
     path = journal.state()
     if path is not None:
         entries = read_header(path)
-        return [
-            torch.frombuffer(pread(e.path, e.begin, e.nbytes), dtype=DTYPES[e.dtype]).view(e.shape)
-            for _, e in sorted(entries.items())
-        ]
+        found = ((e, pread(e.path, e.begin, fresh(e.nbytes))) for _, e in sorted(entries.items()))
+        return [torch.frombuffer(data, dtype=DTYPES[e.dtype]).view(e.shape) for e, data in found]
     stem = read_stem(job.source, dtype)
     with torch.no_grad():
         return [stem(b, positions_of(b, None, 0)) for b in batches(job.ids)]

@@ -67,7 +67,7 @@ class RoundToNearest(BlockPass):
             yield Row(f"{site.block}.{name}", "format", format.name)
 
     def site_bytes(self, rows: int, columns: int) -> int:
-        return 2 * rows * columns
+        return 0 if convert.native() else 20 * rows * columns
 
 
 def round_weight(w: Tensor, format: Format, where: str = "a weight") -> Weight:

@@ -146,7 +146,7 @@ class CpuStepper:
             soft_cap=spec.final_soft_cap or 0.0,
         )  # fmt: skip
 
-    def _array(self, kind: type, items: list[Any]) -> Any:
+    def _array(self, kind: type[ctypes.Structure], items: list[Any]) -> Any:
         array = (kind * max(1, len(items)))(*items)
         self._kept.append(array)
         return array
