@@ -105,12 +105,16 @@ def peer(name: str, script: str, *options: str, like: str | None = None, **more:
     )
 
 
+def ours(name: str, group: int) -> Engine:
+    script = HERE / "cpu_onecard.py"
+    made = ("{python}", script, "prepare", "{checkpoint}", "{model}", "--group", str(group))
+    serve = ("{python}", "-m", "onecard", "bench", "{model}", "--serve", "--threads", "{threads}")
+    return Engine(name, serve, model=name, prepare=made)
+
+
 ENGINES = (
-    Engine(
-        "onecard",
-        ("{python}", "-m", "onecard", "bench", "{checkpoint}", "--serve", "--threads", "{threads}"),
-        default=False,  # until the command exists
-    ),
+    ours("onecard", 128),
+    ours("onecard-g32", 32),
     peer("llamacpp", "cpu_llamacpp.py"),
     peer("llamacpp-noamx", "cpu_llamacpp.py", "--build", "noamx", like="llamacpp"),
     peer("openvino", "cpu_openvino.py"),
