@@ -4,6 +4,7 @@ a query's bits do not depend on chunks, batches or threads."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -184,7 +185,7 @@ def test_chunks_batches_and_threads(
     whole = alone(heads, dtype, request)
     # Chunks, each of which has all before it as its past.
     cuts = [0, 1, 2, 33, 64, 100, 255, 256, 400, 511, 590]
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in itertools.pairwise(cuts):
         chunk = alone(heads, dtype, tuple(x[:end] for x in request), begin)
         assert same(chunk, whole[begin:end]), (begin, end)
     # One at a time, all in one batch with chunks of other requests, on several threads.

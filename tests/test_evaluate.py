@@ -20,7 +20,16 @@ from hypothesis import strategies as st
 from onecard.checkpoint.load import load_model
 from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest
-from onecard.evaluate import Reading, choose, cut, evaluate, log_likelihood, log_likelihoods, read_questions, split
+from onecard.evaluate import (
+    Reading,
+    choose,
+    cut,
+    evaluate,
+    log_likelihood,
+    log_likelihoods,
+    read_questions,
+    split,
+)
 from onecard.nn.model import Model
 from onecard.runtime.cpu import CpuSettings, CpuStepper
 from onecard.runtime.reference import TorchScorer
@@ -40,7 +49,9 @@ def scorer(model: Model) -> TorchScorer:
 def test_stories_on_tinystories(stories: Path, data: Path) -> None:
     """1.296 nats per token on the first 60 documents: the published figure of the checkpoint."""
     text = (data / "tinystories" / "tinystories_sample_2MiB.txt").read_text()
-    found = evaluate(TorchScorer(load_model(stories)), text, Reading(documents="<|endoftext|>", limit=60))
+    found = evaluate(
+        TorchScorer(load_model(stories)), text, Reading(documents="<|endoftext|>", limit=60)
+    )
     assert found.value("nats_per_token") == pytest.approx(1.296, abs=0.0005)
     assert found.value("perplexity") == pytest.approx(math.exp(1.296), rel=1e-3)
 
@@ -320,7 +331,10 @@ def test_native_perplexity_is_torchs(stories: Path, data: Path) -> None:
     text = (data / "tinystories" / "tinystories_sample_2MiB.txt").read_text()
     reading, model = Reading(documents="<|endoftext|>", limit=60), load_model(stories)
     whole = evaluate(TorchScorer(model), text, reading)
-    for settings, near in ((CpuSettings(), 2e-3), (CpuSettings(head="stored", exact=("all",)), 1e-5)):
+    for settings, near in (
+        (CpuSettings(), 2e-3),
+        (CpuSettings(head="stored", exact=("all",)), 1e-5),
+    ):
         native = NativeScorer(CpuStepper(stories, settings), model.tokenizer)
         found = evaluate(native, text, reading)
         assert found.value("predicted_tokens") == whole.value("predicted_tokens")
@@ -341,7 +355,11 @@ def test_native_kl(tiny: Path, text_file: Path) -> None:
 
 def test_native_choices(tiny: Path, model: Model) -> None:
     pairs = [("The quick", " brown"), ("The quick", " zebra and more"), ("", "x"), ("abc", "")]
-    native = NativeScorer(CpuStepper(tiny, CpuSettings(exact=("all",), head="stored")), model.tokenizer)
+    native = NativeScorer(
+        CpuStepper(tiny, CpuSettings(exact=("all",), head="stored")), model.tokenizer
+    )
     found = log_likelihoods(native, pairs)
-    for (nats, greedy), wanted in zip(found, log_likelihoods(TorchScorer(model), pairs), strict=True):
+    for (nats, greedy), wanted in zip(
+        found, log_likelihoods(TorchScorer(model), pairs), strict=True
+    ):
         assert nats == pytest.approx(wanted[0], rel=1e-3) and greedy == wanted[1]

@@ -52,7 +52,9 @@ def sample(
     }  # fmt: skip
     choice = structs.Sampling(**(fields | more))
     before = logits.copy()
-    id = cpu.library().oc_sample(logits.ctypes.data, vocab, ctypes.byref(choice), scratch.ctypes.data)
+    id = cpu.library().oc_sample(
+        logits.ctypes.data, vocab, ctypes.byref(choice), scratch.ctypes.data
+    )
     assert np.array_equal(logits, before, equal_nan=True) and scratch[-1] == 77
     return int(id)
 

@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -106,11 +106,7 @@ def peer(name: str, script: str, *options: str, like: str | None = None, **more:
 
 
 ENGINES = (
-    Engine(
-        "onecard",
-        ("{python}", "-m", "onecard", "bench", "{checkpoint}", "--serve", "--threads", "{threads}"),
-        default=False,  # until the command exists
-    ),
+    replace(peer("onecard", "cpu_onecard.py"), environment=None),
     peer("llamacpp", "cpu_llamacpp.py"),
     peer("llamacpp-noamx", "cpu_llamacpp.py", "--build", "noamx", like="llamacpp"),
     peer("openvino", "cpu_openvino.py"),

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 from onecard.calibrate.data import Calibration
-from onecard.checkpoint.text import read_text
 from onecard.checkpoint.hub import SHIPPED
 from onecard.checkpoint.journal import check_target, partial_of
 from onecard.checkpoint.load import Source, load_model
 from onecard.checkpoint.shards import Checkpoint
+from onecard.checkpoint.text import read_text
 from onecard.core.device import resident_peak
 from onecard.core.errors import BadRequest
 from onecard.core.report import Report, Row, environment, write_text

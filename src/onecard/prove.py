@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from onecard.checkpoint.text import read_text
 from onecard.checkpoint.load import load_model
+from onecard.checkpoint.text import read_text
 from onecard.core.device import available_memory
 from onecard.core.report import Report, Row
 from onecard.evaluate import Progress, Reading, evaluate

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from cyclopts import Parameter
 
-from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest, nearest
 from onecard.core.report import Value
 
 if TYPE_CHECKING:
+    from onecard.checkpoint.tokenizer import Tokenizer
     from onecard.nn.model import Model
     from onecard.runtime.cpu import CpuSettings, CpuStepper
     from onecard.runtime.engine import Runner
@@ -59,11 +59,14 @@ class Native:
         Literal["fp16", "bf16", "int8"], Parameter(help="how keys and values are held")
     ] = "fp16"
     head: Annotated[
-        Literal["int8", "stored"], Parameter(help="a dense head rounded to int8, or as it is stored")
+        Literal["int8", "stored"],
+        Parameter(help="a dense head rounded to int8, or as it is stored"),
     ] = "int8"
     exact: Annotated[
         tuple[str, ...],
-        Parameter(help="linears whose inputs are not rounded to int8, `down,attention.o` say; or all"),
+        Parameter(
+            help="linears whose inputs are not rounded to int8, `down,attention.o` say; or all"
+        ),
     ] = ()
 
     def settings(self, context: int | None = None) -> CpuSettings:

@@ -313,7 +313,9 @@ def evaluate(
             found = ev.choose(subject.scorer(), questions, template, progress=progress)
         else:
             reference = None if other is None else other.scorer(longest)
-            found = ev.evaluate(subject.scorer(longest), text, reading, reference, progress=progress)
+            found = ev.evaluate(
+                subject.scorer(longest), text, reading, reference, progress=progress
+            )
     name = task.name if task else data.name if data else "the shipped held-out text"
     facts = found.environment | subject.facts()
     show(Report(found.rows, facts, f"{model} on {name}", found.notes), json)

@@ -21,7 +21,7 @@ from onecard.core.spec import FeedForward, LayerSpec, Rope
 from onecard.kernels import cpu, rope, structs
 from onecard.runtime.sample import Logprobs
 from onecard.runtime.steps import Draw, Fed, Feed, Ids
-from onecard.runtime.weights import HEADS, Head, Weights, open_weights
+from onecard.runtime.weights import HEADS, Head, open_weights
 
 PAGE = 32
 ACTIVATIONS = {"silu": structs.SILU, "relu": structs.RELU, "gelu": structs.GELU,
@@ -129,7 +129,8 @@ class CpuStepper:
 
     def _described(self) -> structs.Model:
         spec, weights = self.spec, self.weights
-        ropes = list(dict.fromkeys(l.attention.rope for l in spec.layers if l.attention.rope))
+        found = (layer.attention.rope for layer in spec.layers)
+        ropes = list(dict.fromkeys(each for each in found if each))
         layers = [self._layer(i, layer, ropes) for i, layer in enumerate(spec.layers)]
         return structs.Model(
             vocab=spec.vocab_size, hidden=spec.hidden, embed=spec.embed_size,
@@ -145,7 +146,7 @@ class CpuStepper:
             soft_cap=spec.final_soft_cap or 0.0,
         )  # fmt: skip
 
-    def _array(self, kind: type, items: list[Any]) -> Any:
+    def _array(self, kind: type[ctypes.Structure], items: list[Any]) -> Any:
         array = (kind * max(1, len(items)))(*items)
         self._kept.append(array)
         return array

@@ -32,7 +32,6 @@ SCORED_TOKENS = 2048
 """Tokens that are run together, about."""
 
 
-
 class TorchExecutor:
     """A Model on a device, ready to run. The Model itself is left as it was.
 
@@ -107,7 +106,10 @@ class TorchScorer:
         self.vocab_size, self.max_context = model.spec.vocab_size, model.spec.max_context
 
     def scores(
-        self, contexts: Sequence[Sequence[int]], firsts: Sequence[int], reference: Self | None = None
+        self,
+        contexts: Sequence[Sequence[int]],
+        firsts: Sequence[int],
+        reference: Self | None = None,
     ) -> Iterator[tuple[int, Scores]]:
         for group in _alike(contexts):
             yield from self._scores(group, contexts, firsts, reference)

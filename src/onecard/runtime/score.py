@@ -49,7 +49,10 @@ class Scorer(Protocol):
     max_context: int
 
     def scores(
-        self, contexts: Sequence[Sequence[int]], firsts: Sequence[int], reference: Self | None = None
+        self,
+        contexts: Sequence[Sequence[int]],
+        firsts: Sequence[int],
+        reference: Self | None = None,
     ) -> Iterator[tuple[int, Scores]]:
         """Scores of the ids of context i from firsts[i] >= 1 on: (i, a run of them), run by run.
 
@@ -67,7 +70,10 @@ class NativeScorer:
         self.rows = max(1, min(rows, LOGITS // (4 * stepper.vocab_size)))
 
     def scores(
-        self, contexts: Sequence[Sequence[int]], firsts: Sequence[int], reference: Self | None = None
+        self,
+        contexts: Sequence[Sequence[int]],
+        firsts: Sequence[int],
+        reference: Self | None = None,
     ) -> Iterator[tuple[int, Scores]]:
         readers = [self] if reference is None else [self, reference]
         given = [np.array(context, dtype=np.int32) for context in contexts]
@@ -117,9 +123,7 @@ class Part:
     table: Ids
 
 
-def steps(
-    lengths: Sequence[int], rows: int, pages: int, page_tokens: int
-) -> Iterator[list[Part]]:
+def steps(lengths: Sequence[int], rows: int, pages: int, page_tokens: int) -> Iterator[list[Part]]:
     """Contexts of so many ids one behind the other, cut into steps of `rows` ids and `pages` pages."""
     parts: list[Part] = []
     free, room = np.arange(pages, dtype=np.int32), rows
