@@ -69,11 +69,13 @@ def header(checkpoint: Path) -> tuple[dict[str, Any], int]:
     return entries, 8 + size
 
 
-def note(checkpoint: Path, work: Path, engine: str, weights: str, files: list[Path]) -> None:
-    """Keeps what was made, and how large it is, where the driver finds it."""
+def note(
+    checkpoint: Path, work: Path, engine: str, weights: str, files: list[Path], more: int = 0
+) -> None:
+    """Keeps what was made, and how large it is (with `more` bytes), where the driver finds it."""
     entries, _ = header(checkpoint)
     parameters = sum(math.prod(entry["shape"]) for entry in entries.values())
-    size = sum(path.stat().st_size for path in files)
+    size = more + sum(path.stat().st_size for path in files)
     made = {
         "engine": engine,
         "weights": weights,

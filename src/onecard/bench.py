@@ -49,6 +49,7 @@ NEAR = 0.7
 """Share of a roof from which on it is the limit."""
 SERVED = 4096
 """Positions that `serve` has memory for."""
+USUAL = CpuSettings()
 
 Progress = Callable[[int, int, str], None]
 
@@ -106,7 +107,7 @@ class Timed:
     """A model that is ready to be measured."""
 
     def __init__(
-        self, model: str | Source, settings: CpuSettings = CpuSettings(), isa: str | None = None
+        self, model: str | Source, settings: CpuSettings = USUAL, isa: str | None = None
     ) -> None:
         self.source = model if isinstance(model, Source) else Source(model)
         cpu.force_isa(isa)
@@ -226,7 +227,7 @@ class Variant:
 
 
 def bench(
-    models: Sequence[str], sizes: Sizes = Sizes(), settings: CpuSettings = CpuSettings(),
+    models: Sequence[str], sizes: Sizes = Sizes(), settings: CpuSettings = USUAL,
     isas: Sequence[str] = (), roofs: Callable[[], Device] = lambda: cpu.probe(refresh=True),
     progress: Progress = lambda done, total, what: None,
 ) -> Report:  # fmt: skip
@@ -255,14 +256,20 @@ def bench(
     progress(total, total, "done")
     rows = [*_rows(variants, len(models), device), Row.of("model", "peak_memory_bytes", peak)]
     rows += _machine(variants, device)
-    first = variants[0]
+    first = variants[0].timed
+    answer = " ".join(_limit(variants[0], case, device) for case in _telling(cases))
     return Report(
-        tuple(rows), environment(threads=first.timed.threads, repeat=sizes.repeat), f"{models[0]} on {device.name}",
-        (*((f"limit: {case.kind}", _limit(first, case, device)) for case in _telling(cases)),
-         ("convention: speed", f"median of {sizes.repeat}; contexts of random ids; decoding is greedy, "
-          f"behind {LEAD} ids; a batch's tokens are added up"),
-         ("convention: shares", "of the speed at which memory can be read, by bytes of weights; of the peak of the "
-          "unit that multiplies, by the products of the linears")),
+        tuple(rows), environment(threads=first.threads, repeat=sizes.repeat),
+        f"{models[0]} on {device.name}", (("answer", answer), *_conventions(sizes)),
+    )  # fmt: skip
+
+
+def _conventions(sizes: Sizes) -> tuple[tuple[str, str], ...]:
+    return (
+        ("convention: speed", f"median of {sizes.repeat}; contexts of random ids; decoding is greedy, "
+         f"behind {LEAD} ids; a batch's tokens are added up"),
+        ("convention: shares", "of the speed at which memory can be read, by bytes of weights; of the "
+         "peak of the unit that multiplies, by the products of the linears"),
     )  # fmt: skip
 
 
@@ -358,31 +365,33 @@ def _telling(cases: list[Case]) -> list[Case]:
 
 
 def _limit(variant: Variant, case: Case, device: Device) -> str:
+    """What a speed is measured against, and whether that is what holds it back."""
     timed, seconds = variant.timed, statistics.median(variant.seconds[case])
-    reached = case.tokens / seconds
+    reached, verb = case.tokens / seconds, "reads" if case.kind == "prompt" else "writes"
+    said = f"It {verb} {reached:,.0f} tokens/s ({case})"
     if case.kind == "prompt":
         needed = _needed(timed, case, device)
         if needed is None:
-            return "the peaks of this machine are not known"
-        roof, most = "its units", case.tokens / needed
-        work = f"{sum(timed.operations(case).values()) / case.tokens / 1e9:.3g} billion operations per token"
+            return f"{said}; the peaks of this machine are not known."
+        most = case.tokens / needed
+        work = sum(timed.operations(case).values()) / case.tokens / 1e9
+        roof = f"{work:.3g} billion operations per token at the units' peak"
     else:
-        bandwidth = device.bandwidth(timed.threads)
+        bandwidth, size = device.bandwidth(timed.threads), timed.step_bytes(case.batch)
         if bandwidth is None:
-            return "the bandwidth of this machine is not known"
-        size = timed.step_bytes(case.batch)
-        roof, most = f"{bandwidth / 1e9:.1f} GB/s", case.batch * bandwidth / size
-        work = f"{format_size(size)} of weights per step"
+            return f"{said}; the bandwidth of this machine is not known."
+        most = case.batch * bandwidth / size
+        roof = f"{format_size(size)} of weights per step at {bandwidth / 1e9:.1f} GB/s"
         cache = device.cache("L3") or 0
-        if size < cache and reached > 0.5 * most:
-            return f"{work} fit into the cache of {format_size(cache)}: {reached:.0f} tokens/s are not held by memory"
+        if size < cache:
+            roof += f" (they fit into the cache of {format_size(cache)})"
     share = reached / most
-    verdict = (
-        "the limit"
+    held = (
+        "that is the limit"
         if share >= NEAR
-        else "not the limit: threads that wait, attention, small matrices"
+        else "the rest goes to attention, small matrices and waiting threads"
     )
-    return f"{work} at {roof} allow {most:.0f} tokens/s; {reached:.0f} are {100 * share:.0f} % of it, {verdict}"
+    return f"{said}; {roof} would allow {most:,.0f}: {100 * share:.0f} %, {held}."
 
 
 # One model, asked line by line --------------------------------------------------------------------

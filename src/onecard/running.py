@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from cyclopts import Parameter
 
-from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest, nearest
 from onecard.core.report import Value
 
 if TYPE_CHECKING:
+    from onecard.checkpoint.tokenizer import Tokenizer
     from onecard.nn.model import Model
     from onecard.runtime.cpu import CpuSettings, CpuStepper
     from onecard.runtime.engine import Runner

@@ -39,8 +39,8 @@ def frequencies(rope: Rope, length: int, max_context: int) -> tuple[Floats, floa
             inverse, scale = _yarn(rope, inverse, factor, context)
         case "longrope":
             kind = "long_factor" if length > context else "short_factor"
-            spread: Floats = np.asarray(rope.factor(kind), np.float32)
-            inverse = inverse / spread
+            stretched: Floats = np.array(rope.factor(kind), np.float32)
+            inverse = inverse / stretched
             factor = rope.factor("factor") or max_context / context
             given = rope.factor("attention_factor")
             grown = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0

@@ -32,7 +32,7 @@ HEADLINE = ("format", "file_bytes", "bits_per_weight", "perplexity", "kl", "top1
             "accuracy", "decode_tokens_per_second")  # fmt: skip
 MORE_IS_BETTER = {*GROUPS["Speed"], "top1_agreement", "accuracy", "accuracy_by_length",
                   "calibration_tokens"} - {"time_to_first_token", "energy_joules"}  # fmt: skip
-VARIANT = {"file_bytes", "bits_per_weight", "decode_tokens_per_second", *GROUPS["Quality"]} - {
+VARIANT = {"file_bytes", "bits_per_weight", *GROUPS["Quality"]} - {
     "predicted_tokens", "questions"}  # fmt: skip
 
 FEW, WORST, MOST = 12, 5, 2000

@@ -130,7 +130,8 @@ class CpuStepper:
 
     def _described(self) -> structs.Model:
         spec, weights = self.spec, self.weights
-        ropes = list(dict.fromkeys(x.attention.rope for x in spec.layers if x.attention.rope))
+        found = (layer.attention.rope for layer in spec.layers)
+        ropes = list(dict.fromkeys(each for each in found if each))
         layers = [self._layer(i, layer, ropes) for i, layer in enumerate(spec.layers)]
         return structs.Model(
             vocab=spec.vocab_size, hidden=spec.hidden, embed=spec.embed_size,
