@@ -268,6 +268,19 @@ def drawing(stepper: CpuStepper, ids: Sequence[int], most: int, **more) -> Feed:
     return Feed(new, 0, scattered(stepper, len(ids) + most), draw=draw)
 
 
+def test_all_logits_and_an_id_in_one_call(folders: dict[str, Path], model: str) -> None:
+    """Whichever thread is faster: the last row's may choose before the others have told their logits."""
+    stepper = opened(folders[model], 3)
+    feed = drawing(stepper, some_ids(7, 101), 3)
+    (expected,) = stepper.step([replace(feed, draw=None, want="all")], 1, GO)
+    first = None
+    for _ in range(30):
+        (fed,) = stepper.step([replace(feed, want="all")], 3, GO)
+        np.testing.assert_array_equal(fed.logits, expected.logits)
+        first = first or fed.ids
+        assert fed.ids == first and len(first) == 3
+
+
 def test_cancel_is_read_between_ids(folders: dict[str, Path]) -> None:
     stepper = opened(folders["shipped int4"], 2)
     feed = drawing(stepper, some_ids(5, 4096), 400)

@@ -723,8 +723,9 @@ class Walk {
   void give(int64_t r, const float *logits) {
     oc_feed &feed = *e_.active[size_t(e_.row_feed[size_t(r)])];
     const Span &span = e_.spans[size_t(e_.row_feed[size_t(r)])];
-    const bool last = r == span.row + span.count - 1;
-    if (feed.logits && feed.chosen_count == 0 && (feed.want == OC_ALL || (feed.want == OC_LAST && last)))
+    // The last row's thread may have chosen already: what it writes is not looked at before.
+    const bool first_pass = span.past == feed.past, last = r == span.row + span.count - 1;
+    if (feed.logits && first_pass && (feed.want == OC_ALL || (feed.want == OC_LAST && last)))
       memcpy(feed.logits + (feed.want == OC_ALL ? r - span.row : 0) * m_.vocab, logits, size_t(m_.vocab) * 4);
     if (!feed.most || !last || feed.status) return;
     oc_sampling s = feed.sampling;
