@@ -830,7 +830,7 @@ int oc_engine::step(oc_feed *feeds, int64_t count, int steps, const volatile int
     active.push_back(&feeds[i]);
   }
   for (int n = 0; n < steps; n++) {
-    if (n && cancel && *cancel) break;
+    if (n && cancel && __atomic_load_n(cancel, __ATOMIC_RELAXED)) break;
     if (!begin(n == 0)) break;
     pool.run([this](int thread) { Walk(*this, thread).run(); });
   }
