@@ -69,13 +69,20 @@ class Memory {
   int64_t bytes_ = 0;
 };
 
+// The bytes of `count` things; more than any machine has are refused before their number overflows.
+int64_t bytes_of(int64_t count, int64_t size) {
+  constexpr int64_t most = int64_t(1) << 47;
+  if (size > 0 && count > most / size) throw std::bad_alloc();
+  return count * size;
+}
+
 // Arrays in one piece of memory: the first round adds their sizes up, the second hands them out.
 class Carver {
  public:
   template <class T>
   void take(T *&array, int64_t count) {
     if (base_) array = reinterpret_cast<T *>(base_ + at_);
-    at_ = up_to(at_ + count * int64_t(sizeof(T)), 64);
+    at_ = bytes_of(up_to(at_ + bytes_of(count, int64_t(sizeof(T))), 64), 1);
   }
   int64_t bytes() const { return at_; }
   void start(uint8_t *base) {
@@ -141,6 +148,13 @@ bool is(const oc_matrix &w, int64_t rows, int64_t columns) {
 }
 bool may_be(const oc_matrix &w, int64_t rows, int64_t columns) { return !w.data || is(w, rows, columns); }
 
+// A router's inputs are never rounded.
+bool is_router(const oc_matrix &w, int64_t rows, int64_t columns) {
+  return is(w, rows, columns) && (!w.bits || w.exact);
+}
+
+bool sound(const oc_norm &norm) { return !norm.weight || norm.kind == OC_RMS || norm.kind == OC_LAYER; }
+
 bool sound(const oc_mlp &mlp, int64_t hidden) {
   return mlp.width >= 1 && mlp.activation >= OC_SILU && mlp.activation <= OC_GELU_TANH &&
          may_be(mlp.gate, mlp.width, hidden) && is(mlp.up, mlp.width, hidden) && is(mlp.down, hidden, mlp.width);
@@ -152,12 +166,18 @@ bool sound(const oc_layer &l, const oc_model &m) {
       l.head_dim < 1 || l.head_dim > most_head_dim || l.window < 0 || l.rope < -1 || l.rope >= m.ropes)
     return false;
   if (l.rope >= 0 && m.rope[l.rope].half * 2 > l.head_dim) return false;
+  for (const oc_norm *norm : {&l.attention_in, &l.attention_out, &l.feed_forward_in, &l.feed_forward_out, &l.q_norm,
+                              &l.k_norm})
+    if (!sound(*norm)) return false;
+  if ((l.order == OC_POST || l.order == OC_SANDWICH) && (!l.attention_out.weight || !l.feed_forward_out.weight))
+    return false;
   if (!is(l.q, q, m.hidden) || !is(l.k, k, m.hidden) || !is(l.v, k, m.hidden) || !is(l.o, m.hidden, q)) return false;
   if (l.experts < 0 || l.experts > 4096 || !l.mlps) return false;
-  if (l.experts && (l.top < 1 || l.top > l.experts || !is(l.router, l.experts, m.hidden) ||
-                    !may_be(l.shared_gate, 1, m.hidden)))
+  if (l.experts && (l.order == OC_PARALLEL || l.top < 1 || l.top > l.experts || l.shared < 0 || l.shared > 1 ||
+                    !is_router(l.router, l.experts, m.hidden) ||
+                    (l.shared_gate.data && !is_router(l.shared_gate, 1, m.hidden))))
     return false;
-  const int mlps = l.experts ? l.experts + (l.shared ? 1 : 0) : 1;
+  const int mlps = l.experts ? l.experts + l.shared : 1;
   for (int i = 0; i < mlps; i++)
     if (!sound(l.mlps[i], m.hidden)) return false;
   return true;
@@ -165,12 +185,14 @@ bool sound(const oc_layer &l, const oc_model &m) {
 
 bool sound(const oc_model &m) {
   if (m.vocab < 1 || m.hidden < 1 || m.embed < 1 || m.layers < 0 || m.ropes < 0 || !m.embedding ||
-      !is(m.head, m.vocab, m.embed) || (m.layers && !m.layer) || (m.ropes && !m.rope))
+      m.embedding_dtype < OC_FP32 || m.embedding_dtype > OC_BF16 || !is(m.head, m.vocab, m.embed) ||
+      (m.layers && !m.layer) || (m.ropes && !m.rope) || !sound(m.norm))
     return false;
+  if (m.positions && (m.position_offset < 0 || m.learned <= m.position_offset)) return false;
   if (m.embed != m.hidden && (!is(m.project_in, m.hidden, m.embed) || !is(m.project_out, m.embed, m.hidden)))
     return false;
   for (int i = 0; i < m.ropes; i++)
-    if (m.rope[i].half < 1 || !m.rope[i].inverse) return false;
+    if (m.rope[i].half < 1 || m.rope[i].half > most_head_dim / 2 || !m.rope[i].inverse) return false;
   for (int i = 0; i < m.layers; i++)
     if (!sound(m.layer[i], m)) return false;
   return true;
@@ -219,7 +241,7 @@ struct oc_engine {
       const oc_layer &l = m.layer[i];
       pages.push_back({nullptr, c.attention->page_bytes(set.kv_dtype, l.kv_heads, l.head_dim), set.kv_dtype,
                        l.kv_heads, l.head_dim});
-      bytes += up_to(pages.back().page_bytes * set.pages, 4096);
+      bytes = bytes_of(bytes + up_to(bytes_of(set.pages, pages.back().page_bytes), 4096), 1);
     }
     kv = Memory(bytes);
     bytes = 0;
@@ -701,8 +723,9 @@ class Walk {
   void give(int64_t r, const float *logits) {
     oc_feed &feed = *e_.active[size_t(e_.row_feed[size_t(r)])];
     const Span &span = e_.spans[size_t(e_.row_feed[size_t(r)])];
-    const bool last = r == span.row + span.count - 1;
-    if (feed.logits && feed.chosen_count == 0 && (feed.want == OC_ALL || (feed.want == OC_LAST && last)))
+    // The last row's thread may have chosen already: what it writes is not looked at before.
+    const bool first_pass = span.past == feed.past, last = r == span.row + span.count - 1;
+    if (feed.logits && first_pass && (feed.want == OC_ALL || (feed.want == OC_LAST && last)))
       memcpy(feed.logits + (feed.want == OC_ALL ? r - span.row : 0) * m_.vocab, logits, size_t(m_.vocab) * 4);
     if (!feed.most || !last || feed.status) return;
     oc_sampling s = feed.sampling;
@@ -738,11 +761,15 @@ bool goes_on(const oc_feed &f) {
 }
 
 bool sound(const oc_feed &f, const oc_engine &e) {
-  if (!f.ids || f.count < 1 || f.past < 0 || f.most < 0 || !f.table || f.want < OC_NONE || f.want > OC_ALL) return false;
+  if (!f.ids || f.count < 1 || f.count > e.set.rows || f.past < 0 || f.past > INT32_MAX || f.most < 0 || !f.table ||
+      f.want < OC_NONE || f.want > OC_ALL)
+    return false;
   if ((f.want != OC_NONE && !f.logits) || (f.most && !f.chosen)) return false;
-  if (f.ends_count < 0 || (f.ends_count && !f.ends)) return false;
+  if (f.ends_count < 0 || f.ends_count > e.m.vocab || (f.ends_count && !f.ends)) return false;
+  const int32_t likeliest = f.sampling.likeliest;
+  if (f.most && (likeliest < 0 || (likeliest && (!f.likeliest_ids || !f.likeliest_logprobs)))) return false;
   const int64_t positions = f.past + f.count + std::max(f.most - 1, 0);
-  if (positions > INT32_MAX) return false;
+  if (positions > std::min<int64_t>(e.set.pages * OC_PAGE, INT32_MAX)) return false;
   if (e.m.positions && positions > e.m.learned - e.m.position_offset) return false;
   for (int64_t i = 0; i < f.count; i++)
     if (f.ids[i] < 0 || f.ids[i] >= e.m.vocab) return false;
@@ -803,7 +830,7 @@ int oc_engine::step(oc_feed *feeds, int64_t count, int steps, const volatile int
     active.push_back(&feeds[i]);
   }
   for (int n = 0; n < steps; n++) {
-    if (n && cancel && *cancel) break;
+    if (n && cancel && __atomic_load_n(cancel, __ATOMIC_RELAXED)) break;
     if (!begin(n == 0)) break;
     pool.run([this](int thread) { Walk(*this, thread).run(); });
   }
