@@ -1,7 +1,7 @@
 """Our own row of the comparison: rounds the checkpoint to int4 and lets `onecard bench --serve` answer.
 
-    python cpu_onecard.py prepare CHECKPOINT MODEL --group 32
-    python cpu_onecard.py serve MODEL --threads 2
+python cpu_onecard.py prepare CHECKPOINT MODEL --group 32
+python cpu_onecard.py serve MODEL --threads 2
 """
 
 from __future__ import annotations
