@@ -5,8 +5,9 @@
  * A negative result is an error code, never a value.
  *
  * The same kernels are compiled once per instruction-set class (`oc_isa_name`), and the best class
- * that the processor and the system allow is picked when the library is first used. All classes give
- * the same bits.
+ * that the processor and the system allow is picked when the library is first used. In rounding, packing
+ * and GPTQ all classes give the same bits; the engine's norms and attention are as exact in each, and
+ * within a class their bits depend on nothing but their own row.
  */
 #ifndef ONECARD_H
 #define ONECARD_H
