@@ -209,6 +209,15 @@ def test_damaged_models_are_refused(
     (("run", "MODEL", "hi", "--temperature", "nan"), "temperature"),
     (("run", "MODEL", "hi", "--max-tokens", 100000), "context"),
     (("run", "MODEL", "hi", "--device", "tpu"), "tpu"),
+    (("run", "MODEL", "hi", "--dtype", "bf16"), "reference"),
+    (("run", "MODEL", "hi", "--engine", "reference", "--cache", "int8"), "native"),
+    (("run", "MODEL", "hi", "--engine", "native", "--device", "cuda"), "CPU"),
+    (("run", "MODEL", "hi", "--exact", "down,atention"), "did you mean"),
+    (("run", "MODEL", "hi", "--threads", 0), "threads"),
+    (("run", "MODEL", "hi", "--context", 0), "context"),
+    (("run", "MODEL", "hi", "--context", 40, "--max-tokens", 60), "a context of 40"),
+    (("run", "MODEL", "hi", "--max-tokens", 256), "a context of 256"),
+    (("eval", "MODEL", "--data", "TEXT", "--cache", "int4"), "cache"),
     (("eval", "MODEL", "--data", "TEXT", "--window", 99999), "context"),
     (("eval", "MODEL", "--data", "TEXT", "--window", 64, "--stride", 128), "stride"),
     (("eval", "MODEL", "--data", "EMPTY", "--bos", "none"), "too few"),
@@ -324,6 +333,58 @@ def test_chat(tiny: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert call("chat", tiny, "--json") == 0
     assert json.loads(capsys.readouterr().out)["rows"] == []
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--threads", 1), ("--cache", "bf16"), ("--cache", "int8"), ("--exact", "all"),
+    ("--head", "stored"), ("--exact", "q,attention.o", "--exact", "down"), ("--context", 64),
+], ids=lambda flags: " ".join(map(str, flags)))  # fmt: skip
+def test_run_on_either_engine(tiny: Path, capsys: pytest.CaptureFixture, flags: tuple) -> None:
+    """The native engine writes what torch writes, whatever way it is told to run."""
+    said = []
+    for more in (flags, ("--engine", "reference", "--dtype", "fp32")):
+        words = ("run", tiny, "The quick brown", "--max-tokens", 12, "--temperature", 0, "--json")
+        assert call(*words, *more) == 0
+        report = json.loads(capsys.readouterr().out)
+        said.append(dict(report["notes"])["text"])
+        engine = report["environment"]["engine"]
+        assert engine.startswith("reference" if "reference" in more else "native")
+    assert said[0] == said[1]
+
+
+def test_eval_on_either_engine(tiny: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:  # fmt: skip
+    small = tmp_path / "small"
+    assert call("compress", tiny, small, "--recipe", "rtn-int4", "--no-prove") == 0
+    capsys.readouterr()
+    found = []
+    for more in (
+        (),
+        ("--exact", "all", "--head", "stored"),
+        ("--engine", "reference", "--dtype", "fp32"),
+    ):
+        assert (
+            call(
+                "eval",
+                small,
+                "--data",
+                text_file,
+                "--window",
+                64,
+                "--against",
+                tiny,
+                "--json",
+                *more,
+            )
+            == 0
+        )
+        report = json.loads(capsys.readouterr().out)
+        found.append({row["what"]: row["value"] for row in report["rows"]})
+    rounded, exact, wanted = found
+    assert rounded["predicted_tokens"] == wanted["predicted_tokens"]
+    assert rounded["perplexity"] == pytest.approx(wanted["perplexity"], rel=2e-3)
+    assert exact["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-4)
+    assert exact["kl"] == pytest.approx(wanted["kl"], rel=1e-2)
 
 
 def test_help_describes_every_option(capsys: pytest.CaptureFixture) -> None:

@@ -74,7 +74,8 @@ class Native:
         from onecard.runtime.cpu import CpuSettings
 
         exact = tuple(name for names in self.exact for name in names.split(",") if name)
-        return CpuSettings(threads=self.threads, context=self.context or context, cache=self.cache,
+        positions = context if self.context is None else self.context
+        return CpuSettings(threads=self.threads, context=positions, cache=self.cache,
                            head=self.head, exact=exact)  # fmt: skip
 
 
