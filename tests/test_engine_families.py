@@ -33,7 +33,7 @@ from onecard.runtime.weights import HEAD_BLOCK
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native library is not built")
 
-EXACT = CpuSettings(threads=2, rows=64, head="stored", exact=("all",))
+EXACT = CpuSettings(threads=2, rows=64, cache="fp16", head="stored", exact=("all",))
 NOISE = 2e-4
 """Of float32 sums in another order, relative to the largest logit. A key or value on the edge between two
 fp16 numbers may take the other one (measured: up to 1e-4), so the median has a bound of its own."""
@@ -149,7 +149,7 @@ def test_short_longrope_context_has_short_factors(
 ) -> None:
     """The engine fixes the frequencies by its own context; a network of 8 positions has the short ones."""
     random_model("phi3-long").save_pretrained(tmp_path)
-    short = CpuStepper(tmp_path, CpuSettings(2, 8, 64, head="stored", exact=("all",)))
+    short = CpuStepper(tmp_path, CpuSettings(2, 8, 64, "fp16", head="stored", exact=("all",)))
     network = load_model(tmp_path, "fp32", tokenizer=False).network
     ids = some_ids(8, short.vocab_size)
     with_fp16_cache(monkeypatch)
@@ -248,7 +248,7 @@ def check_rounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many short prompts against a network that rounds alike. A number on the edge between two codes may take
     the other one, and changes all that follows; so most prompts must agree to the noise of float32, all of
     them about, and those of dense models with a network that does not round at all."""
-    stepper = CpuStepper(folder, CpuSettings(threads=2, rows=64))
+    stepper = CpuStepper(folder, CpuSettings(threads=2, rows=64, cache="fp16"))
     network = load_model(folder, "fp32", tokenizer=False).network
     prompts = [some_ids(4, stepper.vocab_size, seed) for seed in range(15)]
     mine = [fed_logits(stepper, ids, [4]) for ids in prompts]
@@ -298,7 +298,9 @@ def test_exact_names_linears(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
     found = [
         distance(
             fed_logits(
-                CpuStepper(folder, CpuSettings(2, None, 64, head="stored", exact=e)), ids, [40]
+                CpuStepper(folder, CpuSettings(2, None, 64, "fp16", head="stored", exact=e)),
+                ids,
+                [40],
             ),
             plain,
         )

@@ -333,7 +333,7 @@ def test_native_perplexity_is_torchs(stories: Path, data: Path) -> None:
     whole = evaluate(TorchScorer(model), text, reading)
     for settings, near in (
         (CpuSettings(), 2e-3),
-        (CpuSettings(head="stored", exact=("all",)), 1e-5),
+        (CpuSettings(cache="fp16", head="stored", exact=("all",)), 1e-5),
     ):
         native = NativeScorer(CpuStepper(stories, settings), model.tokenizer)
         found = evaluate(native, text, reading)
@@ -347,7 +347,7 @@ def test_native_kl(tiny: Path, text_file: Path) -> None:
     first, second = (NativeScorer(CpuStepper(tiny), tokenizer, rows) for rows in (100, 512))
     same = evaluate(first, text, Reading(64, 32), second)
     assert same.value("kl") == 0 and same.value("top1_agreement") == 1
-    exact = NativeScorer(CpuStepper(tiny, CpuSettings(exact=("all",))), tokenizer)
+    exact = NativeScorer(CpuStepper(tiny, CpuSettings(cache="fp16", exact=("all",))), tokenizer)
     other = evaluate(first, text, Reading(64, 32), exact)
     assert 0 < other.value("kl") < 1e-2
     assert other.value("perplexity") == same.value("perplexity")
@@ -356,7 +356,7 @@ def test_native_kl(tiny: Path, text_file: Path) -> None:
 def test_native_choices(tiny: Path, model: Model) -> None:
     pairs = [("The quick", " brown"), ("The quick", " zebra and more"), ("", "x"), ("abc", "")]
     native = NativeScorer(
-        CpuStepper(tiny, CpuSettings(exact=("all",), head="stored")), model.tokenizer
+        CpuStepper(tiny, CpuSettings(cache="fp16", exact=("all",), head="stored")), model.tokenizer
     )
     found = log_likelihoods(native, pairs)
     for (nats, greedy), wanted in zip(
