@@ -139,9 +139,28 @@ struct Sizes {
 
   void see(const oc_matrix &w) {
     columns = std::max(columns, w.columns);
-    if (w.data && w.bits && !w.exact) blocks |= 1u << w.block / 64;
+    if (w.bits && !w.exact) blocks |= 1u << w.block / 64;
   }
 };
+
+// see(matrix) for all that are multiplied with: those that `sound` has looked at.
+template <class See>
+void each_matrix(const oc_layer &l, const See &see) {
+  for (const oc_matrix *w : {&l.q, &l.k, &l.v, &l.o}) see(*w);
+  if (l.experts) see(l.router);
+  if (l.experts && l.shared_gate.data) see(l.shared_gate);
+  for (int e = 0; e < (l.experts ? l.experts + l.shared : 1); e++)
+    for (const oc_matrix *w : {&l.mlps[e].gate, &l.mlps[e].up, &l.mlps[e].down})
+      if (w->data) see(*w);
+}
+
+template <class See>
+void each_matrix(const oc_model &m, const See &see) {
+  see(m.head);
+  if (m.embed != m.hidden) see(m.project_in);
+  if (m.embed != m.hidden) see(m.project_out);
+  for (int i = 0; i < m.layers; i++) each_matrix(m.layer[i], see);
+}
 
 bool is(const oc_matrix &w, int64_t rows, int64_t columns) {
   return w.data && w.rows == rows && w.columns == columns && oc_layout_bytes(&w) > 0;
@@ -265,41 +284,27 @@ struct oc_engine {
   }
 
   void measure() {
-    sizes.see(m.head);
-    sizes.see(m.project_in);
-    sizes.see(m.project_out);
+    each_matrix(m, [this](const oc_matrix &w) { sizes.see(w); });
     sizes.columns = std::max(sizes.columns, std::max(m.hidden, m.embed));
     for (int i = 0; i < m.ropes; i++) sizes.half = std::max<int64_t>(sizes.half, m.rope[i].half);
     for (int i = 0; i < m.layers; i++) {
       const oc_layer &l = m.layer[i];
-      for (const oc_matrix *w : {&l.q, &l.k, &l.v, &l.o, &l.router, &l.shared_gate}) sizes.see(*w);
       sizes.q = std::max(sizes.q, l.q.rows);
       sizes.k = std::max(sizes.k, l.k.rows);
       sizes.experts = std::max<int64_t>(sizes.experts, l.experts);
-      sizes.top = std::max<int64_t>(sizes.top, l.top);
-      for (int e = 0; e < (l.experts ? l.experts + l.shared : 1); e++) {
-        for (const oc_matrix *w : {&l.mlps[e].gate, &l.mlps[e].up, &l.mlps[e].down}) sizes.see(*w);
+      if (l.experts) sizes.top = std::max<int64_t>(sizes.top, l.top);
+      for (int e = 0; e < (l.experts ? l.experts + l.shared : 1); e++)
         sizes.width = std::max<int64_t>(sizes.width, l.mlps[e].width);
-      }
     }
   }
 
   int64_t scratch_bytes() const {
     int64_t most = oc_sample_scratch(m.vocab);
-    const auto see = [&](const oc_matrix &w) {
+    each_matrix(m, [&](const oc_matrix &w) {
       for (const int64_t rows : {int64_t(1), few_rows, set.rows})
-        if (w.data) most = std::max(most, c.matmul->scratch_bytes(w, rows));
-    };
-    see(m.head);
-    see(m.project_in);
-    see(m.project_out);
-    for (int i = 0; i < m.layers; i++) {
-      const oc_layer &l = m.layer[i];
-      most = std::max(most, c.attention->scratch_bytes(l));
-      for (const oc_matrix *w : {&l.q, &l.k, &l.v, &l.o, &l.router, &l.shared_gate}) see(*w);
-      for (int e = 0; e < (l.experts ? l.experts + l.shared : 1); e++)
-        for (const oc_matrix *w : {&l.mlps[e].gate, &l.mlps[e].up, &l.mlps[e].down}) see(*w);
-    }
+        most = std::max(most, c.matmul->scratch_bytes(w, rows));
+    });
+    for (int i = 0; i < m.layers; i++) most = std::max(most, c.attention->scratch_bytes(m.layer[i]));
     return most;
   }
 

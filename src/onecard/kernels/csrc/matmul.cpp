@@ -245,14 +245,15 @@ struct Lanes {
   static Ints ints(int32_t x) {
     return each<Ints>([&](int) { return x; });
   }
+  // Without a sign: the codes of a row with NaN, and their sum, may be anything.
   static Ints add(Ints a, Ints b) {
-    return each<Ints>([&](int i) { return a.at[i] + b.at[i]; });
+    return each<Ints>([&](int i) { return int32_t(uint32_t(a.at[i]) + uint32_t(b.at[i])); });
   }
   static Ints sub(Ints a, Ints b) {
-    return each<Ints>([&](int i) { return a.at[i] - b.at[i]; });
+    return each<Ints>([&](int i) { return int32_t(uint32_t(a.at[i]) - uint32_t(b.at[i])); });
   }
   static Ints mul(Ints a, Ints b) {
-    return each<Ints>([&](int i) { return a.at[i] * b.at[i]; });
+    return each<Ints>([&](int i) { return int32_t(uint32_t(a.at[i]) * uint32_t(b.at[i])); });
   }
   static Ints bytes(const uint8_t *p) {
     return each<Ints>([&](int i) { return int32_t(p[i]); });
