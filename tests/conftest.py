@@ -92,7 +92,8 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(tiny: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model that a test may damage."""
-    return Path(shutil.copytree(tiny, tmp_path / "model"))
+    ignored = shutil.ignore_patterns(".onecard")  # the engine's, from whatever ran it before
+    return Path(shutil.copytree(tiny, tmp_path / "model", ignore=ignored))
 
 
 def call(*words: object) -> int:

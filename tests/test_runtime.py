@@ -23,9 +23,12 @@ from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import integers
 from onecard.kernels.reference import round_to_nearest
 from onecard.nn.model import Model
+from onecard.runtime.chat import Conversation
+from onecard.runtime.cpu import CpuSettings, CpuStepper
 from onecard.runtime.engine import complete, generate, prompt_ids
 from onecard.runtime.reference import TorchExecutor
-from onecard.runtime.sample import Sampling
+from onecard.runtime.sample import GREEDY, Sampling
+from onecard.runtime.scheduler import Engine, Limits
 from onecard.runtime.stop import Stops
 
 PROMPTS = ["Once upon a time", "", "Lily and Tom went to the", "从前", "The cat\n"]
@@ -351,6 +354,64 @@ def test_cuda_gives_the_same_reply(packed: Model, expand: bool) -> None:
     ids = prompt_ids(packed.tokenizer, "Once upon a time")
     there = TorchExecutor(packed, "cuda", expand=expand).open(64).prefill(ids)
     np.testing.assert_allclose(there, TorchExecutor(packed).open(64).prefill(ids), atol=2e-3)
+
+
+# The native engine -------------------------------------------------------------------------------
+
+
+def native(folder: Path, limits: Limits | None = None, **settings: Any) -> Engine:
+    settings = {"threads": 1, **settings}
+    return Engine(CpuStepper(folder, CpuSettings(**settings)), Tokenizer(folder), limits)
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_native_replies_are_torchs(
+    model: Model, executor: TorchExecutor, stories: Path, text: str
+) -> None:
+    """With nothing rounded the ids are the same."""
+    engine, tok = native(stories, exact=("all",), head="stored"), model.tokenizer
+    ids, s = prompt_ids(tok, text), Sampling(max_tokens=50)
+    assert complete(engine, tok, ids, s).ids == complete(executor, tok, ids, s).ids
+    engine.audit()
+
+
+@pytest.mark.parametrize("settings, limits", [
+    ({"threads": 2}, Limits()), ({"threads": 3}, Limits(chunk=5)), ({"rows": 7}, Limits(tokens=7)),
+    ({"context": 96}, Limits(steps=1, draft=0, reuse=False)),
+], ids=str)  # fmt: skip
+def test_native_replies_depend_on_nothing_else(
+    model: Model, stories: Path, settings: dict[str, Any], limits: Limits
+) -> None:
+    """Rounded or not: the same ids for any number of threads, any chunks, any memory."""
+    tok = model.tokenizer
+    ids, s = prompt_ids(tok, "Once upon a time there was"), Sampling(60, 0.8, seed=4)
+    usual = complete(native(stories), tok, ids, s)
+    assert complete(native(stories, limits, **settings), tok, ids, s).ids == usual.ids
+
+
+def test_a_conversation_computes_only_what_is_new(model: Model, stories: Path) -> None:
+    engine = native(stories)
+    talk = Conversation(model.tokenizer)
+    said = [list(talk.ask(engine, "Tell me about Lily and Tom.", Sampling(40)))[-1] for _ in "ab"]
+    first, second = (piece.result for piece in said)
+    assert first is not None and second is not None
+    assert first.cached_tokens == 0 and second.cached_tokens >= first.prompt_tokens - 32
+    engine.close()
+    with pytest.raises(FailedWork, match="closed"):
+        complete(engine, model.tokenizer, [1, 2], GREEDY)
+
+
+@pytest.mark.parametrize("names", [("o",), ("attention.o", "down"), ("all",)])
+def test_exact_names_linears(tiny: Path, names: tuple[str, ...]) -> None:
+    stepper = CpuStepper(tiny, CpuSettings(context=32, exact=names))
+    paths = [path for path in stepper.weights.linears() if stepper.matrix(path).exact]
+    assert paths and {path.rpartition(".")[2] for path in paths} == {
+        ("o",): {"o"}, ("attention.o", "down"): {"o", "down"},
+        ("all",): {"q", "k", "v", "o", "gate", "up", "down", "head"},
+    }[names]  # fmt: skip
+    for name in ("wn", "feed_forward", "ttention.o", ""):
+        with pytest.raises(BadRequest, match="no linear"):
+            CpuStepper(tiny, CpuSettings(exact=(name,)))
 
 
 # Numbers -----------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def model(tiny: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model that a test may change."""
-    return Path(shutil.copytree(tiny, tmp_path / "model"))
+    ignored = shutil.ignore_patterns(".onecard")
+    return Path(shutil.copytree(tiny, tmp_path / "model", ignore=ignored))
 
 
 def silent(line: str) -> None:
