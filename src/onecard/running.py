@@ -56,8 +56,9 @@ class Native:
         int | None, Parameter(help="positions that there is memory for (none: as many as needed)")
     ] = None
     cache: Annotated[
-        Literal["fp16", "bf16", "int8"], Parameter(help="how keys and values are held")
-    ] = "fp16"
+        Literal["fp16", "bf16", "int8"] | None,
+        Parameter(help="how keys and values are held (none: bf16 with tile units, else fp16)"),
+    ] = None
     head: Annotated[
         Literal["int8", "stored"],
         Parameter(help="a dense head rounded to int8, or as it is stored"),
@@ -151,11 +152,12 @@ class OnCpu:
     def facts(self) -> dict[str, Value]:
         from onecard.core.device import usable_cores
         from onecard.kernels import cpu
+        from onecard.runtime.cpu import usual_cache
 
         f = self.flags
         inputs = "int8" + (f" but for {','.join(f.exact)}" if f.exact else "")
         return {"engine": f"native {cpu.isa()}", "threads": f.threads or usable_cores(),
-                "inputs": inputs, "cache": f.cache, "head": f.head}  # fmt: skip
+                "inputs": inputs, "cache": f.cache or usual_cache(), "head": f.head}  # fmt: skip
 
 
 class InTorch:

@@ -57,6 +57,11 @@ class CpuSettings:
                 raise BadRequest(f"{name} is {value}", do="1 to 1048576 is possible")
 
 
+def usual_cache() -> str:
+    """How keys and values are held where nobody says: bf16 where tiles multiply them, else fp16."""
+    return "bf16" if cpu.isa() == "amx" else "fp16"
+
+
 class CpuStepper:
     """A model that is ready to run on this processor. Raises BadRequest where it cannot be."""
 
@@ -66,7 +71,7 @@ class CpuStepper:
         source = folder if isinstance(folder, Source) else Source(folder)
         self.spec, self.settings = source.spec, settings
         self.threads = settings.threads or usable_cores()
-        self.cache = settings.cache or ("bf16" if cpu.isa() == "amx" else "fp16")
+        self.cache = settings.cache or usual_cache()
         self.vocab_size = self.spec.vocab_size
         context = settings.context or min(self.spec.max_context, 4096)
         self.max_context = min(self.spec.max_context, context)
