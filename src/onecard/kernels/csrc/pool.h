@@ -1,5 +1,6 @@
 // Threads that stay: each runs the same function at the same time, and they meet at barriers. Between
-// calls they watch for a while, then sleep; at a barrier they watch, and yield when it takes long.
+// calls and at barriers they watch for a while, then sleep. (To yield instead of sleeping starves: beside
+// busy processes a thread that yields has used its turn, and each barrier waits for all of theirs.)
 #pragma once
 
 #include <atomic>
@@ -52,11 +53,21 @@ class Pool {
     const uint32_t turn = turn_.load(std::memory_order_relaxed);
     if (came_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       came_.store(0, std::memory_order_relaxed);
-      turn_.store(turn + 1, std::memory_order_release);
+      // In one order with what a sleeper does: either it sees the turn, or it is seen.
+      turn_.store(turn + 1, std::memory_order_seq_cst);
+      if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
+      { const std::lock_guard<std::mutex> lock(asleep_); }
+      turned_.notify_all();
       return;
     }
-    for (int spin = 0; turn_.load(std::memory_order_acquire) == turn; spin++)
-      if (spin < watch) relax(); else std::this_thread::yield();
+    for (int spin = 0; spin < watch; spin++) {
+      if (turn_.load(std::memory_order_acquire) != turn) return;
+      relax();
+    }
+    std::unique_lock<std::mutex> lock(asleep_);
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    turned_.wait(lock, [&] { return turn_.load(std::memory_order_seq_cst) != turn; });
+    sleepers_.fetch_sub(1, std::memory_order_relaxed);
   }
 
  private:
@@ -94,6 +105,9 @@ class Pool {
   std::condition_variable wake_;
   const std::function<void(int)> *work_ = nullptr;
   bool stop_ = false;
+  std::mutex asleep_;
+  std::condition_variable turned_;
+  std::atomic<int> sleepers_{0};
   alignas(64) std::atomic<uint32_t> calls_{0};
   alignas(64) std::atomic<int> came_{0};
   alignas(64) std::atomic<uint32_t> turn_{0};
