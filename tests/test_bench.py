@@ -133,6 +133,7 @@ def test_the_report(tiny: Path) -> None:
     assert found.value("time_to_first_token", "prompt 16") > 0
     assert found.value("peak_memory_bytes", "model") > timed.stepper.weights.nbytes
     assert found.value("native_class") == cpu.isa()
+    assert 0 <= (found.value("foreign_share") or 0) <= 1
     (said,) = [text for title, text in found.notes if title == "answer"]
     assert "would allow" in said and "2.0 GB/s" in said and "fit into" not in said
     with pytest.raises(KeyError):

@@ -20,6 +20,7 @@ that are expected to be chosen. Keys, values and attention are counted by neithe
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -245,17 +246,17 @@ def bench(
     device = roofs()
     for variant in variants:  # not counted: the weights are read in
         variant.timed.measure(cases[0])
-    total = sizes.repeat * len(cases)
+    total, before = sizes.repeat * len(cases), _worked()
     for turn in range(sizes.repeat):
         for i, case in enumerate(cases):
             progress(turn * len(cases) + i, total, str(case))
             for variant in variants:
                 variant.seconds[case].append(variant.timed.measure(case))
-    peak = resident_peak()
+    peak, after = resident_peak(), _worked()
     device = _best(device, roofs())
     progress(total, total, "done")
     rows = [*_rows(variants, len(models), device), Row.of("model", "peak_memory_bytes", peak)]
-    rows += _machine(variants, device)
+    rows += [*_machine(variants, device), Row("machine", "foreign_share", _foreign(before, after))]
     first = variants[0].timed
     answer = " ".join(_limit(variants[0], case, device) for case in _telling(cases))
     return Report(
@@ -281,6 +282,26 @@ def _best(one: Device, other: Device) -> Device:
 
     return replace(one, read_bandwidth=best(one.read_bandwidth, other.read_bandwidth),
                    peaks=best(one.peaks, other.peaks))  # fmt: skip
+
+
+def _worked() -> tuple[float, float, float] | None:
+    """Seconds so far: of all cores at work, of this process at work, and of time. Linux alone tells."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            user, nice, system, _, _, irq, soft, *_ = map(int, file.readline().split()[1:])
+    except (OSError, ValueError):
+        return None
+    used = os.times()
+    busy = (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
+    return busy, used.user + used.system, time.monotonic()
+
+
+def _foreign(before: tuple[float, ...] | None, after: tuple[float, ...] | None) -> float | None:
+    """The share of the machine that other programs took meanwhile: figures with a large one are low."""
+    if before is None or after is None:
+        return None
+    busy, own, seconds = (b - a for a, b in zip(before, after, strict=True))
+    return max(0.0, busy - own) / ((os.cpu_count() or 1) * max(seconds, 1e-9))
 
 
 # Figures ------------------------------------------------------------------------------------------

@@ -15,11 +15,13 @@ LABELS = {
     "kl": "KL", "top1_agreement": "top-1 agreement", "energy_joules": "energy",
     "decode_tokens_per_second": "decode", "prompt_tokens_per_second": "prompt reading",
     "bandwidth_share": "share of bandwidth", "operations_share": "share of operations",
-    "peak_memory_bytes": "peak memory", "planned_peak_bytes": "planned peak memory",
+    "foreign_share": "taken by other programs", "peak_memory_bytes": "peak memory",
+    "planned_peak_bytes": "planned peak memory",
     "seconds": "time", "time_to_first_token": "first token",
 }  # fmt: skip
 SHARES = {"top1_agreement", "accuracy", "accuracy_by_length", "bandwidth_share",
-          "operations_share", "sparsity", "relative_output_error", "relative_weight_error"}  # fmt: skip
+          "operations_share", "foreign_share", "sparsity",
+          "relative_output_error", "relative_weight_error"}  # fmt: skip
 DECIMALS = {"perplexity": 3, "bits_per_weight": 2, "nats_per_token": 4, "bits_per_byte": 4, "kl": 4}
 WORDS = {"B": ("larger", "smaller"), "1/s": ("faster", "slower"), "s": ("longer", "shorter"),
          "B/s": ("faster", "slower")}  # fmt: skip
