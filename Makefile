@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
-.PHONY: demo test lint bench proofs gpu clean
+.PHONY: demo test lint bench proofs gpu sanitize neon clean
 
 demo: $(VENV)/.installed
 	$(BIN)/onecard demo --force
@@ -27,6 +27,27 @@ proofs: $(VENV)/.installed
 
 gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu.py
+
+# The native tests with the library under address and undefined-behaviour sanitizers, and the driver of
+# tests/native under both these and the thread sanitizer (which an interpreter is in the way of).
+NATIVE_TESTS := $(wildcard tests/test_*native.py) tests/test_engine.py tests/test_engine_families.py
+PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+sanitize: $(VENV)/.installed
+	cmake -S . -B build/address -DONECARD_SANITIZE=address -DONECARD_DRIVER=ON
+	cmake --build build/address -j
+	cmake -S . -B build/thread -DONECARD_SANITIZE=thread -DONECARD_DRIVER=ON
+	cmake --build build/thread --target driver -j
+	build/address/driver
+	setarch -R build/thread/driver
+	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 ONECARD_NATIVE=build/address/_native.so \
+		$(BIN)/python -m pytest -q -p no:cacheprovider $(NATIVE_TESTS)
+
+# The library for 64-bit ARM, checked in an emulator: needs aarch64-linux-gnu-g++ and qemu-aarch64.
+neon:
+	cmake -S . -B build/neon -DONECARD_DRIVER=ON -DCMAKE_SYSTEM_NAME=Linux \
+		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	cmake --build build/neon --target driver -j
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/driver
 
 $(VENV)/.dependencies: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
