@@ -38,7 +38,7 @@ using oc::Span;
 using oc::Work;
 
 constexpr int page = oc::page_tokens, segment = oc::segment_tokens, pages_of_segment = segment / page;
-constexpr int line = 256;         // floats from row to row of all scratch matrices
+constexpr int line = 288;         // floats from row to row of all scratch matrices
 constexpr int panel_columns = 32;
 constexpr int most_rows = 256;    // of a task, unless one query has more heads
 constexpr int few_rows = 16;      // up to here panels are read as they are stored
@@ -196,18 +196,21 @@ inline floats tanh(floats x) {
 
 // How the numbers of a panel are stored. `load` reads `pair` rows of `width` columns as float32.
 struct Float {
+  static constexpr bool stored = false;
   typedef float Stored;
   static constexpr int pair = 1;
   static inline void load(const float *from, floats *x) { x[0] = ::load(from); }
 };
 
 struct Half {
+  static constexpr bool stored = true;
   typedef uint16_t Stored;
   static constexpr int pair = 1;
   static inline void load(const uint16_t *from, floats *x) { x[0] = widen_fp16(take<halves>(from)); }
 };
 
 struct Brain {
+  static constexpr bool stored = true;
   typedef uint16_t Stored;
   static constexpr int pair = 2;
   static inline void load(const uint16_t *from, floats *x) {
@@ -218,6 +221,7 @@ struct Brain {
 };
 
 struct Int8 {
+  static constexpr bool stored = true;
   typedef int8_t Stored;
   static constexpr int pair = 2;
   static inline void load(const int8_t *from, floats *x) {
@@ -324,10 +328,12 @@ void store(const Pages &pages, const int32_t *table, int64_t position, const flo
 
 // ------------------------------------------------------------------------------------- multiplying
 
-// c[rows][vectors * width] = a[rows][count] b[count][...], or added to c; b's columns are `across` apart.
+// c[rows][vectors * width] = a[rows][count] b[count][...], or added to c; b's columns are `across` apart. Where
+// b is as it was stored, what lies `ahead` bytes behind it is fetched meanwhile.
 template <class T, int rows, int vectors>
 inline void multiply(const float *a, const typename T::Stored *b, int64_t across, int64_t count, bool more,
-                     float *c) {
+                     int64_t ahead, float *c) {
+  constexpr int step_bytes = vectors * width * T::pair * int(sizeof(typename T::Stored));
   floats sum[rows][vectors];
 #pragma GCC unroll 12
   for (int r = 0; r < rows; r++)
@@ -335,6 +341,8 @@ inline void multiply(const float *a, const typename T::Stored *b, int64_t across
     for (int v = 0; v < vectors; v++) sum[r][v] = more ? load(c + r * line + v * width) : floats{};
   for (int64_t k = 0; k < count; k += T::pair, a += T::pair, b += T::pair * across) {
     floats x[vectors][T::pair];
+    for (int i = 0; T::stored && i < step_bytes; i += 64)
+      __builtin_prefetch(reinterpret_cast<const uint8_t *>(b) + ahead + i);
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) T::load(b + v * width * T::pair, x[v]);
 #pragma GCC unroll 2
@@ -354,38 +362,38 @@ inline void multiply(const float *a, const typename T::Stored *b, int64_t across
 
 template <class T, int vectors>
 void multiply_rows(int rows, const float *a, const typename T::Stored *b, int64_t across, int64_t count,
-                   bool more, float *c) {
+                   bool more, int64_t ahead, float *c) {
   constexpr int most = T::pair == 2 && tall > 8 ? 8 : tall;
   int r = 0;
   for (; rows - r >= most; r += most)
-    multiply<T, most, vectors>(a + r * line, b, across, count, more, c + r * line);
+    multiply<T, most, vectors>(a + r * line, b, across, count, more, ahead, c + r * line);
   if (most > 8 && rows - r >= 8) {
-    multiply<T, 8, vectors>(a + r * line, b, across, count, more, c + r * line);
+    multiply<T, 8, vectors>(a + r * line, b, across, count, more, ahead, c + r * line);
     r += 8;
   }
   if (most > 4 && rows - r >= 4) {
-    multiply<T, 4, vectors>(a + r * line, b, across, count, more, c + r * line);
+    multiply<T, 4, vectors>(a + r * line, b, across, count, more, ahead, c + r * line);
     r += 4;
   }
   if (rows - r >= 2) {
-    multiply<T, 2, vectors>(a + r * line, b, across, count, more, c + r * line);
+    multiply<T, 2, vectors>(a + r * line, b, across, count, more, ahead, c + r * line);
     r += 2;
   }
-  if (rows - r >= 1) multiply<T, 1, vectors>(a + r * line, b, across, count, more, c + r * line);
+  if (rows - r >= 1) multiply<T, 1, vectors>(a + r * line, b, across, count, more, ahead, c + r * line);
 }
 
 // A stored matrix [rows_stored][columns], of which `count` rows from `first` on are multiplied.
 template <class T>
 void multiply_panels(int rows, const float *a, const typename T::Stored *b, int64_t stored, int64_t columns,
-                     int64_t first, int64_t count, bool more, float *c) {
+                     int64_t first, int64_t count, bool more, int64_t ahead, float *c) {
   for (int64_t column = 0; column < columns; column += panel_columns) {
     const int64_t across = least_of(columns - column, panel_columns);
     const auto *const panel = b + column * stored + first * across;
     for (int64_t v = 0; v < across; v += wide * width)
       if (across < wide * width)
-        multiply_rows<T, 1>(rows, a, panel, across, count, more, c + column);
+        multiply_rows<T, 1>(rows, a, panel, across, count, more, ahead, c + column);
       else
-        multiply_rows<T, wide>(rows, a, panel + v * T::pair, across, count, more, c + column + v);
+        multiply_rows<T, wide>(rows, a, panel + v * T::pair, across, count, more, ahead, c + column + v);
   }
 }
 
@@ -412,6 +420,7 @@ void expand(const typename T::Stored *from, int64_t stored, int64_t columns, flo
 // queries and the weights are rounded. A row of a tile knows nothing of the others.
 #if defined(__AMX_BF16__)
 constexpr bool has_tiles = true;
+constexpr int unit_tiles = 2;  // of 16 rows, that are worked on together
 
 // gcc 12's tile loads do not say that they read memory.
 inline void fence() { asm volatile("" : : : "memory"); }
@@ -464,35 +473,31 @@ inline void tile_store(float *c, int64_t across) {
   if constexpr (tall_tiles == 2) _tile_stored(3, c + 16 * line + 16, 4 * line);
 }
 
-// s[rows][page] = q[rows][k_rows] keys; q is zero up to whole steps.
+// s[rows][16] = q[rows][k_rows] keys, of one half of a page; q is zero up to whole steps.
 template <int tall_tiles>
-void tile_scores(const uint16_t *q, const uint16_t *keys, int64_t k_rows, float *s) {
+void tile_scores(const uint16_t *q, const uint16_t *keys, int64_t k_rows, int half, float *s) {
   constexpr int step = 32;
   alignas(64) uint16_t last[step * page];
   const int64_t rest = k_rows % step;
   if (rest) {
     memset(last, 0, sizeof last);
     memcpy(last, keys + (k_rows - rest) * page, size_t(2 * rest * page));
+    fence();
   }
-  fence();
-  tile_clear<tall_tiles>();
-  for (int64_t k = 0; k < k_rows; k += step)
-    tile_step<tall_tiles>(q + k, 2 * line, k_rows - k < step ? last : keys + k * page, page);
-  tile_store<tall_tiles>(s, page);
-}
-
-// c[rows][columns] = sum of weights[rows][page] values[page][columns] over pages.
-template <int tall_tiles>
-void tile_sums(const uint16_t *weights, const uint16_t *const *values, int64_t columns, int begin, int end,
-               float *c) {
-  fence();
-  for (int64_t column = 0; column < columns; column += panel_columns) {
-    const int64_t across = least_of(columns - column, panel_columns);
-    tile_clear<tall_tiles>();
-    for (int p = begin; p < end; p++)
-      tile_step<tall_tiles>(weights + p * page, 4 * line, values[p] + column * page, across);
-    tile_store<tall_tiles>(c + column, across);
+  _tile_zero(0);
+  if constexpr (tall_tiles == 2) _tile_zero(2);
+  for (int64_t k = 0; k < k_rows; k += step) {
+    const uint16_t *const b = (k_rows - k < step ? last : keys + k * page) + 32 * half;
+    _tile_loadd(6, b, 4 * page);
+    _tile_loadd(4, q + k, 2 * line);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (tall_tiles == 2) {
+      _tile_loadd(5, q + 16 * line + k, 2 * line);
+      _tile_dpbf16ps(2, 5, 6);
+    }
   }
+  _tile_stored(0, s + 16 * half, 4 * line);
+  if constexpr (tall_tiles == 2) _tile_stored(2, s + 16 * line + 16 * half, 4 * line);
 }
 
 // A row of q, zero up to whole steps of 32.
@@ -519,15 +524,11 @@ inline void expand_to_bf16(const int8_t *from, int64_t count, uint16_t *to) {
 }
 #else
 constexpr bool has_tiles = false;
+constexpr int unit_tiles = 0;
 struct Tiles {};
 #endif
 
 // ----------------------------------------------------------------------------------------- softmax
-
-// The sums of one segment, or of all so far; m in powers of two.
-struct Sums {
-  float m, sum;
-};
 
 // What turns products into scores, and weights into factors of values.
 struct Scales {
@@ -543,10 +544,9 @@ inline void hide(float *s, int from, int to) {
   }
 }
 
-// The products s of one row over the pages [begin, end), of which the positions [from, to) are seen, become
-// scores, and then weights 2^(score - m), else 0: float32 in place or, for tiles, bf16 from s on.
-template <class T, bool tiles>
-inline Sums weigh(float *s, const Scales &scales, int begin, int end, int from, int to) {
+// The products s of one row, of which the positions [from, to) are seen, become scores; returns the largest.
+template <class T>
+inline float peak(float *s, const Scales &scales, int from, int to) {
   constexpr bool scaled = sizeof(typename T::Stored) == 1;
   constexpr int parts = page / width;
   const int first = from / page, last = (to - 1) / page;
@@ -565,7 +565,16 @@ inline Sums weigh(float *s, const Scales &scales, int begin, int end, int from, 
       most[i] = score > most[i] ? score : most[i];
     }
   for (int i = 1; i < parts; i++) most[0] = most[i] > most[0] ? most[i] : most[0];
-  const float m = fold_max(most[0]);
+  return fold_max(most[0]);
+}
+
+// The scores s of one row over the pages [begin, end), of which the positions [from, to) are seen, become
+// weights 2^(s - m), else 0: float32 in place or, for tiles, bf16 from s on. Returns their sum. For int8 they
+// are then multiplied by the scales of the values.
+template <class T, bool tiles>
+inline float weigh(float *s, const Scales &scales, int begin, int end, int from, int to, float m) {
+  constexpr bool scaled = sizeof(typename T::Stored) == 1;
+  const int first = from / page, last = (to - 1) / page;
   floats sum = {};
 #if defined(__AMX_BF16__)
   if constexpr (tiles) {
@@ -583,38 +592,54 @@ inline Sums weigh(float *s, const Scales &scales, int begin, int end, int from, 
       memcpy(out + p * page, &both, sizeof both);
     }
     for (int p = last + 1; p < end; p++) memset(out + p * page, 0, 2 * page);
-    return {m, fold_sum(sum)};
+    return fold_sum(sum);
   }
 #endif
   for (int p = begin; p < first; p++) memset(s + p * page, 0, 4 * page);
   for (int p = first; p <= last; p++)
-#pragma GCC unroll 2
-    for (int i = 0; i < parts; i++) {
-      float *const x = s + p * page + i * width;
+    for (int i = 0; i < page; i += width) {
+      float *const x = s + p * page + i;
       const floats weight = exp2(load(x) - m);
       sum += weight;
-      give(x, scaled ? weight * load(scales.of_page[p] + page + i * width) : weight);
+      give(x, scaled ? weight * load(scales.of_page[p] + page + i) : weight);
     }
   for (int p = last + 1; p < end; p++) memset(s + p * page, 0, 4 * page);
-  return {m, fold_sum(sum)};
+  return fold_sum(sum);
 }
 
-// Adds a segment to what came before; `fresh` if nothing did.
-inline void add_segment(bool fresh, Sums &all, float *acc, const Sums &one, const float *one_acc, int64_t count) {
-  if (fresh) {
-    all = one;
-    for (int64_t i = 0; i < count; i += width) give(acc + i, load(one_acc + i));
-    return;
+// What some rows have seen so far, or in one segment: sum and acc stand for sum 2^m and acc 2^m. The arrays
+// m and sum may be read up to whole vectors.
+struct Sums {
+  float *m, *sum, *acc;
+  int64_t stride;  // of acc
+};
+
+// Adds a later segment to what came before; -infinity, 0 and zeros if nothing did.
+inline void add_segment(int rows, const Sums &all, const Sums &one, int64_t columns) {
+  for (int r = 0; r < rows; r += width) {
+    const floats m = load(all.m + r), later = load(one.m + r), top = m > later ? m : later;
+    const floats before = exp2(m - top), now = exp2(later - top);
+    const floats sum = load(all.sum + r) * before + load(one.sum + r) * now;
+    memcpy(all.m + r, &top, size_t(least_of(width, rows - r)) * 4);
+    memcpy(all.sum + r, &sum, size_t(least_of(width, rows - r)) * 4);
+    for (int i = 0; i < width && r + i < rows; i++) {
+      float *const acc = all.acc + (r + i) * all.stride;
+      const float *const add = one.acc + (r + i) * one.stride;
+      const floats old_factor = splat(before[i]), factor = splat(now[i]);
+      for (int64_t c = 0; c < columns; c += width)
+        give(acc + c, fma(load(add + c), factor, load(acc + c) * old_factor));
+    }
   }
-  const float m = all.m > one.m ? all.m : one.m;
-  const floats before = exp2(splat(all.m - m)), now = exp2(splat(one.m - m));
-  all = {m, all.sum * before[0] + one.sum * now[0]};
-  for (int64_t i = 0; i < count; i += width)
-    give(acc + i, fma(load(one_acc + i), now, load(acc + i) * before));
 }
 
-inline void finish(const Sums &all, const float *acc, int head_dim, float *y) {
-  const floats inverse = splat(1 / all.sum);
+inline void clear(int row, const Sums &all, int64_t columns) {
+  all.m[row] = -__builtin_inff();
+  all.sum[row] = 0;
+  memset(all.acc + row * all.stride, 0, size_t(columns) * 4);
+}
+
+inline void finish(float sum, const float *acc, int head_dim, float *y) {
+  const floats inverse = splat(1 / sum);
   int i = 0;
   for (; i + width <= head_dim; i += width) give(y + i, load(acc + i) * inverse + 0.0f);  // -0 becomes +0
   const floats last = load(acc + i) * inverse + 0.0f;
@@ -648,8 +673,19 @@ Share share(const oc_layer &layer, const Span &span, int64_t whole) {
   return {queries, 0, (span.count + queries - 1) / queries};
 }
 
-// A row's part of `partial`: its sums, padded to 16 floats, and its acc.
-inline int64_t record(const oc_layer &layer) { return 16 + Head(layer.head_dim).v_columns; }
+inline int64_t up16(int64_t x) { return (x + 15) & ~int64_t(15); }
+
+// What one segment of a split query leaves in `partial` for one key/value head: m and sum of its rows,
+// then acc.
+inline int64_t partial_size(const oc_layer &layer) {
+  const int64_t group = layer.heads / layer.kv_heads;
+  return 2 * up16(group) + group * Head(layer.head_dim).v_columns;
+}
+
+inline Sums partial_sums(const oc_layer &layer, float *at) {
+  const int64_t group = up16(layer.heads / layer.kv_heads);
+  return {at, at + group, at + 2 * group, Head(layer.head_dim).v_columns};
+}
 
 Work work(const oc_layer &layer, const Span *spans, int64_t count, int threads) {
   constexpr int64_t never = INT64_MAX, short_enough = 4;
@@ -661,47 +697,50 @@ Work work(const oc_layer &layer, const Span *spans, int64_t count, int threads) 
     const Share mine = share(layer, spans[i], all.whole);
     all.tasks += mine.tasks * layer.kv_heads;
     all.merges += mine.segments ? layer.kv_heads : 0;
-    all.partial_floats += mine.segments * layer.heads * record(layer);
+    all.partial_floats += mine.segments * layer.kv_heads * partial_size(layer);
   }
   return all;
 }
 
+// Rows are worked on in units. Those of tiles are in three stages at once, each with its scores.
+constexpr int unit_rows = has_tiles ? 16 * unit_tiles : few_rows;  // the most
+constexpr int buffers = has_tiles ? 3 : 1;
+static_assert(unit_rows % 16 == 0 && unit_rows >= tall && unit_rows >= few_rows, "");
+
 // A thread's own memory; rows are `line` apart.
 struct Scratch {
-  float *q;       // [most rows]
-  float *acc;     // [most rows]
-  Sums *sums;     // [most rows]
-  float *scores;  // [tile]
-  float *part;    // [tile]: acc of one segment
+  float *q;       // [rows]
+  Sums sums;      // [rows]
+  int *query;     // [rows]: the query of a row
+  float *scores;  // [buffers][unit_rows]
+  float *part;    // [unit_rows]: acc of one segment
   float *keys;    // [pages of a segment][k_rows][page], expanded
   float *values;  // a matrix [segment][v_columns], expanded
 };
 
-inline int64_t rows_of_task(const oc_layer &layer) {
-  return (most_of(most_rows, layer.heads / layer.kv_heads) + 15) & ~15;
+// Tiles may write beyond the last row.
+inline int64_t scratch_rows(const oc_layer &layer) {
+  return up16(most_of(most_rows, layer.heads / layer.kv_heads)) + unit_rows;
 }
-
-constexpr int rows_of_tile = has_tiles ? 32 : few_rows;  // the most
-static_assert(rows_of_tile >= tall, "");
 
 int64_t scratch_bytes(const oc_layer &layer) {
   const Head head(layer.head_dim);
-  const int64_t rows = rows_of_task(layer);
-  return 4 * (2 * rows * line + 2 * rows + 2 * rows_of_tile * line) +
-         4 * pages_of_segment * (head.keys() + head.values());
+  const int64_t rows = scratch_rows(layer);
+  return 4 * (2 * rows * line + 3 * rows + (buffers + 1) * unit_rows * line +
+              pages_of_segment * (head.keys() + head.values()));
 }
 
 Scratch cut(const oc_layer &layer, void *memory) {
   const Head head(layer.head_dim);
-  const int64_t rows = rows_of_task(layer);
+  const int64_t rows = scratch_rows(layer);
   Scratch all;
   all.q = static_cast<float *>(memory);
-  all.acc = all.q + rows * line;
-  all.scores = all.acc + rows * line;
-  all.part = all.scores + rows_of_tile * line;
-  all.keys = all.part + rows_of_tile * line;
+  all.sums = {all.q + 2 * rows * line, all.q + 2 * rows * line + rows, all.q + rows * line, line};
+  all.query = reinterpret_cast<int *>(all.sums.sum + rows);
+  all.scores = all.sums.sum + 2 * rows;
+  all.part = all.scores + buffers * unit_rows * line;
+  all.keys = all.part + unit_rows * line;
   all.values = all.keys + pages_of_segment * head.keys();
-  all.sums = reinterpret_cast<Sums *>(all.values + pages_of_segment * head.values());
   return all;
 }
 
@@ -720,15 +759,15 @@ Task find_task(const Attend &job, int64_t index) {
   Share mine = share(layer, *span, job.work.whole);
   while (index >= mine.tasks * layer.kv_heads) {
     index -= mine.tasks * layer.kv_heads;
-    partial += mine.segments * layer.heads * record(layer);
+    partial += mine.segments * layer.kv_heads * partial_size(layer);
     mine = share(layer, *++span, job.work.whole);
   }
   Task task{span, index / mine.tasks, 0, 1, 0, 0, nullptr};
-  const int64_t part = index % mine.tasks, group = layer.heads / layer.kv_heads;
+  const int64_t part = index % mine.tasks;
   if (mine.segments) {
     task.begin = first_segment(layer, span->past) + part;
     task.end = task.begin + 1;
-    task.partial = partial + (task.kv_head * mine.segments + part) * group * record(layer);
+    task.partial = partial + (task.kv_head * mine.segments + part) * partial_size(layer);
     return task;
   }
   task.query = (mine.tasks - 1 - part) * mine.queries;  // the longest first
@@ -738,67 +777,85 @@ Task find_task(const Attend &job, int64_t index) {
   return task;
 }
 
-// One segment as the rows of a task see it, page by page.
+// Rows that are worked on together, over the pages [begin, end) of a segment that any of them sees.
+struct Unit {
+  int64_t row;
+  int rows, begin, end;
+  bool fresh;     // the first segment that its rows see: acc goes where it belongs
+  float *scores;
+  float *part;    // acc
+  float m[unit_rows], sum[unit_rows];
+};
+
+// A task at one of its segments.
 template <class T>
 struct View {
   typedef typename T::Stored Stored;
-  // Whether products are made of tiles, of the stored panels or, if there are no tiles, of expanded ones.
   static constexpr bool tiles = has_tiles && T::pair == 2;
+  static constexpr bool narrow = sizeof(Stored) == 1;
 
   const Attend &job;
   const Task &task;
   const Scratch &scratch;
   const oc_layer &layer;
   const Head head;
-  const int64_t group;
-  int64_t base;
-  bool expanded;
+  const int64_t group, rows;
+  const float factor;  // of q
+  int64_t taken = 0;   // rows of q that are in scratch
+  int64_t number = 0, base = 0;
+  bool expanded = false;
   Scales scales;
   const void *keys[pages_of_segment], *values[pages_of_segment];
 
   View(const Attend &a, const Task &t, const Scratch &s)
       : job(a), task(t), scratch(s), layer(*a.layer), head(layer.head_dim),
-        group(layer.heads / layer.kv_heads) {
+        group(layer.heads / layer.kv_heads), rows(t.queries * group),
+        factor(layer.soft_cap > 0 ? layer.scale / layer.soft_cap : layer.scale * log2_e) {
     scales.cap = layer.soft_cap * log2_e;
+    for (int64_t r = 0, query = 0; r < rows; query++)
+      for (int64_t end = r + group; r < end; r++) scratch.query[r] = int(query);
   }
 
-  int64_t position(int64_t row) const { return task.span->past + task.query + row / group; }
+  int64_t position(int64_t row) const { return task.span->past + task.query + scratch.query[row]; }
   // The positions of the segment that a row sees: [from, to).
   int from(int64_t row) const { return int(most_of(0, first_seen(layer, position(row)) - base)); }
   int to(int64_t row) const { return int(least_of(segment, position(row) + 1 - base)); }
-  // The same in pages, for rows in a row.
-  int first_page(int64_t row) const { return from(row) / page; }
-  int end_page(int64_t row) const { return (to(row) + page - 1) / page; }
 
-  const float *q_of(int64_t row) const {
-    return job.q + (task.span->row + task.query + row / group) * job.q_stride +
-           (task.kv_head * group + row % group) * layer.head_dim;
-  }
-  float *y_of(int64_t row) const {
-    return job.y + (task.span->row + task.query + row / group) * job.y_stride +
-           (task.kv_head * group + row % group) * layer.head_dim;
+  // Where a row begins in q or y.
+  int64_t start(int64_t row, int64_t stride) const {
+    const int64_t query = scratch.query[row], head_of_group = row - query * group;
+    return (task.span->row + task.query + query) * stride +
+           (task.kv_head * group + head_of_group) * layer.head_dim;
   }
 
-  void take_queries(int64_t rows) const {
-    const float factor = layer.soft_cap > 0 ? layer.scale / layer.soft_cap : layer.scale * log2_e;
-    for (int64_t r = 0; r < rows; r++) {
-      const float *const q = q_of(r), *const y = y_of(r);
-      for (int i = 0; !task.partial && i < layer.head_dim; i += 16) __builtin_prefetch(y + i, 1);
+  void take_queries(int64_t end) {
+    for (; taken < end; taken++) {
+      const float *const q = job.q + start(taken, job.q_stride);
 #if defined(__AMX_BF16__)
       if constexpr (tiles) {
-        round_row(q, layer.head_dim, factor, reinterpret_cast<uint16_t *>(scratch.q) + r * line);
+        round_row(q, layer.head_dim, factor, reinterpret_cast<uint16_t *>(scratch.q) + taken * line);
         continue;
       }
 #endif
-      float *const to = scratch.q + r * line;
+      float *const to = scratch.q + taken * line;
       for (int i = 0; i < layer.head_dim; i++) to[i] = q[i] * factor;
       if (layer.head_dim % 2) to[layer.head_dim] = 0;
     }
   }
 
-  void open(int64_t number, int64_t first, int64_t last) {
-    const int begin = first_page(first), end = end_page(last - 1);
-    expanded = tiles ? T::pair == 2 && sizeof(Stored) == 1 : last - first > few_rows;
+  // Has the caches fetch what is read and written soon, a little for each row of work.
+  void look_ahead(int64_t row) const {
+    const int64_t later = row + 2 * unit_rows;
+    for (int i = 0; later >= taken && later < rows && i < layer.head_dim; i += 16)
+      __builtin_prefetch(job.q + start(later, job.q_stride) + i);
+    for (int i = 0; number == task.end - 1 && i < layer.head_dim; i += 16)
+      __builtin_prefetch(job.y + start(row, job.y_stride) + i, 1);
+  }
+
+  // The pages of a segment that the rows [first, last) see.
+  void open(int64_t first, int64_t last) {
+    const int begin = from(first) / page, end = (to(last - 1) + page - 1) / page;
+    expanded = tiles ? narrow : last - first > few_rows;
     for (int p = begin; p < end; p++) {
       const auto *const stored = reinterpret_cast<const Stored *>(
           job.pages.data + task.span->table[number * pages_of_segment + p] * job.pages.page_bytes +
@@ -808,7 +865,7 @@ struct View {
       scales.of_page[p] = reinterpret_cast<const float *>(stored + head.keys() + head.values());
       if (!expanded) continue;
 #if defined(__AMX_BF16__)
-      if constexpr (tiles && sizeof(Stored) == 1) {
+      if constexpr (tiles && narrow) {
         auto *const to = reinterpret_cast<uint16_t *>(scratch.keys) + p * (head.keys() + head.values());
         expand_to_bf16(stored, head.keys() + head.values(), to);
         keys[p] = to;
@@ -821,89 +878,180 @@ struct View {
     }
   }
 
-  // The rows [row, row + rows) over the pages that they see; acc of the segment into scratch.part.
-  void tile(int64_t row, int rows, Sums *sums) const {
-    const int begin = first_page(row), end = end_page(row + rows - 1);
-#if defined(__AMX_BF16__)
-    if constexpr (tiles) {
-      if (rows > 16)
-        of_tiles<2>(row, rows, begin, end, sums);
+  // The unit that begins at a row; without rows if there are none left.
+  Unit unit(int64_t row, int64_t last, int64_t most, int buffer) {
+    Unit u;
+    u.row = row;
+    u.rows = int(most_of(0, least_of(most, last - row)));
+    u.begin = u.end = 0;
+    u.fresh = false;
+    u.part = scratch.part;
+    u.scores = scratch.scores + buffer * unit_rows * line;
+    if (!u.rows) return u;
+    u.begin = from(row) / page;
+    u.end = (to(row + u.rows - 1) + page - 1) / page;
+    u.fresh = !task.partial && first_segment(layer, position(row)) == number;
+    if (u.fresh) u.part = scratch.sums.acc + row * line;
+    take_queries(row + u.rows);
+    return u;
+  }
+
+  void find_peaks(Unit &u) const {
+    for (int r = 0; r < u.rows; r++)
+      u.m[r] = peak<T>(u.scores + r * line, scales, from(u.row + r), to(u.row + r));
+  }
+
+  void weigh_row(Unit &u, int r) const {
+    look_ahead(u.row + r);
+    u.sum[r] = weigh<T, tiles>(u.scores + r * line, scales, u.begin, u.end, from(u.row + r),
+                            to(u.row + r), u.m[r]);
+  }
+
+  // Bytes from a block to the one that is read next.
+  static int64_t ahead(const void *block, const void *next) {
+    return static_cast<const uint8_t *>(next) - static_cast<const uint8_t *>(block);
+  }
+
+  void multiply_unit(Unit &u) const {
+    const float *const q = scratch.q + u.row * line;
+    for (int p = u.begin; p < u.end; p++) {
+      float *const s = u.scores + p * page;
+      if (expanded)
+        multiply_panels<Float>(u.rows, q, scratch.keys + p * head.keys(), head.k_rows, page, 0, head.k_rows,
+                               false, 0, s);
       else
-        of_tiles<1>(row, rows, begin, end, sums);
+        multiply_panels<T>(u.rows, q, static_cast<const Stored *>(keys[p]), head.k_rows, page, 0, head.k_rows,
+                           false, ahead(keys[p], p + 1 < u.end ? keys[p + 1] : values[u.begin]), s);
+    }
+    find_peaks(u);
+    for (int r = 0; r < u.rows; r++) weigh_row(u, r);
+    if (expanded)
+      multiply_panels<Float>(u.rows, u.scores + u.begin * page, scratch.values, segment, head.v_columns,
+                             u.begin * page, (u.end - u.begin) * page, false, 0, u.part);
+    for (int p = u.begin; !expanded && p < u.end; p++)
+      multiply_panels<T>(u.rows, u.scores + p * page, static_cast<const Stored *>(values[p]), page,
+                         head.v_columns, 0, page, p > u.begin,
+                         ahead(values[p], values[p + 1 < u.end ? p + 1 : p]), u.part);
+  }
+
+  // Adds a unit's segment to what its rows have seen so far.
+  void keep(Unit &u) const {
+    if (!u.rows) return;
+    const int64_t columns = head.v_columns;
+    if (task.partial) {
+      const Sums to = partial_sums(layer, task.partial);
+      memcpy(to.m + u.row, u.m, size_t(u.rows) * 4);
+      memcpy(to.sum + u.row, u.sum, size_t(u.rows) * 4);
+      for (int r = 0; r < u.rows; r++)
+        memcpy(to.acc + (u.row + r) * columns, u.part + r * line, size_t(columns) * 4);
       return;
     }
-#endif
-    for (int p = begin; p < end; p++) {
-      const float *const q = scratch.q + row * line;
-      float *const s = scratch.scores + p * page;
-      if (expanded)
-        multiply_panels<Float>(rows, q, scratch.keys + p * head.keys(), head.k_rows, page, 0, head.k_rows,
-                               false, s);
-      else
-        multiply_panels<T>(rows, q, static_cast<const Stored *>(keys[p]), head.k_rows, page, 0, head.k_rows,
-                           false, s);
+    const Sums &all = scratch.sums;
+    const Sums mine{all.m + u.row, all.sum + u.row, all.acc + u.row * line, line};
+    if (u.fresh) {
+      memcpy(mine.m, u.m, size_t(u.rows) * 4);
+      memcpy(mine.sum, u.sum, size_t(u.rows) * 4);
+      return;
     }
-    for (int r = 0; r < rows; r++)
-      sums[r] = weigh<T, false>(scratch.scores + r * line, scales, begin, end, from(row + r), to(row + r));
-    if (expanded)
-      multiply_panels<Float>(rows, scratch.scores + begin * page, scratch.values, segment, head.v_columns,
-                             begin * page, (end - begin) * page, false, scratch.part);
-    for (int p = begin; !expanded && p < end; p++)
-      multiply_panels<T>(rows, scratch.scores + p * page, static_cast<const Stored *>(values[p]), page,
-                         head.v_columns, 0, page, p > begin, scratch.part);
+    for (int r = u.rows - 1; r >= 0 && first_segment(layer, position(u.row + r)) == number; r--)
+      clear(r, mine, columns);
+    add_segment(u.rows, mine, {u.m, u.sum, u.part, line}, columns);
   }
 
 #if defined(__AMX_BF16__)
   template <int tall_tiles>
-  void of_tiles(int64_t row, int rows, int begin, int end, Sums *sums) const {
-    const auto *const q = reinterpret_cast<const uint16_t *>(scratch.q) + row * line;
-    for (int p = begin; p < end; p++)
-      tile_scores<tall_tiles>(q, static_cast<const uint16_t *>(keys[p]), head.k_rows,
-                              scratch.scores + p * page);
+  void score_half(const Unit &u, int index) const {
+    const auto *const q = reinterpret_cast<const uint16_t *>(scratch.q) + u.row * line;
+    const int p = u.begin + index / 2;
+    tile_scores<tall_tiles>(q, static_cast<const uint16_t *>(keys[p]), head.k_rows, index % 2,
+                            u.scores + p * page);
+  }
+
+  template <int tall_tiles>
+  void sum_page(const Unit &u, int64_t column, int p) const {
+    const int64_t across = least_of(head.v_columns - column, panel_columns);
+    if (p == u.begin) tile_clear<tall_tiles>();
+    tile_step<tall_tiles>(reinterpret_cast<const uint16_t *>(u.scores) + p * page, 4 * line,
+                          static_cast<const uint16_t *>(values[p]) + column * page, across);
+    if (p == u.end - 1) tile_store<tall_tiles>(u.part + column, across);
+  }
+
+  // The tile unit works beside the vector units: while the rows of one unit are weighed, the unit before
+  // it is summed and the one after it scored, a step at a time.
+  template <int tall_tiles>
+  void walk_tiles(int64_t first, int64_t last) {
+    constexpr int most = 16 * tall_tiles;
+    Unit before{}, now = unit(first, last, most, 0);
     fence();
-    for (int r = 0; r < rows; r++)
-      sums[r] = weigh<T, true>(scratch.scores + r * line, scales, begin, end, from(row + r), to(row + r));
-    tile_sums<tall_tiles>(reinterpret_cast<const uint16_t *>(scratch.scores),
-                          reinterpret_cast<const uint16_t *const *>(values), head.v_columns, begin, end,
-                          scratch.part);
+    for (int i = 0; i < 2 * (now.end - now.begin); i++) score_half<tall_tiles>(now, i);
+    for (int turn = 1; now.rows; turn++) {
+      Unit after = unit(now.row + now.rows, last, most, turn % buffers);
+      const int64_t columns = before.rows ? head.v_columns : 0;
+      const int64_t panels = (columns + panel_columns - 1) / panel_columns;
+      const int64_t steps = panels * (before.end - before.begin) + 2 * (after.end - after.begin);
+      int64_t done = 0, column = 0;
+      int sum = before.begin, score = 0;
+      fence();
+      find_peaks(now);
+      for (int r = 0; r < now.rows; r++) {
+        weigh_row(now, r);
+        for (; done * now.rows < steps * (r + 1); done++) {
+          if (column == columns) {
+            score_half<tall_tiles>(after, score++);
+            continue;
+          }
+          sum_page<tall_tiles>(before, column, sum);
+          if (++sum < before.end) continue;
+          sum = before.begin;
+          column = least_of(columns, column + panel_columns);
+        }
+      }
+      fence();
+      keep(before);
+      before = now;
+      now = after;
+    }
+    for (int64_t column = 0; column < head.v_columns; column += panel_columns)
+      for (int p = before.begin; p < before.end; p++) sum_page<tall_tiles>(before, column, p);
     fence();
+    keep(before);
   }
 #endif
+
+  void walk(int64_t first, int64_t last) {
+#if defined(__AMX_BF16__)
+    if constexpr (tiles) {
+      if (last - first > 16)
+        walk_tiles<unit_tiles>(first, last);
+      else
+        walk_tiles<1>(first, last);
+      return;
+    }
+#endif
+    const int64_t most = expanded ? tall : few_rows;
+    for (int64_t row = first; row < last; row += most) {
+      Unit now = unit(row, last, most, 0);
+      multiply_unit(now);
+      keep(now);
+    }
+  }
 };
 
 template <class T>
 void attend(const Attend &job, const Task &task, const Scratch &scratch) {
   View<T> view(job, task, scratch);
   [[maybe_unused]] const Tiles tiles;
-  const oc_layer &layer = *job.layer;
-  const int64_t rows = task.queries * view.group, columns = view.head.v_columns;
-  view.take_queries(rows);
-  for (int64_t number = task.begin; number < task.end; number++) {
-    view.base = number * segment;
-    int64_t first = 0, last = rows;  // the rows that see some of it
+  for (view.number = task.begin; view.number < task.end; view.number++) {
+    view.base = view.number * segment;
+    int64_t first = 0, last = view.rows;  // the rows that see some of it
     while (view.to(first) <= 0) first++;
     while (view.from(last - 1) >= segment) last--;
-    view.open(number, first, last);
-    const int64_t most = view.tiles ? 32 : view.expanded ? tall : few_rows;
-    for (int64_t row = first; row < last; row += most) {
-      const int count = int(least_of(most, last - row));
-      Sums sums[rows_of_tile];
-      view.tile(row, count, sums);
-      for (int r = 0; r < count; r++) {
-        const float *const part = scratch.part + r * line;
-        if (task.partial) {
-          float *const to = task.partial + (row + r) * record(layer);
-          memcpy(to, &sums[r], sizeof sums[r]);
-          memcpy(to + 16, part, size_t(columns) * 4);
-          continue;
-        }
-        const bool fresh = number == first_segment(layer, view.position(row + r));
-        add_segment(fresh, scratch.sums[row + r], scratch.acc + (row + r) * line, sums[r], part, columns);
-      }
-    }
+    view.open(first, last);
+    view.walk(first, last);
   }
-  for (int64_t r = 0; !task.partial && r < rows; r++)
-    finish(scratch.sums[r], scratch.acc + r * line, layer.head_dim, view.y_of(r));
+  for (int64_t r = 0; !task.partial && r < view.rows; r++)
+    finish(scratch.sums.sum[r], scratch.sums.acc + r * line, job.layer->head_dim,
+           job.y + view.start(r, job.y_stride));
 }
 
 void run(const Attend &job, int64_t index, void *memory) {
@@ -916,28 +1064,30 @@ void run(const Attend &job, int64_t index, void *memory) {
 
 void merge(const Attend &job, int64_t index) {
   const oc_layer &layer = *job.layer;
-  const int64_t group = layer.heads / layer.kv_heads, size = record(layer);
-  const int64_t columns = Head(layer.head_dim).v_columns;
-  const float *partial = job.partial;
+  const int64_t group = layer.heads / layer.kv_heads, columns = Head(layer.head_dim).v_columns;
+  const int64_t size = partial_size(layer);
+  float *partial = job.partial;
   const Span *span = job.spans;
   int64_t segments = share(layer, *span, job.work.whole).segments, split = index / layer.kv_heads;
   while (!segments || split) {
     split -= segments > 0;
-    partial += segments * layer.heads * size;
+    partial += segments * layer.kv_heads * size;
     segments = share(layer, *++span, job.work.whole).segments;
   }
   const int64_t kv_head = index % layer.kv_heads;
-  partial += kv_head * segments * group * size;
-  for (int64_t r = 0; r < group; r++) {
-    Sums all{}, one;
-    float acc[line];
+  partial += kv_head * segments * size;
+  for (int64_t first = 0; first < group; first += few_rows) {
+    const int rows = int(least_of(few_rows, group - first));
+    float m[few_rows], sum[few_rows], acc[few_rows * line];
+    const Sums all{m, sum, acc, line};
+    for (int r = 0; r < few_rows; r++) clear(r, all, columns);
     for (int64_t s = 0; s < segments; s++) {
-      const float *const from = partial + (s * group + r) * size;
-      memcpy(&one, from, sizeof one);
-      add_segment(s == 0, all, acc, one, from + 16, columns);
+      const Sums one = partial_sums(layer, partial + s * size);
+      add_segment(rows, all, {one.m + first, one.sum + first, one.acc + first * columns, columns}, columns);
     }
-    finish(all, acc, layer.head_dim,
-           job.y + span->row * job.y_stride + (kv_head * group + r) * layer.head_dim);
+    for (int r = 0; r < rows; r++)
+      finish(sum[r], acc + r * line, layer.head_dim,
+             job.y + span->row * job.y_stride + (kv_head * group + first + r) * layer.head_dim);
   }
 }
 
