@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--shape", default="1.1 B")
     options = parser.parse_args()
     native, threads = cpu.library(), options.threads
-    print(f"read {native.oc_read_bandwidth(1 << 30, threads, 0.5) / 1e9:.1f} GB/s, {threads} threads")
+    print(
+        f"read {native.oc_read_bandwidth(1 << 30, threads, 0.5) / 1e9:.1f} GB/s, {threads} threads"
+    )
     *shape, layers = SHAPES[options.shape]
     heads, kv_heads, dim = shape
     for isa in [options.isa] if options.isa else cpu.isas():

@@ -4,6 +4,7 @@ a query's bits do not depend on chunks, batches or threads."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -46,10 +47,14 @@ class Heads:
         return self.dim**-0.5 if self.scale is None else self.scale
 
 
-Sequences = Sequence[tuple[Tensor, Tensor, Tensor]]  # q [T,H,D], k and v [T,G,D] of one request each
+Sequences = Sequence[
+    tuple[Tensor, Tensor, Tensor]
+]  # q [T,H,D], k and v [T,G,D] of one request each
 
 
-def draw(heads: Heads, length: int, seed: int = 0, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def draw(
+    heads: Heads, length: int, seed: int = 0, spread: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * seed + length)
     q = torch.randn(length, heads.heads, heads.dim, generator=generator) * spread
     k = torch.randn(length, heads.kv_heads, heads.dim, generator=generator)
@@ -75,7 +80,9 @@ def attend(
     return list(y.split(count))
 
 
-def alone(heads: Heads, dtype: str, request: tuple[Tensor, Tensor, Tensor], past: int = 0) -> Tensor:
+def alone(
+    heads: Heads, dtype: str, request: tuple[Tensor, Tensor, Tensor], past: int = 0
+) -> Tensor:
     return attend(heads, dtype, [request], [past])[0]
 
 
@@ -116,7 +123,14 @@ SHAPES = [
     Heads(8, 2, 64), Heads(1, 1, 16), Heads(3, 3, 40), Heads(5, 1, 80, scale=0.3), Heads(6, 2, 96),
     Heads(4, 4, 128), Heads(2, 1, 256), Heads(40, 2, 72), Heads(2, 2, 17), Heads(3, 1, 50),
 ]  # fmt: skip
-MASKS = [{}, {"window": 1}, {"window": 33}, {"window": 250}, {"cap": 2.0}, {"cap": 50.0, "window": 300}]
+MASKS = [
+    {},
+    {"window": 1},
+    {"window": 33},
+    {"window": 250},
+    {"cap": 2.0},
+    {"cap": 50.0, "window": 300},
+]
 
 
 # Right --------------------------------------------------------------------------------------------
@@ -125,7 +139,7 @@ MASKS = [{}, {"window": 1}, {"window": 33}, {"window": 250}, {"cap": 2.0}, {"cap
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", SHAPES, ids=str)
 def test_shapes(isa: str, heads: Heads, dtype: str) -> None:
-    for length in (1, 3, 31, 32, 33, 255, 257, 300):
+    for length in (1, 31, 33, 257):
         check(heads, dtype, length)
 
 
@@ -166,17 +180,20 @@ def test_large_scores_are_told_apart(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize("heads", [Heads(8, 2, 64), Heads(3, 3, 40), Heads(20, 1, 96)], ids=str)
-def test_chunks_batches_and_threads(
-    isa: str, heads: Heads, mask: dict[str, float], dtype: str
-) -> None:
-    heads = replace(heads, **mask)
+@pytest.mark.parametrize(
+    "heads",
+    [
+        Heads(8, 2, 64), Heads(8, 2, 64, window=33), Heads(3, 3, 40, window=1, cap=2.0),
+        Heads(3, 3, 40, window=300), Heads(20, 1, 96, window=250), Heads(20, 1, 96, cap=50.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_chunks_batches_and_threads(isa: str, heads: Heads, dtype: str) -> None:
     request = draw(heads, 590)
     whole = alone(heads, dtype, request)
     # Chunks, each of which has all before it as its past.
     cuts = [0, 1, 2, 33, 64, 100, 255, 256, 400, 511, 590]
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in itertools.pairwise(cuts):
         chunk = alone(heads, dtype, tuple(x[:end] for x in request), begin)
         assert same(chunk, whole[begin:end]), (begin, end)
     # One at a time, all in one batch with chunks of other requests, on several threads.
@@ -201,7 +218,9 @@ def test_a_long_context_is_split_and_merged(isa: str, dtype: str) -> None:
         for p in (2000, 2047, 2048, 2099):
             one = (q[: p + 1], k[: p + 1], v[: p + 1])
             for threads in (1, 4):
-                assert same(attend(heads, dtype, [one], [p], threads)[0], whole[p - 2000 : p - 1999])
+                assert same(
+                    attend(heads, dtype, [one], [p], threads)[0], whole[p - 2000 : p - 1999]
+                )
         kept = rounded(k, dtype), rounded(v, dtype)
         exact = expected(heads, q, *kept)[2000:]
         assert (whole - exact).abs().max() < (2e-5 if float32(dtype) else 3e-3)

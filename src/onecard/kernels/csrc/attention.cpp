@@ -5,30 +5,20 @@
 //
 // Exactness. A result's bits depend on its query, on what it sees and on its position, however prompts
 // are cut, batched or shared out. Positions are walked in segments of 256, aligned at position 0. Each
-// gives (m, sum, acc) with every sum in a fixed order: a score over the head's numbers in rising order, acc
-// over positions in rising order, the sum of weights in lanes (position modulo `width`) folded by halves.
-// Segments are merged in rising order. What a query may not see has weight +0, and stored values are
-// finite (`store` sees to it), so it adds zero: how far beyond its own positions a query's tile is
-// computed changes at most the sign of a zero, which the last step takes away.
+// gives (m, sum, acc) with every sum in a fixed order: a score over the head's numbers and acc over
+// positions in rising order (tiles: in theirs), the sum of weights in lanes, folded by halves. Segments are
+// added in rising order. What a query may not see has weight +0, and stored values are finite (`store`
+// sees to it), so it adds zero: how far beyond its own positions a query's row is computed changes at most
+// the sign of a zero, which the last step takes away.
 //
-// Layout. A page holds, for each key/value head, K, V and for int8 their scales [2][32]. K is a matrix
-// [head_dim][32 positions] and V a matrix [32 positions][head_dim], so that the sum runs down the rows of
-// both and lanes are columns. Either is stored as panels of 32 columns (the last may be 16), each
-// contiguous. fp16 panels are row-major; in bf16 and int8 panels two rows are interleaved, number by
-// number, which is what dot products of pairs and AMX tiles read.
-//
-// Work. A task takes up to `most_rows` rows (a row is a query and a head) that share a key/value head. For
-// many rows the panels of a segment are expanded to float32 once and stay in the second-level cache; few
-// rows read them as they are stored. Both multiply in the same order.
+// Work. A task takes up to `most_rows` rows (a row is a query and a head) that share a key/value head, or
+// one segment of a single query. For many rows the panels of a segment are expanded to float32 once and
+// stay in the second-level cache; few rows read them as they are stored; both multiply in the same order.
+// Tiles read bf16 as it is stored, and int8 expanded to bf16, for any number of rows.
 
 #include "engine.h"
-#include "numbers.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
+#include "panels.h"
+#include "vectors.h"
 
 namespace {
 
@@ -37,496 +27,8 @@ using oc::Pages;
 using oc::Span;
 using oc::Work;
 
-constexpr int page = oc::page_tokens, segment = oc::segment_tokens, pages_of_segment = segment / page;
-constexpr int line = 288;         // floats from row to row of all scratch matrices
-constexpr int panel_columns = 32;
-constexpr int most_rows = 256;    // of a task, unless one query has more heads
-constexpr int few_rows = 16;      // up to here panels are read as they are stored
-constexpr float log2_e = 0x1.715476p0f;
-static_assert(line >= segment && line >= oc::most_head_dim, "a row must fit");
-
-// ----------------------------------------------------------------------------------------- vectors
-
-// tall x wide vectors of sums fit into the registers beside their operands.
-#if defined(__AVX512F__)
-constexpr int width = 16, wide = 2, tall = 12;
-#elif defined(__AVX2__)
-constexpr int width = 8, wide = 2, tall = 6;
-#elif defined(__ARM_NEON)
-constexpr int width = 4, wide = 4, tall = 6;
-#else
-constexpr int width = 4, wide = 2, tall = 4;
-#endif
-typedef float floats __attribute__((vector_size(4 * width)));
-typedef int32_t ints __attribute__((vector_size(4 * width)));
-typedef uint32_t words __attribute__((vector_size(4 * width)));
-typedef int16_t shorts __attribute__((vector_size(2 * width)));
-typedef uint16_t halves __attribute__((vector_size(2 * width)));
-
-template <class V>
-inline V take(const void *from) {
-  V x;
-  memcpy(&x, from, sizeof x);
-  return x;
-}
-
-inline floats load(const float *from) { return take<floats>(from); }
-inline void give(float *to, floats x) { memcpy(to, &x, sizeof x); }
-inline floats splat(float x) { return x - floats{}; }
-inline floats floats_of(words x) { return (floats)x; }
-
-#if defined(__AVX512F__)
-inline floats fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
-inline floats widen_fp16(halves x) { return _mm512_maskz_cvtph_ps(0xffff, (__m256i)x); }
-#elif defined(__AVX2__)
-inline floats fma(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
-inline floats widen_fp16(halves x) { return _mm256_cvtph_ps((__m128i)x); }
-#elif defined(__ARM_NEON)
-inline floats fma(floats a, floats b, floats c) {
-  return (floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-}
-inline floats widen_fp16(halves x) { return (floats)vcvt_f32_f16((float16x4_t)x); }
-#else
-inline floats fma(floats a, floats b, floats c) { return a * b + c; }
-inline floats widen_fp16(halves x) {  // NaN included, unlike Fp16::read
-  const words bits = __builtin_convertvector(x, words);
-  const words sign = (bits & 0x8000) << 16, rest = bits & 0x7fff;
-  const words special = (words)(rest >= 0x7c00) & (112u << 23);
-  const floats tiny = __builtin_convertvector((ints)rest, floats) * 0x1p-24f;
-  const words normal = (rest << 13) + (112u << 23) + special;
-  const words is_tiny = (words)(rest < 0x0400);
-  return floats_of(sign | (is_tiny & (words)tiny) | (~is_tiny & normal));
-}
-#endif
-
-inline int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
-inline ints iota() {
-  ints x;
-  for (int i = 0; i < width; i++) x[i] = i;
-  return x;
-}
-
-// The other half of a vector's lanes, and the other halves of those: folding takes log2(width) steps.
-#if defined(__AVX512F__)
-template <int half>
-inline floats other(floats x) {
-  if (half == 8) return _mm512_maskz_shuffle_f32x4(0xffff, x, x, 0x4e);
-  if (half == 4) return _mm512_maskz_shuffle_f32x4(0xffff, x, x, 0xb1);
-  if (half == 2) return _mm512_maskz_permute_ps(0xffff, x, 0x4e);
-  return _mm512_maskz_permute_ps(0xffff, x, 0xb1);
-}
-#else
-template <int half>
-inline floats other(floats x) {
-  floats y = x;
-  for (int i = 0; i < half; i++) y[i] = x[i + half];
-  return y;
-}
-#endif
-
-template <int half = width / 2>
-inline float fold_sum(floats x) {
-  x += other<half>(x);
-  if constexpr (half > 1) return fold_sum<half / 2>(x);
-  return x[0];
-}
-
-template <int half = width / 2>
-inline float fold_max(floats x) {
-  const floats y = other<half>(x);
-  x = y > x ? y : x;
-  if constexpr (half > 1) return fold_max<half / 2>(x);
-  return x[0];
-}
-
-// 2^t for t <= 1 within 2 ulp; 0 below 2^-100, where no sum can tell, and for -infinity; NaN for NaN.
-inline floats exp2(floats t) {
-  constexpr float least = -100;
-#if defined(__AVX512F__)
-  const floats part = _mm512_reduce_ps(t, 0x01);  // t - floor(t)
-#else
-  const floats low = t < least ? splat(least) : t;
-  const floats shifted = (low - 0.5f) + magic;
-  const floats part = low - (shifted - magic);
-#endif
-  floats y = splat(0x1.e974fcp-10f);
-  y = fma(y, part, splat(0x1.277854p-7f));
-  y = fma(y, part, splat(0x1.c91ce6p-5f));
-  y = fma(y, part, splat(0x1.ebdb56p-3f));
-  y = fma(y, part, splat(0x1.62e4bap-1f));
-  y = fma(y, part, splat(1));
-#if defined(__AVX512F__)
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, splat(least), _CMP_NLT_UQ), y, t);
-#else
-  const words scaled = (words)y + ((words)shifted << 23);
-  return floats_of((scaled & ~(words)(t < least)) | (words)(t != t));
-#endif
-}
-
-#if defined(__AMX_BF16__)
-// 2^t for what is rounded to bf16 next: within 2^-13.
-inline floats exp2_coarse(floats t) {
-  const floats part = _mm512_reduce_ps(t, 0x01);
-  floats y = splat(0x1.3baaaap-4f);
-  y = fma(y, part, splat(0x1.d23788p-3f));
-  y = fma(y, part, splat(0x1.63e65ap-1f));
-  y = fma(y, part, splat(1));
-  return _mm512_maskz_scalef_ps(0xffff, y, t);
-}
-#endif
-
-// Within a few ulp; NaN for NaN.
-inline floats tanh(floats x) {
-  const words sign = (words)x & 0x80000000;
-  const floats a = floats_of((words)x & 0x7fffffff), square = a * a;
-  const floats e = exp2(a * (-2 * log2_e)), large = (1 - e) / (1 + e);
-  floats p = splat(-0x1.b3a652p-8f);
-  p = fma(p, square, splat(0x1.5cf24p-6f));
-  p = fma(p, square, splat(-0x1.b98accp-5f));
-  p = fma(p, square, splat(0x1.110f22p-3f));
-  p = fma(p, square, splat(-0x1.555552p-2f));
-  const floats small = fma(a * square, p, a);
-  const floats y = a < 0.5f ? small : large;
-  return floats_of((words)y | sign);
-}
-
-// ------------------------------------------------------------------------------------------ panels
-
-// How the numbers of a panel are stored. `load` reads `pair` rows of `width` columns as float32.
-struct Float {
-  static constexpr bool stored = false;
-  typedef float Stored;
-  static constexpr int pair = 1;
-  static inline void load(const float *from, floats *x) { x[0] = ::load(from); }
-};
-
-struct Half {
-  static constexpr bool stored = true;
-  typedef uint16_t Stored;
-  static constexpr int pair = 1;
-  static inline void load(const uint16_t *from, floats *x) { x[0] = widen_fp16(take<halves>(from)); }
-};
-
-struct Brain {
-  static constexpr bool stored = true;
-  typedef uint16_t Stored;
-  static constexpr int pair = 2;
-  static inline void load(const uint16_t *from, floats *x) {
-    const words both = take<words>(from);
-    x[0] = floats_of(both << 16);
-    x[1] = floats_of(both & 0xffff0000);
-  }
-};
-
-struct Int8 {
-  static constexpr bool stored = true;
-  typedef int8_t Stored;
-  static constexpr int pair = 2;
-  static inline void load(const int8_t *from, floats *x) {
-    const ints both = __builtin_convertvector(take<shorts>(from), ints);
-    x[0] = __builtin_convertvector((ints)((words)both << 24) >> 24, floats);
-    x[1] = __builtin_convertvector(both >> 8, floats);
-  }
-};
-
-// Where a matrix [rows][columns] has an element.
-inline int64_t offset(int pair, int64_t rows, int64_t columns, int64_t row, int64_t column) {
-  const int64_t first = column / panel_columns * panel_columns;
-  const int64_t across = least_of(columns - first, panel_columns);
-  return first * rows + row / pair * pair * across + (column - first) * pair + row % pair;
-}
-
-// One head of a page. Sizes in numbers.
-struct Head {
-  int64_t k_rows, v_columns;
-
-  explicit Head(int head_dim) : k_rows((head_dim + 1) & ~1), v_columns((head_dim + 15) & ~15) {}
-  int64_t keys() const { return k_rows * page; }
-  int64_t values() const { return v_columns * page; }
-  int64_t bytes(int dtype) const {
-    const int64_t numbers = keys() + values();
-    return dtype == OC_INT8 ? numbers + 2 * page * 4 : 2 * numbers;
-  }
-};
-
-int64_t page_bytes(int dtype, int kv_heads, int head_dim) {
-  return kv_heads * Head(head_dim).bytes(dtype);
-}
-
-// ------------------------------------------------------------------------------------------ storing
-
-template <class T>
-inline bool round_to(const float *x, int count, uint16_t *out) {
-  uint32_t bad = 0;
-  for (int i = 0; i < count; i++) {
-    out[i] = T::round(x[i]);
-    bad |= (pattern(x[i]) & 0x7f800000) == 0x7f800000;
-    bad |= (out[i] & T::infinity) == T::infinity;
-  }
-  return !bad;
-}
-
-template <class T>
-void store_float(const Head &head, int head_dim, int pair, uint8_t *to, int at, const float *k,
-                 const float *v) {
-  constexpr uint16_t nan = uint16_t(T::infinity | T::infinity >> 1);
-  uint16_t key[oc::most_head_dim], value[oc::most_head_dim];
-  const bool good = round_to<T>(k, head_dim, key) & round_to<T>(v, head_dim, value);
-  for (int i = 0; !good && i < head_dim; i++) {
-    key[i] = nan;
-    value[i] = 0;
-  }
-  uint16_t *const keys = reinterpret_cast<uint16_t *>(to), *const values = keys + head.keys();
-  for (int i = 0; i < head_dim; i++) keys[offset(pair, head.k_rows, page, i, at)] = key[i];
-  for (int i = 0; i < head_dim; i++) values[offset(pair, page, head.v_columns, at, i)] = value[i];
-}
-
-// q and scale with x = q * scale; scale = max|x| / 127. Returns whether all is finite.
-inline bool quantize(const float *x, int count, int8_t *q, float *scale) {
-  uint32_t most = 0;
-  for (int i = 0; i < count; i++) {
-    const uint32_t bits = pattern(x[i]) & 0x7fffffff;
-    most = bits > most ? bits : most;
-  }
-  const float top = number(most), up = most >= pattern(0x1p-100f) ? 127 / top : 0;
-  if (most >= 0x7f800000) return false;
-  for (int i = 0; i < count; i++) q[i] = int8_t(pattern(x[i] * up + magic));
-  *scale = up ? top / 127 : 0;
-  return true;
-}
-
-void store_int8(const Head &head, int head_dim, uint8_t *to, int at, const float *k, const float *v) {
-  int8_t key[oc::most_head_dim], value[oc::most_head_dim];
-  float k_scale, v_scale;
-  if (!quantize(k, head_dim, key, &k_scale) || !quantize(v, head_dim, value, &v_scale)) {
-    memset(key, 0, sizeof key);
-    memset(value, 0, sizeof value);
-    k_scale = __builtin_nanf("");
-    v_scale = 0;
-  }
-  int8_t *const keys = reinterpret_cast<int8_t *>(to), *const values = keys + head.keys();
-  for (int i = 0; i < head_dim; i++) keys[offset(2, head.k_rows, page, i, at)] = key[i];
-  for (int i = 0; i < head_dim; i++) values[offset(2, page, head.v_columns, at, i)] = value[i];
-  float *const scale = reinterpret_cast<float *>(to + head.keys() + head.values());
-  scale[at] = k_scale;
-  scale[page + at] = v_scale;
-}
-
-void store(const Pages &pages, const int32_t *table, int64_t position, const float *k, const float *v) {
-  const Head head(pages.head_dim);
-  uint8_t *const to = pages.data + table[position / page] * pages.page_bytes;
-  const int at = int(position % page), head_dim = pages.head_dim;
-  for (int i = 0; i < pages.kv_heads; i++, k += head_dim, v += head_dim) {
-    uint8_t *const place = to + i * head.bytes(pages.dtype);
-    if (pages.dtype == OC_FP16) store_float<Fp16>(head, head_dim, 1, place, at, k, v);
-    if (pages.dtype == OC_BF16) store_float<Bf16>(head, head_dim, 2, place, at, k, v);
-    if (pages.dtype == OC_INT8) store_int8(head, head_dim, place, at, k, v);
-  }
-}
-
-// ------------------------------------------------------------------------------------- multiplying
-
-// c[rows][vectors * width] = a[rows][count] b[count][...], or added to c; b's columns are `across` apart. Where
-// b is as it was stored, what lies `ahead` bytes behind it is fetched meanwhile.
-template <class T, int rows, int vectors>
-inline void multiply(const float *a, const typename T::Stored *b, int64_t across, int64_t count, bool more,
-                     int64_t ahead, float *c) {
-  constexpr int step_bytes = vectors * width * T::pair * int(sizeof(typename T::Stored));
-  floats sum[rows][vectors];
-#pragma GCC unroll 12
-  for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) sum[r][v] = more ? load(c + r * line + v * width) : floats{};
-  for (int64_t k = 0; k < count; k += T::pair, a += T::pair, b += T::pair * across) {
-    floats x[vectors][T::pair];
-    for (int i = 0; T::stored && i < step_bytes; i += 64)
-      __builtin_prefetch(reinterpret_cast<const uint8_t *>(b) + ahead + i);
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) T::load(b + v * width * T::pair, x[v]);
-#pragma GCC unroll 2
-    for (int p = 0; p < T::pair; p++)
-#pragma GCC unroll 12
-      for (int r = 0; r < rows; r++) {
-        const floats factor = splat(a[r * line + p]);
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sum[r][v] = fma(factor, x[v][p], sum[r][v]);
-      }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) give(c + r * line + v * width, sum[r][v]);
-}
-
-template <class T, int vectors>
-void multiply_rows(int rows, const float *a, const typename T::Stored *b, int64_t across, int64_t count,
-                   bool more, int64_t ahead, float *c) {
-  constexpr int most = T::pair == 2 && tall > 8 ? 8 : tall;
-  int r = 0;
-  for (; rows - r >= most; r += most)
-    multiply<T, most, vectors>(a + r * line, b, across, count, more, ahead, c + r * line);
-  if (most > 8 && rows - r >= 8) {
-    multiply<T, 8, vectors>(a + r * line, b, across, count, more, ahead, c + r * line);
-    r += 8;
-  }
-  if (most > 4 && rows - r >= 4) {
-    multiply<T, 4, vectors>(a + r * line, b, across, count, more, ahead, c + r * line);
-    r += 4;
-  }
-  if (rows - r >= 2) {
-    multiply<T, 2, vectors>(a + r * line, b, across, count, more, ahead, c + r * line);
-    r += 2;
-  }
-  if (rows - r >= 1) multiply<T, 1, vectors>(a + r * line, b, across, count, more, ahead, c + r * line);
-}
-
-// A stored matrix [rows_stored][columns], of which `count` rows from `first` on are multiplied.
-template <class T>
-void multiply_panels(int rows, const float *a, const typename T::Stored *b, int64_t stored, int64_t columns,
-                     int64_t first, int64_t count, bool more, int64_t ahead, float *c) {
-  for (int64_t column = 0; column < columns; column += panel_columns) {
-    const int64_t across = least_of(columns - column, panel_columns);
-    const auto *const panel = b + column * stored + first * across;
-    for (int64_t v = 0; v < across; v += wide * width)
-      if (across < wide * width)
-        multiply_rows<T, 1>(rows, a, panel, across, count, more, ahead, c + column);
-      else
-        multiply_rows<T, wide>(rows, a, panel + v * T::pair, across, count, more, ahead, c + column + v);
-  }
-}
-
-// The same rows in float32.
-template <class T>
-void expand(const typename T::Stored *from, int64_t stored, int64_t columns, float *to, int64_t to_stored,
-            int64_t to_first) {
-  for (int64_t column = 0; column < columns; column += panel_columns) {
-    const int64_t across = least_of(columns - column, panel_columns);
-    const auto *b = from + column * stored;
-    float *out = to + column * to_stored + to_first * across;
-    for (int64_t row = 0; row < stored; row += T::pair, b += T::pair * across, out += T::pair * across)
-      for (int64_t v = 0; v < across; v += width) {
-        floats x[T::pair];
-        T::load(b + v * T::pair, x);
-        for (int p = 0; p < T::pair; p++) give(out + p * across + v, x[p]);
-      }
-  }
-}
-
-// ------------------------------------------------------------------------------------------- tiles
-
-// With tile registers, bf16 and int8 caches are multiplied in bf16 (exact for int8), 16 rows at a time; the
-// queries and the weights are rounded. A row of a tile knows nothing of the others.
-#if defined(__AMX_BF16__)
-constexpr bool has_tiles = true;
-constexpr int unit_tiles = 2;  // of 16 rows, that are worked on together
-
-// gcc 12's tile loads do not say that they read memory.
-inline void fence() { asm volatile("" : : : "memory"); }
-
-struct Tiles {
-  alignas(64) uint8_t config[64] = {1};
-  Tiles() {
-    for (int tile = 0; tile < 8; tile++) {
-      config[16 + 2 * tile] = 64;
-      config[48 + tile] = 16;
-    }
-    fence();
-    _tile_loadconfig(config);
-  }
-  ~Tiles() { _tile_release(); }
-};
-
-// Tiles 0 to 3 hold sums: 16 columns in 0, the next 16 in 1, and the same of the next 16 rows in 2 and 3.
-// One step of 32: a's rows are `a_line` bytes apart, b is a panel of `across` columns.
-template <int tall_tiles>
-inline void tile_step(const uint16_t *a, int64_t a_line, const uint16_t *b, int64_t across) {
-  _tile_loadd(4, a, a_line);
-  _tile_loadd(6, b, 4 * across);
-  _tile_dpbf16ps(0, 4, 6);
-  if constexpr (tall_tiles == 2) {
-    _tile_loadd(5, a + 8 * a_line, a_line);
-    _tile_dpbf16ps(2, 5, 6);
-  }
-  if (across < panel_columns) return;
-  _tile_loadd(7, b + 32, 4 * across);
-  _tile_dpbf16ps(1, 4, 7);
-  if constexpr (tall_tiles == 2) _tile_dpbf16ps(3, 5, 7);
-}
-
-template <int tall_tiles>
-inline void tile_clear() {
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (tall_tiles == 1) return;
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-template <int tall_tiles>
-inline void tile_store(float *c, int64_t across) {
-  _tile_stored(0, c, 4 * line);
-  if constexpr (tall_tiles == 2) _tile_stored(2, c + 16 * line, 4 * line);
-  if (across < panel_columns) return;
-  _tile_stored(1, c + 16, 4 * line);
-  if constexpr (tall_tiles == 2) _tile_stored(3, c + 16 * line + 16, 4 * line);
-}
-
-// s[rows][16] = q[rows][k_rows] keys, of one half of a page; q is zero up to whole steps.
-template <int tall_tiles>
-void tile_scores(const uint16_t *q, const uint16_t *keys, int64_t k_rows, int half, float *s) {
-  constexpr int step = 32;
-  alignas(64) uint16_t last[step * page];
-  const int64_t rest = k_rows % step;
-  if (rest) {
-    memset(last, 0, sizeof last);
-    memcpy(last, keys + (k_rows - rest) * page, size_t(2 * rest * page));
-    fence();
-  }
-  _tile_zero(0);
-  if constexpr (tall_tiles == 2) _tile_zero(2);
-  for (int64_t k = 0; k < k_rows; k += step) {
-    const uint16_t *const b = (k_rows - k < step ? last : keys + k * page) + 32 * half;
-    _tile_loadd(6, b, 4 * page);
-    _tile_loadd(4, q + k, 2 * line);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (tall_tiles == 2) {
-      _tile_loadd(5, q + 16 * line + k, 2 * line);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-  }
-  _tile_stored(0, s + 16 * half, 4 * line);
-  if constexpr (tall_tiles == 2) _tile_stored(2, s + 16 * line + 16 * half, 4 * line);
-}
-
-// A row of q, zero up to whole steps of 32.
-inline void round_row(const float *q, int count, float factor, uint16_t *to) {
-  for (int i = 0; i < count; i += 2 * width) {
-    const int left = count - i;
-    const __mmask32 lanes = left < 2 * width ? (1u << left) - 1 : ~0u;
-    const floats low = _mm512_maskz_loadu_ps(__mmask16(lanes), q + i);
-    const floats high = _mm512_maskz_loadu_ps(__mmask16(lanes >> width), q + i + width);
-    const __m512bh both = _mm512_cvtne2ps_pbh(high * factor, low * factor);
-    memcpy(to + i, &both, sizeof both);
-  }
-}
-
-// A stored matrix in bf16, panels as they are.
-inline void expand_to_bf16(const int8_t *from, int64_t count, uint16_t *to) {
-  for (int64_t i = 0; i < count; i += 2 * width) {
-    const __m512i low = _mm512_maskz_cvtepi8_epi32(0xffff, take<__m128i>(from + i));
-    const __m512i high = _mm512_maskz_cvtepi8_epi32(0xffff, take<__m128i>(from + i + width));
-    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_maskz_cvtepi32_ps(0xffff, high),
-                                              _mm512_maskz_cvtepi32_ps(0xffff, low));
-    memcpy(to + i, &both, sizeof both);
-  }
-}
-#else
-constexpr bool has_tiles = false;
-constexpr int unit_tiles = 0;
-struct Tiles {};
-#endif
+constexpr int most_rows = 256;  // of a task, unless one query has more heads
+constexpr int few_rows = 16;    // up to here panels are read as they are stored
 
 // ----------------------------------------------------------------------------------------- softmax
 
@@ -540,7 +42,7 @@ struct Scales {
 inline void hide(float *s, int from, int to) {
   for (int i = 0; i < page; i += width) {
     const ints at = iota() + i;
-    give(s + i, (at >= from) & (at < to) ? load(s + i) : splat(-__builtin_inff()));
+    give(s + i, ((at >= from) & (at < to)) ? load(s + i) : splat(-__builtin_inff()));
   }
 }
 
@@ -657,20 +159,26 @@ inline int64_t first_segment(const oc_layer &layer, int64_t position) {
   return first_seen(layer, position) / segment;
 }
 
-// How a request is shared out, for each of its key/value heads.
-struct Share {
-  int64_t queries;   // of a task
-  int64_t segments;  // that are tasks of their own; 0: none is
-  int64_t tasks;
+// How requests are shared out.
+struct Rule {
+  int64_t queries;  // of a task
+  int64_t whole;    // segments that a single query may see before each becomes a task
 };
 
-Share share(const oc_layer &layer, const Span &span, int64_t whole) {
-  if (span.count == 1) {
-    const int64_t seen = span.past / segment + 1 - first_segment(layer, span.past);
-    if (seen > whole) return {1, seen, seen};
-  }
-  const int64_t group = layer.heads / layer.kv_heads, queries = most_of(1, most_rows / group);
-  return {queries, 0, (span.count + queries - 1) / queries};
+inline int64_t queries_of_task(const oc_layer &layer) {
+  return most_of(1, most_rows / (layer.heads / layer.kv_heads));
+}
+
+// What becomes of one request, for each of its key/value heads.
+struct Share {
+  int64_t tasks;
+  int64_t segments;  // all tasks, if they are segments of one query; else 0
+};
+
+inline Share share(const oc_layer &layer, const Span &span, const Rule &rule) {
+  if (span.count > 1) return {(span.count + rule.queries - 1) / rule.queries, 0};
+  const int64_t seen = span.past / segment + 1 - first_segment(layer, span.past);
+  return seen > rule.whole ? Share{seen, seen} : Share{1, 0};
 }
 
 inline int64_t up16(int64_t x) { return (x + 15) & ~int64_t(15); }
@@ -688,13 +196,14 @@ inline Sums partial_sums(const oc_layer &layer, float *at) {
 }
 
 Work work(const oc_layer &layer, const Span *spans, int64_t count, int threads) {
-  constexpr int64_t never = INT64_MAX, short_enough = 4;
+  constexpr int64_t short_enough = 4;
+  Rule rule{queries_of_task(layer), INT64_MAX};
   Work all{};
-  for (int64_t i = 0; i < count; i++) all.tasks += share(layer, spans[i], never).tasks * layer.kv_heads;
-  all.whole = all.tasks < 2 * threads ? 1 : short_enough;
+  for (int64_t i = 0; i < count; i++) all.tasks += share(layer, spans[i], rule).tasks * layer.kv_heads;
+  all.whole = rule.whole = all.tasks < 2 * threads ? 1 : short_enough;
   all.tasks = 0;
   for (int64_t i = 0; i < count; i++) {
-    const Share mine = share(layer, spans[i], all.whole);
+    const Share mine = share(layer, spans[i], rule);
     all.tasks += mine.tasks * layer.kv_heads;
     all.merges += mine.segments ? layer.kv_heads : 0;
     all.partial_floats += mine.segments * layer.kv_heads * partial_size(layer);
@@ -705,7 +214,7 @@ Work work(const oc_layer &layer, const Span *spans, int64_t count, int threads) 
 // Rows are worked on in units. Those of tiles are in three stages at once, each with its scores.
 constexpr int unit_rows = has_tiles ? 16 * unit_tiles : few_rows;  // the most
 constexpr int buffers = has_tiles ? 3 : 1;
-static_assert(unit_rows % 16 == 0 && unit_rows >= tall && unit_rows >= few_rows, "");
+static_assert(unit_rows % 16 == 0 && unit_rows >= tall && unit_rows >= few_rows, "units fit");
 
 // A thread's own memory; rows are `line` apart.
 struct Scratch {
@@ -754,24 +263,26 @@ struct Task {
 
 Task find_task(const Attend &job, int64_t index) {
   const oc_layer &layer = *job.layer;
-  float *partial = job.partial;
+  const Rule rule{queries_of_task(layer), job.work.whole};
   const Span *span = job.spans;
-  Share mine = share(layer, *span, job.work.whole);
+  Share mine = share(layer, *span, rule);
+  int64_t segments = 0;  // of the split queries before this request
   while (index >= mine.tasks * layer.kv_heads) {
     index -= mine.tasks * layer.kv_heads;
-    partial += mine.segments * layer.kv_heads * partial_size(layer);
-    mine = share(layer, *++span, job.work.whole);
+    segments += mine.segments;
+    mine = share(layer, *++span, rule);
   }
   Task task{span, index / mine.tasks, 0, 1, 0, 0, nullptr};
   const int64_t part = index % mine.tasks;
   if (mine.segments) {
     task.begin = first_segment(layer, span->past) + part;
     task.end = task.begin + 1;
-    task.partial = partial + (task.kv_head * mine.segments + part) * partial_size(layer);
+    task.partial =
+        job.partial + (segments * layer.kv_heads + task.kv_head * mine.segments + part) * partial_size(layer);
     return task;
   }
-  task.query = (mine.tasks - 1 - part) * mine.queries;  // the longest first
-  task.queries = least_of(mine.queries, span->count - task.query);
+  task.query = (mine.tasks - 1 - part) * rule.queries;  // the longest first
+  task.queries = least_of(rule.queries, span->count - task.query);
   task.begin = first_segment(layer, span->past + task.query);
   task.end = (span->past + task.query + task.queries - 1) / segment + 1;
   return task;
@@ -781,7 +292,7 @@ Task find_task(const Attend &job, int64_t index) {
 struct Unit {
   int64_t row;
   int rows, begin, end;
-  bool fresh;     // the first segment that its rows see: acc goes where it belongs
+  bool fresh;     // its rows see no earlier segment: acc goes where it belongs at once
   float *scores;
   float *part;    // acc
   float m[unit_rows], sum[unit_rows];
@@ -863,11 +374,14 @@ struct View {
       keys[p] = stored;
       values[p] = stored + head.keys();
       scales.of_page[p] = reinterpret_cast<const float *>(stored + head.keys() + head.values());
-      if (!expanded) continue;
+    }
+    for (int p = begin; expanded && p < end; p++) {
+      const auto *const stored = static_cast<const Stored *>(keys[p]);
 #if defined(__AMX_BF16__)
       if constexpr (tiles && narrow) {
-        auto *const to = reinterpret_cast<uint16_t *>(scratch.keys) + p * (head.keys() + head.values());
-        expand_to_bf16(stored, head.keys() + head.values(), to);
+        const int64_t numbers = head.keys() + head.values();
+        auto *const to = reinterpret_cast<uint16_t *>(scratch.keys) + p * numbers;
+        expand_to_bf16(stored, numbers, ahead(stored, keys[p + 1 < end ? p + 1 : p]), to);
         keys[p] = to;
         values[p] = to + head.keys();
         continue;
@@ -1040,7 +554,7 @@ struct View {
 template <class T>
 void attend(const Attend &job, const Task &task, const Scratch &scratch) {
   View<T> view(job, task, scratch);
-  [[maybe_unused]] const Tiles tiles;
+  [[maybe_unused]] const Tiles<View<T>::tiles> tiles;
   for (view.number = task.begin; view.number < task.end; view.number++) {
     view.base = view.number * segment;
     int64_t first = 0, last = view.rows;  // the rows that see some of it
@@ -1066,13 +580,14 @@ void merge(const Attend &job, int64_t index) {
   const oc_layer &layer = *job.layer;
   const int64_t group = layer.heads / layer.kv_heads, columns = Head(layer.head_dim).v_columns;
   const int64_t size = partial_size(layer);
+  const Rule rule{queries_of_task(layer), job.work.whole};
   float *partial = job.partial;
   const Span *span = job.spans;
-  int64_t segments = share(layer, *span, job.work.whole).segments, split = index / layer.kv_heads;
+  int64_t segments = share(layer, *span, rule).segments, split = index / layer.kv_heads;
   while (!segments || split) {
     split -= segments > 0;
     partial += segments * layer.kv_heads * size;
-    segments = share(layer, *++span, job.work.whole).segments;
+    segments = share(layer, *++span, rule).segments;
   }
   const int64_t kv_head = index % layer.kv_heads;
   partial += kv_head * segments * size;
