@@ -78,7 +78,7 @@ inline float weigh(float *s, const Scales &scales, int begin, int end, int from,
   constexpr bool scaled = sizeof(typename T::Stored) == 1;
   const int first = from / page, last = (to - 1) / page;
   floats sum = {};
-#if defined(__AMX_BF16__)
+#if defined(OC_TILES)
   if constexpr (tiles) {
     uint16_t *const out = reinterpret_cast<uint16_t *>(s);
     for (int p = begin; p < first; p++) memset(out + p * page, 0, 2 * page);
@@ -342,7 +342,7 @@ struct View {
   void take_queries(int64_t end) {
     for (; taken < end; taken++) {
       const float *const q = job.q + start(taken, job.q_stride);
-#if defined(__AMX_BF16__)
+#if defined(OC_TILES)
       if constexpr (tiles) {
         round_row(q, layer.head_dim, factor, reinterpret_cast<uint16_t *>(scratch.q) + taken * line);
         continue;
@@ -377,7 +377,7 @@ struct View {
     }
     for (int p = begin; expanded && p < end; p++) {
       const auto *const stored = static_cast<const Stored *>(keys[p]);
-#if defined(__AMX_BF16__)
+#if defined(OC_TILES)
       if constexpr (tiles && narrow) {
         const int64_t numbers = head.keys() + head.values();
         auto *const to = reinterpret_cast<uint16_t *>(scratch.keys) + p * numbers;
@@ -472,7 +472,7 @@ struct View {
     add_segment(u.rows, mine, {u.m, u.sum, u.part, line}, columns);
   }
 
-#if defined(__AMX_BF16__)
+#if defined(OC_TILES)
   template <int tall_tiles>
   void score_half(const Unit &u, int index) const {
     const auto *const q = reinterpret_cast<const uint16_t *>(scratch.q) + u.row * line;
@@ -533,7 +533,7 @@ struct View {
 #endif
 
   void walk(int64_t first, int64_t last) {
-#if defined(__AMX_BF16__)
+#if defined(OC_TILES)
     if constexpr (tiles) {
       if (last - first > 16)
         walk_tiles<unit_tiles>(first, last);

@@ -258,7 +258,7 @@ void expand(const typename T::Stored *from, int64_t stored, int64_t columns, flo
 
 // With tile registers, bf16 and int8 caches are multiplied in bf16 (exact for int8), 16 rows at a time; the
 // queries and the weights are rounded. A row of a tile knows nothing of the others.
-#if defined(__AMX_BF16__)
+#if defined(OC_TILES)
 constexpr bool has_tiles = true;
 constexpr int unit_tiles = 2;  // of 16 rows, that are worked on together
 

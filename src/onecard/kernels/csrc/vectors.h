@@ -10,6 +10,11 @@
 #include <arm_neon.h>
 #endif
 
+// clang before 16 spells it without the second underscore.
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)
+#define OC_TILES
+#endif
+
 namespace {
 
 constexpr float log2_e = 0x1.715476p0f;
@@ -126,7 +131,7 @@ inline floats exp2(floats t) {
 #endif
 }
 
-#if defined(__AMX_BF16__)
+#if defined(OC_TILES)
 // 2^t for what is rounded to bf16 next: within 2^-13.
 inline floats exp2_coarse(floats t) {
   const floats part = _mm512_reduce_ps(t, 0x01);
