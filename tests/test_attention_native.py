@@ -139,7 +139,7 @@ MASKS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", SHAPES, ids=str)
 def test_shapes(isa: str, heads: Heads, dtype: str) -> None:
-    for length in (1, 3, 31, 32, 33, 255, 257, 300):
+    for length in (1, 31, 33, 257):
         check(heads, dtype, length)
 
 
@@ -180,12 +180,15 @@ def test_large_scores_are_told_apart(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize("heads", [Heads(8, 2, 64), Heads(3, 3, 40), Heads(20, 1, 96)], ids=str)
-def test_chunks_batches_and_threads(
-    isa: str, heads: Heads, mask: dict[str, float], dtype: str
-) -> None:
-    heads = replace(heads, **mask)
+@pytest.mark.parametrize(
+    "heads",
+    [
+        Heads(8, 2, 64), Heads(8, 2, 64, window=33), Heads(3, 3, 40, window=1, cap=2.0),
+        Heads(3, 3, 40, window=300), Heads(20, 1, 96, window=250), Heads(20, 1, 96, cap=50.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_chunks_batches_and_threads(isa: str, heads: Heads, dtype: str) -> None:
     request = draw(heads, 590)
     whole = alone(heads, dtype, request)
     # Chunks, each of which has all before it as its past.

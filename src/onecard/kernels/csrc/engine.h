@@ -107,8 +107,9 @@ struct Work {
   int64_t whole;           // a single query that sees more segments is split into them
 };
 
-// One layer's attention in one step. Query heads lie side by side in a row of q and of y; q and y may
-// not overlap. Of the layer its window, scale, soft cap and numbers of heads are read.
+// One layer's attention in one step. Query heads lie side by side in a row of q and of y; q and y may not
+// overlap. Of the layer its window, scale, soft cap and numbers of heads are read. In class amx, bf16 and
+// int8 caches are multiplied in bf16, to which queries and weights are rounded; elsewhere both stay float32.
 struct Attend {
   const oc_layer *layer;
   Pages pages;
@@ -131,7 +132,7 @@ struct Attention {
   Work (*work)(const oc_layer &layer, const Span *spans, int64_t count, int threads);
   void (*run)(const Attend &job, int64_t task, void *scratch);
   void (*merge)(const Attend &job, int64_t merge);
-  // Of a thread's own scratch for `run`, aligned to 64 bytes: 0.6 to 1.3 MB.
+  // Of a thread's own scratch for `run`, aligned to 64 bytes: 0.7 to 1.4 MB.
   int64_t (*scratch_bytes)(const oc_layer &layer);
 };
 
