@@ -25,9 +25,10 @@ from onecard.passes.layers import DropLayers
 from onecard.passes.prune import Prune
 from onecard.passes.quantize import RoundToNearest
 from onecard.passes.scales import Scale, Smooth
+from onecard.passes.sparsegpt import SparseGPT
 
 PASSES: tuple[type[Pass], ...] = (
-    RoundToNearest, GPTQ, AWQ, HQQ, Scale, Smooth, Prune, DropLayers,
+    RoundToNearest, GPTQ, AWQ, HQQ, Scale, Smooth, Prune, SparseGPT, DropLayers,
 )  # fmt: skip
 
 RECIPES = (
@@ -49,6 +50,16 @@ RECIPES = (
     Recipe("magnitude-50", (Prune(share=0.5),),
            "half of the weights set to zero: a baseline that hurts language models; see its report"),
     Recipe("magnitude-2of4", (Prune(pattern="2:4"),), "the 2:4 pattern by magnitude, a baseline"),
+    Recipe("wanda-50", (Prune("wanda", 0.5, scope="row"),),
+           "half of the weights out by weight times input: a minute of work, far less hurt than magnitude"),
+    Recipe("wanda-2of4", (Prune("wanda", pattern="2:4"),),
+           "2 of every 4 weights out by weight times input, for machines that multiply that pattern"),
+    Recipe("sparsegpt-50", (SparseGPT(0.5),),
+           "half of the weights out, the others make it good: the best half there is without training"),
+    Recipe("sparsegpt-2of4", (SparseGPT(pattern="2:4"),),
+           "2 of every 4 weights out, the others make it good; better than wanda-2of4, slower"),
+    Recipe("sparsegpt-50-gptq-int4", (SparseGPT(0.5), GPTQ(bits=4)),
+           "a chain: half of the weights out, the others in int4: about three bits per weight"),
     Recipe("magnitude-20-gptq-int4", (Prune(share=0.2), GPTQ(bits=4)),
            "a chain: a fifth of the weights to zero, the damage made good while rounding to int4"),
     Recipe("drop-layers-25", (DropLayers(share=0.25),),

@@ -37,13 +37,13 @@ from onecard.nn.model import Model
 class Survey(ABC):
     """What is looked at before a stage changes anything; its result is plain data, as JSON has it.
 
-    `runs`: blocks are run, on inputs in which statistics named in `needs` are collected. `gradients`:
-    the loss is differentiated instead, batch by batch, with the whole model in memory.
+    `runs`: blocks are run, on inputs in which statistics named in `needs` are collected. `whole`: it
+    looks at the model in memory instead, with `model`, and holds `whole_bytes` beside its weights.
     """
 
     needs: frozenset[str] = frozenset()
     runs: bool = False
-    gradients: bool = False
+    whole: bool = False
 
     def site(self, site: Reached) -> Iterator[Row]:
         """Look at a site; nothing is yielded and nothing changed."""
@@ -53,9 +53,12 @@ class Survey(ABC):
         """Look at what block `index` made of its inputs [B, T, hidden]; empty where it was not run."""
         return None
 
-    def batch(self, model: Model) -> None:
-        """Look at the gradients of one batch's loss."""
+    def model(self, model: Model, ids: Tensor, progress: Progress) -> None:
+        """Look at a whole model, where it is `whole`."""
         return None
+
+    def whole_bytes(self, spec: Spec, ids: Tensor | None) -> int:
+        return 0
 
     @abstractmethod
     def result(self) -> Any:
@@ -115,9 +118,6 @@ class Pass(ABC):
 
 class BlockPass(Pass):
     """One idea applied site by site."""
-
-    in_memory: bool = False
-    """Its survey needs the whole model at once."""
 
     @property
     @abstractmethod

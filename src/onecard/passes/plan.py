@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onecard.calibrate.walk import TOKENS_PER_BATCH, peak_bytes, weight_count
+from onecard.calibrate.walk import peak_bytes, weight_count
 from onecard.checkpoint.save import SINGLE_FILE
 from onecard.checkpoint.source import Source
 from onecard.core.device import resident, resident_peak
@@ -180,7 +180,7 @@ def linear_weights(spec: Spec) -> int:
 
 def needs_memory(stage: Stage, surveys: Sequence[Survey]) -> bool:
     """Whether a stage needs the whole model at once."""
-    if any(survey.gradients for survey in surveys):
+    if any(survey.whole for survey in surveys):
         return True
     return isinstance(stage, ModelPass) and not isinstance(stage, Cut)
 
@@ -194,7 +194,7 @@ def runs_blocks(stage: Stage, spec: Spec) -> bool:
     """Whether a stage runs the model on the calibration text."""
     if isinstance(stage, tuple) and needs_of(stage):
         return True
-    return any(s.runs or s.gradients for s in surveys_of(stage, spec))
+    return any(s.runs or s.whole for s in surveys_of(stage, spec))
 
 
 def stage_peak(
@@ -207,8 +207,7 @@ def stage_peak(
     weights = linear_weights(spec)
     if whole:
         extra = stage.model_bytes(spec, ids) if isinstance(stage, ModelPass) else 0
-        if any(s.gradients for s in surveys):
-            extra = max(extra, gradient_bytes(spec, ids))
+        extra = max([extra, *(s.whole_bytes(spec, ids) for s in surveys)])
         held = weights * stored + before.rest  # packed linears are counted as what they expand to
         return base + SLACK + LIBRARIES + held + extra, False, True
     needs = needs_of(stage) if isinstance(stage, tuple) else frozenset()
@@ -240,16 +239,6 @@ def stage_peak(
     return peak(replay), replay, False
 
 
-def gradient_bytes(spec: Spec, ids: Tensor | None) -> int:
-    """A float32 gradient per weight, and what one batch keeps of all blocks and of the logits."""
-    tokens = 0 if ids is None else min(ids.numel(), max(TOKENS_PER_BATCH, ids.shape[1]))
-    kept = 0
-    for layer in spec.layers:
-        a, f = layer.attention, layer.feed_forward
-        kept += 10 * spec.hidden + 4 * a.head_dim * (a.num_heads + a.num_kv_heads) + 5 * f.width
-    return 8 * linear_weights(spec) + 4 * tokens * (kept + 4 * spec.vocab_size)
-
-
 def stage_seconds(
     before: Before, stage: Stage, ids: Tensor | None, dtype: str, replay: bool
 ) -> float:
@@ -258,9 +247,9 @@ def stage_seconds(
     if ids is None:
         return found
     for survey in surveys_of(stage, spec):
-        if survey.runs or survey.gradients:
+        if survey.runs or survey.whole:
             forward = 2 * ids.numel() * linear_weights(spec) / _rate(DTYPES[dtype])
-            found += forward * (3 if survey.gradients else 1)
+            found += forward * (3 if survey.whole else 1)
     if isinstance(stage, tuple) and needs_of(stage):
         found += estimate_seconds(spec, ids, dtype, replay)
     return found

@@ -43,7 +43,7 @@ from onecard.nn.graph import Surgery, cut_block, cut_outer
 from onecard.nn.transformer import Block, positions_of
 from onecard.passes.base import BlockPass, Data, ModelPass, Survey, needs_of
 from onecard.passes.cut import Cut, judge, loss_of
-from onecard.passes.memory import Watched, look, run_stage
+from onecard.passes.memory import Watched, run_stage
 
 
 class StreamedBlocks:
@@ -273,15 +273,11 @@ def surveyed(survey: Survey, work: Work, name: str) -> Any:
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     source, progress = work.source, work.data.progress
-    if survey.gradients:
-        found = look(load_model(source.folder, "fp32"), survey, work.ids, progress)
-    else:
-        dtype = DTYPES[work.dtype] if survey.runs else None
-        hidden = first_inputs(source, work.ids, dtype) if survey.runs else []
-        blocks = StreamedBlocks(source, work.journal, dtype)
-        walk(Watched(blocks, survey, hidden), (survey,), hidden, 0, work.replay, progress)
-        found = survey.result()
-    text = json.dumps(found)
+    dtype = DTYPES[work.dtype] if survey.runs else None
+    hidden = first_inputs(source, work.ids, dtype) if survey.runs else []
+    blocks = StreamedBlocks(source, work.journal, dtype)
+    walk(Watched(blocks, survey, hidden), (survey,), hidden, 0, work.replay, progress)
+    text = json.dumps(survey.result())
     write_text(path, text)
     return json.loads(text)
 
