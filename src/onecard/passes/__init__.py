@@ -26,9 +26,10 @@ from onecard.passes.prune import Prune
 from onecard.passes.quantize import RoundToNearest
 from onecard.passes.scales import Scale, Smooth
 from onecard.passes.sparsegpt import SparseGPT
+from onecard.passes.structure import CutUnits
 
 PASSES: tuple[type[Pass], ...] = (
-    RoundToNearest, GPTQ, AWQ, HQQ, Scale, Smooth, Prune, SparseGPT, DropLayers,
+    RoundToNearest, GPTQ, AWQ, HQQ, Scale, Smooth, Prune, SparseGPT, CutUnits, DropLayers,
 )  # fmt: skip
 
 RECIPES = (
@@ -62,6 +63,14 @@ RECIPES = (
            "a chain: half of the weights out, the others in int4: about three bits per weight"),
     Recipe("magnitude-20-gptq-int4", (Prune(share=0.2), GPTQ(bits=4)),
            "a chain: a fifth of the weights to zero, the damage made good while rounding to int4"),
+    Recipe("neurons-20", (CutUnits("neuron", "taylor", 0.2, budget="global", multiple=32),),
+           "the fifth of the feed-forward neurons that the loss feels least, layers differ: plain dense"
+           " matrices, faster everywhere; whole model in memory while scoring"),
+    Recipe("heads-20", (CutUnits("head", "taylor", 0.2),),
+           "a fifth of the attention heads: less attention work at long context"),
+    Recipe("neurons-20-heads-10-gptq-int4",
+           (CutUnits("head", "taylor", 0.1), CutUnits("neuron", "taylor", 0.2, multiple=128), GPTQ(bits=4)),
+           "a chain: heads and neurons out, the rest by GPTQ in int4"),
     Recipe("drop-layers-25", (DropLayers(share=0.25),),
            "a quarter of the layers out: the same speed-up everywhere, prompt and decode; reasoning suffers"),
     Recipe("drop-layers-10-gptq-int4", (DropLayers(share=0.1), GPTQ(bits=4)),
