@@ -33,6 +33,7 @@ app = App(
     "report; --debug shows the traceback of an error.",
     version=__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # cli.py says what it means
 )
 
 Json = Annotated[

@@ -48,7 +48,7 @@ from onecard.passes.plan import (
 )
 from onecard.passes.quantize import RoundToNearest, scale_overflow
 
-SLACK = 48 << 20
+SLACK = 12 << 20
 """Allowance for the allocator, and for what writes the report."""
 BYTES_PER_SECOND = 1e9
 
