@@ -21,13 +21,21 @@ from onecard.core.settings import fill
 from onecard.passes.base import BlockPass, Recipe
 
 if TYPE_CHECKING:
+    from onecard.passes.awq import AWQ as AWQ
     from onecard.passes.gptq import GPTQ as GPTQ
+    from onecard.passes.hqq import HQQ as HQQ
     from onecard.passes.prune import Prune as Prune
     from onecard.passes.quantize import RoundToNearest as RoundToNearest
+    from onecard.passes.scales import Scale as Scale
+    from onecard.passes.scales import Smooth as Smooth
 
 PASSES = {
     "rtn": ("quantize", "RoundToNearest"),
     "gptq": ("gptq", "GPTQ"),
+    "awq": ("awq", "AWQ"),
+    "hqq": ("hqq", "HQQ"),
+    "scale": ("scales", "Scale"),
+    "smooth": ("scales", "Smooth"),
     "prune": ("prune", "Prune"),
 }
 """key -> file and class, imported when a recipe names it: one that only rounds does without torch."""
@@ -45,6 +53,12 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
      "when 4 bits do not fit: visible loss, far less than rounding"),
     ("gptq-int2-g32", [{"gptq": {"bits": 2, "group": 32, "zero_point": True}}],
      "the smallest integers; expect damage, measure it"),
+    ("awq-int4", [{"awq": {"bits": 4}}],
+     "int4 by scales and clipping; less is changed than by GPTQ"),
+    ("awq-int3", [{"awq": {"bits": 3}}], "int3 by scales and clipping"),
+    ("awq-gptq-int4", [{"scale": {"bits": 4}}, {"gptq": {"bits": 4}}], "AWQ's scales, then GPTQ"),
+    ("awq-gptq-int3", [{"scale": {"bits": 3}}, {"gptq": {"bits": 3}}], "AWQ's scales, then GPTQ"),
+    ("hqq-int4", [{"hqq": {"bits": 4}}], "int4 without data, better than rounding, in seconds"),
     ("magnitude-50", [{"prune": {"share": 0.5}}],
      "half of the weights set to zero: a baseline that hurts language models; see its report"),
     ("magnitude-2of4", [{"prune": {"pattern": "2:4"}}], "the 2:4 pattern by magnitude, a baseline"),
