@@ -24,8 +24,8 @@ from onecard.passes.budget import (
     sensitive_shares,
 )
 from onecard.passes.criteria import CRITERIA, Seen, Shape, keep_mask, second_order
-from onecard.passes.job import apply
 from onecard.passes.sparsegpt import solve
+from onecard.passes.walked import apply
 
 IDS = torch.arange(256).view(8, 32)
 

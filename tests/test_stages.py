@@ -22,9 +22,10 @@ from onecard.core.spec import Spec
 from onecard.nn.model import Model
 from onecard.passes import GPTQ, DropLayers, Prune, RoundToNearest, recipe_of
 from onecard.passes.base import Data, ModelPass, Recipe
-from onecard.passes.job import Settings, apply, compress, prepare
+from onecard.passes.job import Settings, compress, prepare
 from onecard.passes.layers import Influence, dropped
 from onecard.passes.memory import look
+from onecard.passes.walked import apply
 
 CHAIN = Recipe("chain", (DropLayers(count=1, most=None), Prune(share=0.3), GPTQ(4, 64)))
 

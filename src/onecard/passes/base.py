@@ -22,16 +22,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
-from onecard.calibrate.walk import Progress, Reached, SitePass
 from onecard.core.errors import BadRequest
 from onecard.core.format import Format, dense
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
-from onecard.nn.model import Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from onecard.calibrate.walk import Progress, Reached, SitePass
+    from onecard.nn.model import Model
 
 
 class Survey(ABC):
@@ -221,6 +223,18 @@ class Recipe:
                     f"the recipe {self.name}: {error.what}", error.seen, error.do
                 ) from error
             spec = p.leaves(spec)
+
+    def output_format(self, columns: int) -> Format | None:
+        """The format that linears with `columns` inputs end in, where all passes share a walk."""
+        return output_format(self._walked, columns)
+
+    def output_bytes(self, spec: Spec, layer: LayerSpec, stored: str) -> int:
+        """Exact bytes of a block's linears, where all passes share a walk."""
+        return output_bytes(self._walked, spec, layer, stored)
+
+    @property
+    def _walked(self) -> tuple[BlockPass, ...]:
+        return tuple(p for p in self.passes if isinstance(p, BlockPass))
 
     def settings(self) -> list[dict[str, Any]]:
         """The passes and their settings as plain data, as a recipe file has them."""

@@ -9,7 +9,7 @@ begins neither again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from onecard.calibrate.walk import SitePass, batches, walk
 from onecard.checkpoint.journal import Journal
-from onecard.checkpoint.load import as_array, is_finite, load_model, read, stored_arrays
+from onecard.checkpoint.load import as_array, load_model, stored_arrays
 from onecard.checkpoint.load import block as read_block
 from onecard.checkpoint.load import stem as read_stem
 from onecard.checkpoint.load import tail as read_tail
@@ -28,14 +28,12 @@ from onecard.checkpoint.save import packed_formats
 from onecard.checkpoint.shards import (
     Array,
     Buffers,
-    Bytes,
-    copy_range,
     fresh,
     pread,
     read_header,
 )
 from onecard.checkpoint.source import Source
-from onecard.core.format import Format, parse_format
+from onecard.core.format import Format
 from onecard.core.report import Row, write_text
 from onecard.core.spec import sites
 from onecard.kernels.reference import DTYPES
@@ -44,6 +42,7 @@ from onecard.nn.transformer import Block, positions_of
 from onecard.passes.base import BlockPass, Data, ModelPass, Survey, needs_of
 from onecard.passes.cut import Cut, judge, loss_of
 from onecard.passes.memory import Watched, run_stage
+from onecard.passes.plan import Made, made_of, outer_arrays, part_name
 
 
 class StreamedBlocks:
@@ -75,16 +74,6 @@ class StreamedBlocks:
         self.journal.add(part_name(index), arrays, notes, state or None)
 
 
-def part_name(index: int) -> str:
-    return f"block-{index:05d}"
-
-
-def outer_names(source: Source, part: str) -> list[str]:
-    """The source's tensors that hold the stem or the tail."""
-    modules = {p.stored.name for p in source.places(None) if p.path.startswith(f"{part}.")}
-    return [name for name in source.checkpoint.entries if name.rpartition(".")[0] in modules]
-
-
 def compressed_arrays(
     source: Source, block: Block, index: int, rows: Iterable[Row] = ()
 ) -> dict[str, Array]:
@@ -111,37 +100,6 @@ def compressed_arrays(
     return arrays
 
 
-def require_finite(source: Source, names: list[str]) -> None:
-    """BadRequest naming the first tensor with NaN or infinite values."""
-    for name in names:
-        read(source, name)
-
-
-def copy_outer(source: Source, journal: Journal, part: str) -> None:
-    """The stem or the tail, as the source has it."""
-    if part in journal:
-        return
-    arrays: dict[str, Array] = {}
-    for name in outer_names(source, part):
-        entry = source.checkpoint.entries[name]
-        if not (part == "tail" and source.spec.tied and _is_embedding(source, name)):
-            arrays[name] = (entry.dtype, entry.shape, _checked(source, name))
-    journal.add(part, arrays, [])
-
-
-def _checked(source: Source, name: str) -> Iterator[Bytes]:
-    """A tensor's bytes for copying. BadRequest where a value is NaN or infinite."""
-    entry = source.checkpoint.entries[name]
-    for piece in copy_range(entry):
-        if not is_finite(torch.frombuffer(piece, dtype=DTYPES[entry.dtype])):
-            read(source, name)  # says how many
-        yield piece
-
-
-def _is_embedding(source: Source, name: str) -> bool:
-    return name.rpartition(".")[0] == source.name(source.family.outer["stem.embedding"].name)
-
-
 # One stage ----------------------------------------------------------------------------------------
 
 
@@ -160,15 +118,6 @@ class Work:
     replay: bool
     in_memory: bool
     data: Data
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a stage left: the layout it was written in, formats by stored name, what was measured."""
-
-    source: Source
-    formats: Mapping[str, Format]
-    rows: list[Row]
 
 
 def run(stage: tuple[BlockPass, ...] | ModelPass, work: Work) -> Made:
@@ -195,8 +144,7 @@ def walked(stage: tuple[BlockPass, ...], work: Work) -> Made:
     hidden = _hidden(work, dtype) if needs_of(stage) else []
     walk(blocks, chosen, hidden, first, work.replay, work.data.progress)
     copy_outer(source, journal, "tail")
-    rows = noted(journal, source.spec.num_layers)
-    return Made(source, {**held_formats(source), **output_formats(source, rows)}, rows)
+    return made_of(source, journal, held_formats(source))
 
 
 def cut(stage: Cut, work: Work) -> Made:
@@ -267,6 +215,12 @@ def whole(stage: tuple[BlockPass, ...] | ModelPass, work: Work) -> Made:
     return Made(target, formats, rows)
 
 
+def copy_outer(source: Source, journal: Journal, part: str) -> None:
+    """The stem or the tail, as the source has it."""
+    if part not in journal:
+        journal.add(part, outer_arrays(source, part), [])
+
+
 def surveyed(survey: Survey, work: Work, name: str) -> Any:
     """What a survey finds, once: it is kept beside the parts as plain data."""
     path = work.notes.with_suffix(f".survey-{name}.json")
@@ -280,12 +234,6 @@ def surveyed(survey: Survey, work: Work, name: str) -> Any:
     text = json.dumps(survey.result())
     write_text(path, text)
     return json.loads(text)
-
-
-def noted(journal: Journal, layers: int) -> list[Row]:
-    """What was noted with every part."""
-    parts = ["stem", *(part_name(i) for i in range(layers)), "tail"]
-    return [Row(*row) for part in parts for row in journal.rows(part)]
 
 
 def notes_of(rows: list[Row]) -> list[list[Any]]:
@@ -316,15 +264,3 @@ def held_formats(source: Source) -> dict[str, Format]:
     places = (place for index in source.parts() for place in source.places(index))
     found = ((place.stored.name, source.format_at(place)) for place in places)
     return {name: format for name, format in found if format is not None}
-
-
-def output_formats(source: Source, rows: list[Row]) -> dict[str, Format]:
-    """stored name -> Format, from the `format` rows of the blocks."""
-    named = {row.where: parse_format(str(row.value)) for row in rows if row.what == "format"}
-    formats = {}
-    for index in range(source.spec.num_layers):
-        for place in source.places(index):
-            format = named.get(f"blocks.{index}.{place.path}")
-            if format is not None:
-                formats[place.stored.name] = format
-    return formats

@@ -139,7 +139,7 @@ class CutUnits(Cut):
         counts = self.counts(spec, found)
         kept, rows = [], []
         for index, (layer, scores) in enumerate(zip(spec.layers, found, strict=True)):
-            row = {}
+            row: dict[str, Tensor] = {}
             for group in groups(layer, self.unit):
                 row[group.name] = best(scores[group.name], counts[index][group.name], group.runs)
                 where = f"blocks.{index}.{group.name}"
