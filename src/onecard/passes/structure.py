@@ -160,7 +160,7 @@ class CutUnits(Cut):
             shared: dict[bool, list[Group]] = {}
             for group in own:
                 shared.setdefault("shared" in group.name, []).append(group)
-            row = {}
+            row: dict[str, int] = {}
             for alike in shared.values():  # experts of a layer stay equally wide
                 total = 0
                 for group in alike:
