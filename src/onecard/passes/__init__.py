@@ -19,16 +19,25 @@ from onecard.core.errors import BadRequest, nearest
 from onecard.core.settings import fill
 from onecard.passes.base import BlockPass, Recipe
 from onecard.passes.gptq import GPTQ
+from onecard.passes.levels import RoundToLevels
 from onecard.passes.prune import Prune
 from onecard.passes.quantize import RoundToNearest
 
-PASSES: tuple[type[BlockPass], ...] = (RoundToNearest, GPTQ, Prune)
+PASSES: tuple[type[BlockPass], ...] = (RoundToNearest, RoundToLevels, GPTQ, Prune)
 
 RECIPES = (
     Recipe("rtn-int8", (RoundToNearest(bits=8),),
            "half the size of bf16, practically the same answers, seconds, no data"),
     Recipe("rtn-int4", (RoundToNearest(bits=4),),
            "a quarter of the size in seconds, no data; gptq-int4 is better when there is time"),
+    Recipe("rtn-fp8", (RoundToLevels("fp8-row"),),
+           "floats of 8 bits: half the size of bf16, for machines that multiply fp8; no data"),
+    Recipe("rtn-nf4", (RoundToLevels("nf4"),),
+           "4 bits whose levels follow a normal distribution: closer than rtn-int4, no data"),
+    Recipe("rtn-mxfp4", (RoundToLevels("mxfp4"),),
+           "4.25 bits in the Open Compute layout; coarser than nf4, for machines that multiply it"),
+    Recipe("rtn-nvfp4", (RoundToLevels("nvfp4"),),
+           "4.5 bits, a scale of 8 bits for every 16 weights: the finer of the two fp4 layouts"),
     Recipe("gptq-int8", (GPTQ(bits=8),), "int8 with the last of its error made good"),
     Recipe("gptq-int4", (GPTQ(bits=4),), "the usual choice: a quarter of the size, little lost"),
     Recipe("gptq-int4-g32", (GPTQ(bits=4, group=32),), "4.5 bits per weight, closer to the original"),

@@ -48,7 +48,7 @@ from onecard.checkpoint.shards import (
 from onecard.checkpoint.source import MANIFEST, Source, verify
 from onecard.core.device import resident, resident_peak
 from onecard.core.errors import BadRequest
-from onecard.core.format import DTYPE_BYTES, Format, parse_format
+from onecard.core.format import DENSE, DTYPE_BYTES, Format, parse_format
 from onecard.core.report import Report, Row, environment, write_text
 from onecard.core.settings import format_size
 from onecard.core.spec import linear_shapes, sites
@@ -137,8 +137,10 @@ def apply(model: Model, recipe: Recipe, ids: Tensor | None) -> Report:
 class StreamedBlocks:
     """Blocks read from a folder one by one, finished ones written to the journal."""
 
-    def __init__(self, source: Source, journal: Journal, dtype: torch.dtype | None) -> None:
-        self.source, self.journal, self.dtype = source, journal, dtype
+    def __init__(
+        self, source: Source, journal: Journal, dtype: torch.dtype | None, split: bool
+    ) -> None:
+        self.source, self.journal, self.dtype, self.split = source, journal, dtype, split
         self.spec, self.stored = source.spec, source.dtype
         self._aside = ThreadPoolExecutor(1)
         self._next: tuple[int, Future[Block]] | None = None
@@ -159,7 +161,7 @@ class StreamedBlocks:
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
         state = {f"hidden.{i:05d}": as_array(h) for i, h in enumerate(hidden)}
         notes = [[r.where, r.what, r.value, r.unit] for r in rows]
-        arrays = compressed_arrays(self.source, block, index)
+        arrays = compressed_arrays(self.source, block, index, self.split)
         self.journal.add(part_name(index), arrays, notes, state or None)
 
 
@@ -173,9 +175,11 @@ def outer_names(source: Source, part: str) -> list[str]:
     return [name for name in source.checkpoint.entries if name.rpartition(".")[0] in modules]
 
 
-def compressed_arrays(source: Source, block: Block, index: int) -> dict[str, Array]:
+def compressed_arrays(
+    source: Source, block: Block, index: int, split: bool = False
+) -> dict[str, Array]:
     """A finished block as it will be stored: changed linears, everything else the source's bytes."""
-    arrays = stored_arrays(source, block, index)
+    arrays = stored_arrays(source, block, index, split)
     touched = {name for site in sites(block.layer) for name in site.linears}
     changed = {place.stored.name for place in source.places(index) if place.path in touched}
     for name in list(arrays):
@@ -183,9 +187,11 @@ def compressed_arrays(source: Source, block: Block, index: int) -> dict[str, Arr
         entry = source.checkpoint.entries.get(name)
         if entry is not None and (module not in changed or tensor == "bias"):
             arrays[name] = (entry.dtype, entry.shape, entry)
-        elif entry is not None and tensor == "weight" and arrays[name][0] != entry.dtype:
-            held = torch.frombuffer(arrays[name][2], dtype=DTYPES[arrays[name][0]])
-            arrays[name] = as_array(held.view(arrays[name][1]).to(DTYPES[entry.dtype]))
+        elif tensor in ("weight", "bias") and arrays[name][0] in DENSE:
+            stored = entry.dtype if entry is not None else source.dtype
+            if arrays[name][0] != stored:
+                held = torch.frombuffer(arrays[name][2], dtype=DTYPES[arrays[name][0]])
+                arrays[name] = as_array(held.view(arrays[name][1]).to(DTYPES[stored]))
     return arrays
 
 
@@ -364,11 +370,12 @@ def compress(
             if journal.fresh:
                 journal.discard()
             raise
-        formats = output_formats(source, rows)
+        formats = output_formats(source, rows, recipe.splits)
         weights = assemble(journal.folder, journal.hashes())
         write_text(journal.folder / "recipe.yaml", to_yaml(recipe))
         about = {"source": hashes.result(), **made(job)}
-        complete(journal.folder, source, config_with(source, formats), weights, about)
+        config = config_with(source, formats, recipe.splits)
+        complete(journal.folder, source, config, weights, about)
     report = summary(job, rows, Checkpoint(journal.folder), time.perf_counter() - started)
     report = finish(journal.folder, report)
     write_text(journal.folder / "report.json", report.to_json())
@@ -383,7 +390,7 @@ def _walk_into(job: Prepared, journal: Journal, progress: Progress) -> list[Row]
     copy_outer(source, journal, "stem")
     first = sum(part_name(i) in journal for i in range(source.spec.num_layers))
     dtype = DTYPES[job.plan.dtype] if recipe.needs else None
-    blocks = StreamedBlocks(source, journal, dtype)
+    blocks = StreamedBlocks(source, journal, dtype, recipe.splits)
     walk(blocks, recipe.passes, _hidden(job, journal, dtype), first, job.plan.replay, progress)
     copy_outer(source, journal, "tail")
     return [Row(*row) for part in parts for row in journal.rows(part)]
@@ -428,12 +435,12 @@ def _hidden(job: Prepared, journal: Journal, dtype: torch.dtype | None) -> list[
         return [stem(b, positions_of(b, None, 0)) for b in batches(job.ids)]
 
 
-def output_formats(source: Source, rows: list[Row]) -> dict[str, Format]:
+def output_formats(source: Source, rows: list[Row], split: bool) -> dict[str, Format]:
     """stored name -> Format, from the `format` rows of the blocks."""
     named = {row.where: parse_format(str(row.value)) for row in rows if row.what == "format"}
     formats = {}
     for index in range(source.spec.num_layers):
-        for place in source.places(index):
+        for place in source.places(index, split):
             format = named.get(f"blocks.{index}.{place.path}")
             if format is not None:
                 formats[place.stored.name] = format
