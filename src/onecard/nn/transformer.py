@@ -127,9 +127,9 @@ class AttentionBlock(nn.Module):
         self.q_norm = parts.normalize("attention.q_norm")
         self.k_norm = parts.normalize("attention.k_norm")
 
-    def stages(self, x: Tensor, context: Context) -> Sites:
+    def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, D], keys and values [B, G, T, D] of inputs, turned by their positions."""
         a: Attention = self.spec
-        yield "attention.in", x
         q = self.q(x).unflatten(-1, (a.num_heads, a.head_dim)).transpose(1, 2)  # [B, H, T, D]
         k = self.k(x).unflatten(-1, (a.num_kv_heads, a.head_dim)).transpose(1, 2)
         v = self.v(x).unflatten(-1, (a.num_kv_heads, a.head_dim)).transpose(1, 2)
@@ -138,6 +138,12 @@ class AttentionBlock(nn.Module):
         if a.rope is not None:
             cos, sin = (table.to(q.dtype) for table in context.rope(a.rope))
             q, k = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
+        return q, k, v
+
+    def stages(self, x: Tensor, context: Context) -> Sites:
+        a: Attention = self.spec
+        yield "attention.in", x
+        q, k, v = self.project(x, context)
         if context.cache is not None:
             k, v = context.cache.extend(self.index, k, v)
         y = reference.attend(q, k, v, context.mask(a.window), a.scale, a.soft_cap)
@@ -245,6 +251,10 @@ class Block(nn.Module):
                 next(stages)
             except StopIteration as end:
                 return end.value
+
+    def attended(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the block's inputs, for those who compare attention."""
+        return self.attention.project(_maybe(self.norm_attention_in, h), context)
 
     def linear(self, name: str) -> Linear:
         """The linear of a name such as `attention.q`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -161,7 +161,7 @@ class StreamedBlocks:
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
         state = {f"hidden.{i:05d}": as_array(h) for i, h in enumerate(hidden)}
         notes = [[r.where, r.what, r.value, r.unit] for r in rows]
-        arrays = compressed_arrays(self.source, block, index, self.split)
+        arrays = compressed_arrays(self.source, block, index, rows, self.split)
         self.journal.add(part_name(index), arrays, notes, state or None)
 
 
@@ -176,16 +176,24 @@ def outer_names(source: Source, part: str) -> list[str]:
 
 
 def compressed_arrays(
-    source: Source, block: Block, index: int, split: bool = False
+    source: Source, block: Block, index: int, rows: Iterable[Row] = (), split: bool = False
 ) -> dict[str, Array]:
-    """A finished block as it will be stored: changed linears, everything else the source's bytes."""
+    """A finished block as it will be stored: what was changed, everything else the source's bytes.
+
+    Changed are the weights of linears, and whole modules that a `rescaled` row names.
+    """
     arrays = stored_arrays(source, block, index, split)
     touched = {name for site in sites(block.layer) for name in site.linears}
-    changed = {place.stored.name for place in source.places(index) if place.path in touched}
+    rescaled = {r.where.removeprefix(f"blocks.{index}.") for r in rows if r.what == "rescaled"}
+    changed, whole = (
+        {place.stored.name for place in source.places(index) if place.path in paths}
+        for paths in (touched, rescaled)
+    )
     for name in list(arrays):
         module, _, tensor = name.rpartition(".")
         entry = source.checkpoint.entries.get(name)
-        if entry is not None and (module not in changed or tensor == "bias"):
+        kept = module not in whole and (module not in changed or tensor == "bias")
+        if entry is not None and kept:
             arrays[name] = (entry.dtype, entry.shape, entry)
         elif tensor in ("weight", "bias") and arrays[name][0] in DENSE:
             stored = entry.dtype if entry is not None else source.dtype
