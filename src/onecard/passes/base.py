@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from onecard.checkpoint.packed import must_split
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format, dense
+from onecard.core.format import Dense, Format, Integers
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 
@@ -245,6 +246,11 @@ def needs_of(stage: Sequence[BlockPass]) -> frozenset[str]:
     return frozenset().union(*(p.needs for p in stage))
 
 
+def splits(stage: Sequence[BlockPass]) -> bool:
+    """Whether fused matrices end up in parts (checkpoint.packed)."""
+    return must_split([p.format_of(128) for p in stage])
+
+
 def output_format(stage: Sequence[BlockPass], columns: int) -> Format | None:
     """The format that linears with `columns` inputs end in."""
     formats = [p.format_of(columns) for p in stage]
@@ -258,11 +264,11 @@ def output_bytes(stage: Sequence[BlockPass], spec: Spec, layer: LayerSpec, store
     total = 0
     for name, shape in shapes.items():
         format = output_format(stage, shape[1]) if name in touched else None
-        total += replace(format or dense(stored), scale=stored).bytes(shape)
+        total += (format or Dense(stored)).scaled(stored).bytes(shape)
     return total
 
 
-def check_groups(format: Format, spec: Spec, explicit: bool) -> None:
+def check_groups(format: Integers, spec: Spec, explicit: bool) -> None:
     """The group size divides every row that will be quantized."""
     if not explicit:
         return

@@ -103,7 +103,7 @@ def compress(
         weights = assemble(journal.folder, journal.hashes())
         write_text(journal.folder / "recipe.yaml", to_yaml(recipe))
         about = {"source": hashes.result(), **made(job)}
-        config = config_with(last.source, last.formats)
+        config = config_with(last.source, last.formats, last.split)
         complete(journal.folder, source, config, weights, about)
         report = summary(job, last.rows, journal.folder, time.perf_counter() - started)
         report = finish(journal.folder, report)

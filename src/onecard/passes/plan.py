@@ -131,27 +131,30 @@ def beyond_cap(
 @dataclass(frozen=True)
 class Made:
     """What lies in a journal when it is full: the layout it was written in, the formats of packed
-    modules by stored name, what was measured.
+    modules by stored name, what was measured, whether fused matrices lie in parts.
     """
 
     source: Source
     formats: Mapping[str, Format]
     rows: list[Row]
+    split: bool = False
 
 
-def made_of(source: Source, journal: Journal, held: Mapping[str, Format] | None = None) -> Made:
+def made_of(
+    source: Source, journal: Journal, split: bool = False, held: Mapping[str, Format] | None = None
+) -> Made:
     """What was noted with every part of a model that kept its layout; `held` was packed before."""
     parts = ("stem", *(part_name(i) for i in range(source.spec.num_layers)), "tail")
     rows = [Row(*row) for part in parts for row in journal.rows(part)]
-    return Made(source, {**(held or {}), **output_formats(source, rows)}, rows)
+    return Made(source, {**(held or {}), **output_formats(source, rows, split)}, rows, split)
 
 
-def output_formats(source: Source, rows: list[Row]) -> dict[str, Format]:
+def output_formats(source: Source, rows: list[Row], split: bool) -> dict[str, Format]:
     """stored name -> Format, from the `format` rows of the blocks."""
     named = {row.where: parse_format(str(row.value)) for row in rows if row.what == "format"}
     formats = {}
     for index in range(source.spec.num_layers):
-        for place in source.places(index):
+        for place in source.places(index, split):
             format = named.get(f"blocks.{index}.{place.path}")
             if format is not None:
                 formats[place.stored.name] = format

@@ -24,6 +24,7 @@ from onecard.checkpoint.load import as_array, load_model, stored_arrays
 from onecard.checkpoint.load import block as read_block
 from onecard.checkpoint.load import stem as read_stem
 from onecard.checkpoint.load import tail as read_tail
+from onecard.checkpoint.packed import must_split
 from onecard.checkpoint.save import packed_formats
 from onecard.checkpoint.shards import (
     Array,
@@ -33,13 +34,13 @@ from onecard.checkpoint.shards import (
     read_header,
 )
 from onecard.checkpoint.source import Source
-from onecard.core.format import Format
+from onecard.core.format import DENSE, Format
 from onecard.core.report import Row, write_text
 from onecard.core.spec import sites
 from onecard.kernels.reference import DTYPES
 from onecard.nn.graph import Surgery, cut_block, cut_outer
 from onecard.nn.transformer import Block, positions_of
-from onecard.passes.base import BlockPass, Data, ModelPass, Survey, needs_of
+from onecard.passes.base import BlockPass, Data, ModelPass, Survey, needs_of, splits
 from onecard.passes.cut import Cut, judge, loss_of
 from onecard.passes.memory import Watched, run_stage
 from onecard.passes.plan import Made, made_of, outer_arrays, part_name
@@ -48,8 +49,10 @@ from onecard.passes.plan import Made, made_of, outer_arrays, part_name
 class StreamedBlocks:
     """Blocks read from a folder one by one, finished ones written to the journal."""
 
-    def __init__(self, source: Source, journal: Journal, dtype: torch.dtype | None) -> None:
-        self.source, self.journal, self.dtype = source, journal, dtype
+    def __init__(
+        self, source: Source, journal: Journal, dtype: torch.dtype | None, split: bool = False
+    ) -> None:
+        self.source, self.journal, self.dtype, self.split = source, journal, dtype, split
         self.spec, self.stored = source.spec, source.dtype
         self._aside = ThreadPoolExecutor(1)
         self._next: tuple[int, Future[Block]] | None = None
@@ -70,18 +73,18 @@ class StreamedBlocks:
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
         state = {f"hidden.{i:05d}": as_array(h) for i, h in enumerate(hidden)}
         notes = [[r.where, r.what, r.value, r.unit] for r in rows]
-        arrays = compressed_arrays(self.source, block, index, rows)
+        arrays = compressed_arrays(self.source, block, index, rows, self.split)
         self.journal.add(part_name(index), arrays, notes, state or None)
 
 
 def compressed_arrays(
-    source: Source, block: Block, index: int, rows: Iterable[Row] = ()
+    source: Source, block: Block, index: int, rows: Iterable[Row] = (), split: bool = False
 ) -> dict[str, Array]:
     """A finished block as it will be stored: what was changed, everything else the source's bytes.
 
     Changed are the weights of linears, and whole modules that a `rescaled` row names.
     """
-    arrays = stored_arrays(source, block, index)
+    arrays = stored_arrays(source, block, index, split)
     touched = {name for site in sites(block.layer) for name in site.linears}
     rescaled = {r.where.removeprefix(f"blocks.{index}.") for r in rows if r.what == "rescaled"}
     changed, whole = (
@@ -94,9 +97,11 @@ def compressed_arrays(
         kept = module not in whole and (module not in changed or tensor == "bias")
         if entry is not None and kept:
             arrays[name] = (entry.dtype, entry.shape, entry)
-        elif entry is not None and arrays[name][0] != entry.dtype:
-            held = torch.frombuffer(arrays[name][2], dtype=DTYPES[arrays[name][0]])
-            arrays[name] = as_array(held.view(arrays[name][1]).to(DTYPES[entry.dtype]))
+        elif tensor in ("weight", "bias") and arrays[name][0] in DENSE:
+            stored = entry.dtype if entry is not None else source.dtype
+            if arrays[name][0] != stored:
+                held = torch.frombuffer(arrays[name][2], dtype=DTYPES[arrays[name][0]])
+                arrays[name] = as_array(held.view(arrays[name][1]).to(DTYPES[stored]))
     return arrays
 
 
@@ -140,11 +145,12 @@ def walked(stage: tuple[BlockPass, ...], work: Work) -> Made:
     copy_outer(source, journal, "stem")
     first = sum(part_name(i) in journal for i in range(source.spec.num_layers))
     dtype = DTYPES[work.dtype] if needs_of(stage) else None
-    blocks = StreamedBlocks(source, journal, dtype)
+    split = splits(stage) or source.split
+    blocks = StreamedBlocks(source, journal, dtype, split)
     hidden = _hidden(work, dtype) if needs_of(stage) else []
     walk(blocks, chosen, hidden, first, work.replay, work.data.progress)
     copy_outer(source, journal, "tail")
-    return made_of(source, journal, held_formats(source))
+    return made_of(source, journal, split, held_formats(source))
 
 
 def cut(stage: Cut, work: Work) -> Made:
@@ -165,9 +171,9 @@ def cut(stage: Cut, work: Work) -> Made:
                 formats[place.stored.name] = format
         if part_name(index) not in journal:
             block = cut_block(read_block(source, old), plan, index)
-            journal.add(part_name(index), stored_arrays(target, block, index), [])
+            journal.add(part_name(index), stored_arrays(target, block, index, source.split), [])
     outer(source, target, plan, journal, "tail")
-    return Made(target, formats, rows)
+    return Made(target, formats, rows, source.split)
 
 
 def judged(stage: Cut, plan: Surgery, work: Work) -> list[Row]:
@@ -207,12 +213,13 @@ def whole(stage: tuple[BlockPass, ...] | ModelPass, work: Work) -> Made:
     roots += [(part_name(i), block, i) for i, block in enumerate(model.blocks())]
     roots += [("tail", model.network.tail, None)]
     formats: dict[str, Format] = {}
+    split = must_split([linear.format for _, linear in model.linears() if not linear.format.dense])
     journal.restart()
     for part, root, index in roots:
-        journal.add(part, stored_arrays(target, root, index), [])
-        formats |= packed_formats(target, root, index)
+        journal.add(part, stored_arrays(target, root, index, split), [])
+        formats |= packed_formats(target, root, index, split)
     write_text(path, json.dumps(notes_of(rows)))
-    return Made(target, formats, rows)
+    return Made(target, formats, rows, split)
 
 
 def copy_outer(source: Source, journal: Journal, part: str) -> None:

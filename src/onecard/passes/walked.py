@@ -104,7 +104,13 @@ def fill(job: Prepared, journal: Journal, progress: Progress) -> Made:
         rows += staged(done.rows, number, len(stages))
         if not last:
             weights = assemble(own.folder, own.hashes())
-            complete(own.folder, job.source, config_with(done.source, done.formats), weights, {})
+            complete(
+                own.folder,
+                job.source,
+                config_with(done.source, done.formats, done.split),
+                weights,
+                {},
+            )
             write_text(notes.with_suffix(".rows.json"), json.dumps(notes_of(done.rows)))
             own.publish(replace=True)
             if number:
