@@ -23,7 +23,7 @@ from onecard.core.format import Format
 from onecard.core.report import Row
 from onecard.core.spec import Spec, linear_shapes
 from onecard.kernels.reference import from_dense
-from onecard.passes.base import BlockPass, Survey
+from onecard.passes.base import BlockPass, Survey, Zeros
 from onecard.passes.budget import Budget, Histograms, Whole
 from onecard.passes.criteria import CRITERIA, Criterion, Name, Seen, Shape, keep_mask, scored
 
@@ -32,7 +32,7 @@ from onecard.passes.criteria import CRITERIA, Criterion, Name, Seen, Shape, keep
 class Prune(BlockPass):
     """Settings: a criterion; a share of the weights, or a pattern such as 2:4 (kept:of); the piece that
     goes as one, such as 1x8 or 4x4 (rows x columns); whether a share is taken of every row or of the
-    matrix; how much every matrix loses.
+    matrix; how much every matrix loses; whether zeros are left out or stored like other numbers.
     """
 
     criterion: Name = "l1"
@@ -42,6 +42,7 @@ class Prune(BlockPass):
     piece: str = "1x1"
     budget: Literal["uniform", "global", "sensitivity"] = "uniform"
     seed: int = 0
+    stored: Literal["sparse", "dense"] = "sparse"
 
     key: ClassVar[str] = "prune"
     title: ClassVar[str] = "pruning by score"
@@ -91,6 +92,10 @@ class Prune(BlockPass):
 
     def format_of(self, columns: int) -> Format | None:
         return None
+
+    @property
+    def zeros(self) -> Zeros | None:
+        return Zeros(self.share, self.pattern) if self.stored == "sparse" else None
 
     def check(self, spec: Spec) -> None:
         for layer in set(spec.layers):
