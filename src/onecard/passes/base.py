@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-from onecard.calibrate.walk import Reached
+from onecard.calibrate.walk import Reached, Whole, compares
 from onecard.core.errors import BadRequest
 from onecard.core.format import Format, dense
 from onecard.core.report import Row
@@ -34,6 +34,10 @@ class BlockPass(ABC):
     @abstractmethod
     def site(self, site: Reached) -> Iterator[Row]:
         """Replace the weights of a site's linears; yield what was measured."""
+
+    def finish(self, whole: Whole) -> Iterator[Row]:
+        """Work on a block whose sites are done; only called where it needs `original`."""
+        return iter(())
 
     @abstractmethod
     def format_of(self, columns: int) -> Format | None:
@@ -59,6 +63,11 @@ class Recipe:
     @property
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(p.needs for p in self.passes))
+
+    @property
+    def compares(self) -> bool:
+        """Whether the uncompressed model runs alongside."""
+        return compares(self.passes)
 
     def check(self, spec: Spec) -> None:
         """Order conflicts and settings that do not suit the model, before any work."""

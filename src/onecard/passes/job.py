@@ -222,7 +222,8 @@ def make_plan(source: Source, recipe: Recipe, settings: Settings, ids: Tensor | 
     linears = sum(weight_count(spec, layer) for layer in spec.layers) * stored
     output = source.checkpoint.nbytes - linears
     output += sum(recipe.output_bytes(spec, layer, source.dtype) for layer in spec.layers)
-    state = 0 if ids is None else ids.numel() * spec.hidden * element
+    streams = 2 if recipe.compares else 1
+    state = 0 if ids is None else ids.numel() * spec.hidden * element * streams
     base = resident()
     stem = 0 if ids is None else max(
         entries[n].nbytes * element // DTYPE_BYTES[entries[n].dtype]
