@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -51,6 +51,7 @@ class Reached:
 
     `stored` is the dtype the model is stored in, which may not be the one it is run in. `made` is what
     its inputs come from, where their channels can be scaled; `inputs` are those of suspended blocks.
+    What a pass puts into `kept` it finds again when the block is `Whole`.
     """
 
     block: str
@@ -60,6 +61,7 @@ class Reached:
     stored: str = "fp32"
     made: Made | None = None
     inputs: Sequence[Tensor] = ()
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     def exact(self, s: Tensor) -> Tensor:
         """The divisors next to s [channels of `made`] that lose nothing."""
@@ -96,6 +98,7 @@ class Whole:
     hidden: Sequence[Tensor]
     contexts: Sequence[Context]
     targets: Sequence[Tensor]
+    kept: dict[str, Tensor]
     stored: str
 
 
@@ -190,6 +193,7 @@ def compress_block(
     runs: list[Sites] = (
         [] if replay else [block.stages(h, c) for h, c in zip(hidden, contexts, strict=True)]
     )
+    kept: dict[str, Tensor] = {}
     for number, site in enumerate(sites(block.layer)):
         linears = {name: block.linear(name) for name in site.linears}
         kinds = {name: linear.held().parts["weight"].dtype for name, linear in linears.items()}
@@ -206,7 +210,7 @@ def compress_block(
             if i % 8 == 7 or i == count - 1:
                 give_back()
         reached = Reached(f"blocks.{block.index}", site.name, linears, stats, blocks.stored,
-                          _made(block, site.name, stats.size), inputs)  # fmt: skip
+                          _made(block, site.name, stats.size), inputs, kept)  # fmt: skip
         for p in passes:
             rows += p.site(reached)
         for name, linear in linears.items():
@@ -216,7 +220,7 @@ def compress_block(
     again = replay
     for p in passes:
         if ORIGINAL in p.needs:
-            whole = Whole(block, original, hidden, contexts, targets, blocks.stored)
+            whole = Whole(block, original, hidden, contexts, targets, kept, blocks.stored)
             rows += p.finish(whole)
             again = True
     if again:

@@ -17,6 +17,7 @@ import yaml
 
 from onecard.core.errors import BadRequest, nearest
 from onecard.core.settings import fill
+from onecard.passes.autoround import AutoRound
 from onecard.passes.awq import AWQ
 from onecard.passes.base import BlockPass, Recipe
 from onecard.passes.gptq import GPTQ
@@ -25,7 +26,7 @@ from onecard.passes.prune import Prune
 from onecard.passes.quantize import RoundToNearest
 from onecard.passes.scales import Scale, Smooth
 
-PASSES: tuple[type[BlockPass], ...] = (RoundToNearest, GPTQ, AWQ, HQQ, Scale, Smooth, Prune)
+PASSES: tuple[type[BlockPass], ...] = (RoundToNearest, GPTQ, AWQ, AutoRound, HQQ, Scale, Smooth, Prune)
 
 RECIPES = (
     Recipe("rtn-int8", (RoundToNearest(bits=8),),

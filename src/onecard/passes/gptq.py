@@ -132,6 +132,11 @@ class GPTQ(BlockPass):
         return max(factoring, 20 * rows * columns + 8 * columns * columns + searching)
 
     def site(self, site: Reached) -> Iterator[Row]:
+        _, solution, format = self.solved(site)
+        yield from self.hold(site, solution, format)
+
+    def solved(self, site: Reached) -> tuple[dict[str, Tensor], dict[str, Solution], Format]:
+        """What each linear of a site aims at, float32 [out, in], and what it will be."""
         linears = list(site.linears.values())
         columns = linears[0].shape[1]
         w = torch.cat([linear.matrix() for linear in linears])
@@ -149,17 +154,26 @@ class GPTQ(BlockPass):
                 f"{site.block}.{site.name}: {error.what}", error.seen, error.do
             ) from error
         require_finite_scale(solution.scale, format, f"{site.block}.{site.name}")
-        power = output_power(w, hessian)
-        start = 0
+        aims, found, start = {}, {}, 0
         for name, linear in site.linears.items():
             own = slice(start, start + linear.shape[0])
             start = own.stop
-            linear.replace(convert.hold(
-                solution.codes[own], solution.scale[own], solution.zero[own], format
-            ))  # fmt: skip
+            aims[name] = w[own]
+            found[name] = Solution(solution.codes[own], solution.scale[own], solution.zero[own],
+                                   solution.loss[own])  # fmt: skip
+        return aims, found, format
+
+    def hold(
+        self, site: Reached, solutions: dict[str, Solution], format: Format
+    ) -> Iterator[Row]:
+        """Put what was solved into a site's linears."""
+        hessian = site.stats.hessian
+        for name, linear in site.linears.items():
+            found, power = solutions[name], output_power(linear.matrix(), hessian)
+            linear.replace(convert.hold(found.codes, found.scale, found.zero, format))
             where = f"{site.block}.{name}"
             yield Row(where, "format", format.name)
-            yield Row(where, "relative_output_error", _share(solution.loss[own], power[own]))
+            yield Row(where, "relative_output_error", _share(found.loss, power))
         if not site.stats.count:
             yield Row(f"{site.block}.{site.name}", "calibration_tokens", 0)
 
