@@ -10,13 +10,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from onecard.calibrate.walk import Reached, Whole, compares
 from onecard.core.errors import BadRequest
 from onecard.core.format import Format, dense
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
+
+if TYPE_CHECKING:
+    from onecard.calibrate.walk import Reached, Whole
 
 
 class BlockPass(ABC):
@@ -63,11 +65,6 @@ class Recipe:
     @property
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(p.needs for p in self.passes))
-
-    @property
-    def compares(self) -> bool:
-        """Whether the uncompressed model runs alongside."""
-        return compares(self.passes)
 
     def check(self, spec: Spec) -> None:
         """Order conflicts and settings that do not suit the model, before any work."""
