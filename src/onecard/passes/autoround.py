@@ -6,8 +6,8 @@ For every weight a shift v and for every group a stretch m are learned, all line
 
 x are the block's inputs as the compressed blocks before have left them, the target is the output of the
 uncompressed model on its own inputs: so a block makes good for what came before it, too. The gradient of
-round is taken as 1; every parameter moves by a rate that falls from 1 / `steps` to 0, in the direction
-of its gradient's sign: over all steps by at most 1/2, to the next integer and no further.
+round is taken as 1; every parameter moves by an amount that falls from `rate` / `steps` to 0, in the
+direction of its gradient's sign: over all steps by at most half the rate.
 
 The start is round to nearest (v = 0, the paper's) or GPTQ's codes: v is then the least shift that gives
 them. Where all steps have not lowered the loss over all inputs, the start stays; without steps it does too.
@@ -51,6 +51,7 @@ class AutoRound(BlockPass):
     group: int | Literal["auto"] | None = AUTO
     zero_point: bool = False
     steps: int = 200
+    rate: float = 1.0
     start: Literal["gptq", "rtn"] = "gptq"
     correct: float = 1.0
     sweeps: int = 1
@@ -63,13 +64,19 @@ class AutoRound(BlockPass):
         self.first  # noqa: B018  checks the grid
         if not 0 <= self.steps <= 100_000:
             raise BadRequest(f"autoround.steps is {self.steps}", do="0 to 100000; 200 is usual")
+        if not 0 < self.rate <= 100:
+            raise BadRequest(
+                f"autoround.rate is {self.rate}", do="1 for a start at rtn, less at gptq"
+            )
 
     @property
     def first(self) -> GPTQ | RoundToNearest:
         """What it starts from."""
         if self.start == "rtn":
             return RoundToNearest(self.bits, self.group, self.zero_point)
-        return GPTQ(self.bits, self.group, self.zero_point, correct=self.correct, sweeps=self.sweeps)
+        return GPTQ(
+            self.bits, self.group, self.zero_point, correct=self.correct, sweeps=self.sweeps
+        )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -94,7 +101,7 @@ class AutoRound(BlockPass):
             yield from self.first.site(site)
 
     def finish(self, whole: Whole) -> Iterator[Row]:
-        before, after = learn(whole, self.steps)
+        before, after = learn(whole, self.steps, self.rate)
         yield Row(f"blocks.{whole.block.index}", "relative_block_error", after, before=before)
 
 
@@ -145,7 +152,7 @@ def _shift(t: Tensor, q: Tensor, zero: Tensor, format: Format) -> Tensor:
     return torch.where(there, 0.0, t.clamp(least, most) - t)
 
 
-def learn(whole: Whole, steps: int) -> tuple[float, float]:
+def learn(whole: Whole, steps: int, rate: float) -> tuple[float, float]:
     """Learn the rounding of a block's linears in place; its relative error before and after."""
     block = whole.block
     linears = {name: block.linear(name) for name in whole.kept}
@@ -156,8 +163,8 @@ def learn(whole: Whole, steps: int) -> tuple[float, float]:
     _exchange(block, learned)
     try:
         with torch.enable_grad():
-            descend(block, whole, [p for each in learned.values() for p in (each.shift, each.stretch)],
-                    steps)  # fmt: skip
+            moved = [p for each in learned.values() for p in (each.shift, each.stretch)]
+            descend(block, whole, moved, steps, rate)
     finally:
         _exchange(block, linears)
     for name, linear in linears.items():
@@ -172,7 +179,9 @@ def learn(whole: Whole, steps: int) -> tuple[float, float]:
     return before / max(power, 1e-30), after / max(power, 1e-30)
 
 
-def descend(block: Block, whole: Whole, parameters: Sequence[nn.Parameter], steps: int) -> None:
+def descend(
+    block: Block, whole: Whole, parameters: Sequence[nn.Parameter], steps: int, rate: float
+) -> None:
     """`steps` of sign descent, a batch each, in an order drawn with a fixed seed."""
     draw = torch.Generator().manual_seed(block.index)
     order: list[int] = []
@@ -182,13 +191,15 @@ def descend(block: Block, whole: Whole, parameters: Sequence[nn.Parameter], step
         out = block(whole.hidden[i], whole.contexts[i])
         loss = F.mse_loss(out.float(), whole.targets[i].float())
         if not bool(torch.isfinite(loss)):
-            raise FailedWork(f"block {block.index}: the loss is {float(loss)}", do="check the weights")
+            raise FailedWork(
+                f"block {block.index}: the loss is {float(loss)}", do="check the weights"
+            )
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        rate = (1 - step / steps) / steps
+        reach = rate * (1 - step / steps) / steps
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    parameter.sub_(torch.sign(gradient), alpha=rate)
+                    parameter.sub_(torch.sign(gradient), alpha=reach)
 
 
 def _exchange(block: Block, modules: dict[str, Learned] | dict[str, Linear]) -> None:

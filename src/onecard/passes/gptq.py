@@ -163,9 +163,7 @@ class GPTQ(BlockPass):
                                    solution.loss[own])  # fmt: skip
         return aims, found, format
 
-    def hold(
-        self, site: Reached, solutions: dict[str, Solution], format: Format
-    ) -> Iterator[Row]:
+    def hold(self, site: Reached, solutions: dict[str, Solution], format: Format) -> Iterator[Row]:
         """Put what was solved into a site's linears."""
         hessian = site.stats.hessian
         for name, linear in site.linears.items():
