@@ -74,8 +74,10 @@ def info(*, refresh: Annotated[bool, Flag] = False, json: Json = False) -> None:
     refresh
         measure again instead of using the cached figures
     """
-    from onecard.kernels import cpu
+    from onecard.kernels import cpu, tune
 
+    if cpu.available():
+        tune.apply(refresh)
     show(cpu.info(refresh), json)
 
 
