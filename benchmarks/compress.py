@@ -6,8 +6,9 @@ Makes the checkpoint (random weights, make_llama.py) unless one is given. Roundi
 timed beside copying the same file, A B A B in one run, and the ratio's median is printed with its
 spread: once into the page cache, as both leave their files, and once until the files are on the disk
 (fsync). `busy_elsewhere` says how many cores other processes kept busy meanwhile (Linux): above 0.1 the
-seconds are of little use, and the ratio is not judged. GPTQ int4 runs once under 3 GiB. Peak memory is the child's own maximum
-resident set. `--check` ends with an error where a figure misses what docs/performance.md promises.
+seconds are of little use, and are not judged. GPTQ int4 runs once under 3 GiB. Peak memory is the
+child's own maximum resident set. `--check` ends with an error where a figure misses what
+docs/performance.md promises.
 """
 
 from __future__ import annotations

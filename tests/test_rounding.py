@@ -234,7 +234,10 @@ def slowly(*words):
 rounding.block_arrays = slowly
 main(sys""")  # fmt: skip
     words = [sys.executable, "-c", slow, *command(tiny, out, "--recipe", "rtn-int4")[3:]]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests
+    )  # fmt: skip
     journal, deadline = partial_of(out) / "journal.jsonl", time.monotonic() + 60
     while time.monotonic() < deadline and not (
         journal.is_file() and len(journal.read_bytes().splitlines()) > 1
