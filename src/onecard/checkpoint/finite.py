@@ -16,7 +16,7 @@ from onecard.core.errors import BadRequest
 
 INFINITY: dict[str, tuple[Any, int]] = {
     "bf16": (np.uint16, 0x7F80), "fp16": (np.uint16, 0x7C00), "fp32": (np.uint32, 0x7F80_0000),
-    "fp64": (np.uint64, 0x7FF0_0000_0000_0000),
+    "fp64": (np.uint64, 0x7FF0_0000_0000_0000), "fp8": (np.uint8, 0x7F),
 }  # fmt: skip
 """dtype -> what its bits are read as, and the pattern of infinity; integers have none."""
 

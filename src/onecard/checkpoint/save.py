@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from onecard import __version__
 from onecard.checkpoint.journal import check_target, partial_of
-from onecard.checkpoint.packed import quantization_config
+from onecard.checkpoint.packed import must_split, quantization_config
 from onecard.checkpoint.shards import (
     copy_range,
     header_of,
@@ -98,26 +98,26 @@ def source_hashes(source: Source) -> dict[str, str]:
     return {**weights, "config.json": sha256_of(source.folder / "config.json")}
 
 
-def config_with(source: Source, formats: Mapping[str, Format]) -> dict[str, Any]:
+def config_with(source: Source, formats: Mapping[str, Format], split: bool) -> dict[str, Any]:
     """The source's config.json with the `quantization_config` of packed modules (stored names)."""
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     if formats:
-        linears, transposed = linear_names(source)
-        standard = not transposed & set(formats)
-        config["quantization_config"] = quantization_config(formats, linears, standard)
+        linears = linear_names(source)
+        plain = set(formats) <= linears
+        config["quantization_config"] = quantization_config(
+            formats, sorted(linears), plain, split, source.dtype
+        )
     return config
 
 
-def linear_names(source: Source) -> tuple[list[str], set[str]]:
-    """Stored names of all linears, and of those that are stored transposed."""
-    names, transposed = [source.name("lm_head")], set()
+def linear_names(source: Source) -> set[str]:
+    """Stored names of the linears that are Linears to transformers."""
+    names = {source.name("lm_head")}
     for index in range(source.spec.num_layers):
         for place in source.places(index):
-            if place.module.kind == "linear":
-                names.append(place.stored.name)
-                if place.stored.transposed:
-                    transposed.add(place.stored.name)
-    return sorted(set(names)), transposed
+            if place.module.kind == "linear" and not place.stored.transposed:
+                names.add(place.stored.name)
+    return names
 
 
 def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = None) -> Path:
@@ -139,26 +139,29 @@ def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = N
     roots += [("tail", model.network.tail, None)]
     formats: dict[str, Format] = {}
     hashes: dict[str, str] = {}
+    split = must_split([linear.format for _, linear in model.linears() if not linear.format.dense])
     for part, root, index in roots:
-        arrays = stored_arrays(source, root, index)
-        formats |= packed_formats(source, root, index)
+        arrays = stored_arrays(source, root, index, split)
+        formats |= packed_formats(source, root, index, split)
         hashes[part] = write_file(folder / f"{part}.safetensors", arrays)
     weights = assemble(folder, hashes)
     about = {"source": source_hashes(source), **(made or {})}
-    complete(folder, source, config_with(source, formats), weights, about)
+    complete(folder, source, config_with(source, formats, split), weights, about)
     if out.is_dir():
         out.rmdir()
     os.replace(folder, out)
     return out
 
 
-def packed_formats(source: Source, root: nn.Module, index: int | None) -> dict[str, Format]:
+def packed_formats(
+    source: Source, root: nn.Module, index: int | None, split: bool
+) -> dict[str, Format]:
     """stored name -> Format of the packed modules of a part of the network."""
     from onecard.checkpoint.load import modules
     from onecard.nn.layers import Linear
 
     return {
         place.stored.name: module.format
-        for _, module, place in modules(source, root, index)
+        for _, module, place in modules(source, root, index, split)
         if isinstance(module, Linear) and not module.format.dense
     }

@@ -33,7 +33,7 @@ Bytes = NDArray[np.uint8]
 HEADER_LIMIT = 100 << 20
 SAFETENSORS = {
     "F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "fp8",
 }  # fmt: skip
 CODES = {name: code for code, name in SAFETENSORS.items()}
 PIECE = 1 << 20

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from onecard.passes.awq import AWQ as AWQ
     from onecard.passes.gptq import GPTQ as GPTQ
     from onecard.passes.hqq import HQQ as HQQ
+    from onecard.passes.levels import RoundToLevels as RoundToLevels
     from onecard.passes.prune import Prune as Prune
     from onecard.passes.quantize import RoundToNearest as RoundToNearest
     from onecard.passes.scales import Scale as Scale
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 PASSES = {
     "rtn": ("quantize", "RoundToNearest"),
+    "levels": ("levels", "RoundToLevels"),
     "gptq": ("gptq", "GPTQ"),
     "awq": ("awq", "AWQ"),
     "autoround": ("autoround", "AutoRound"),
@@ -47,6 +49,14 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
      "half the size of bf16, practically the same answers, seconds, no data"),
     ("rtn-int4", [{"rtn": {"bits": 4}}],
      "a quarter of the size in seconds, no data; gptq-int4 is better when there is time"),
+    ("rtn-fp8", [{"levels": {"table": "fp8-row"}}],
+     "floats of 8 bits: half the size of bf16, for machines that multiply fp8; no data"),
+    ("rtn-nf4", [{"levels": {"table": "nf4"}}],
+     "4 bits whose levels follow a normal distribution: closer than rtn-int4, no data"),
+    ("rtn-mxfp4", [{"levels": {"table": "mxfp4"}}],
+     "4.25 bits in the Open Compute layout; coarser than nf4, for machines that multiply it"),
+    ("rtn-nvfp4", [{"levels": {"table": "nvfp4"}}],
+     "4.5 bits, a scale of 8 bits for every 16 weights: the finer of the two fp4 layouts"),
     ("gptq-int8", [{"gptq": {"bits": 8}}], "int8 with the last of its error made good"),
     ("gptq-int4", [{"gptq": {"bits": 4}}], "the usual choice: a quarter of the size, little lost"),
     ("gptq-int4-g32", [{"gptq": {"bits": 4, "group": 32}}],

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from onecard.checkpoint.packed import must_split
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format, dense
+from onecard.core.format import Dense, Format, Integers
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 
@@ -85,6 +86,11 @@ class Recipe:
         for p in self.passes:
             p.check(spec)
 
+    @property
+    def splits(self) -> bool:
+        """Whether fused matrices end up in parts (checkpoint.packed)."""
+        return must_split([p.format_of(128) for p in self.passes])
+
     def output_format(self, columns: int) -> Format | None:
         """The format that linears with `columns` inputs end in."""
         formats = [p.format_of(columns) for p in self.passes]
@@ -97,7 +103,7 @@ class Recipe:
         total = 0
         for name, shape in shapes.items():
             format = self.output_format(shape[1]) if name in touched else None
-            total += replace(format or dense(stored), scale=stored).bytes(shape)
+            total += (format or Dense(stored)).scaled(stored).bytes(shape)
         return total
 
     def settings(self) -> list[dict[str, Any]]:
@@ -105,7 +111,7 @@ class Recipe:
         return [{p.key: asdict(p)} for p in self.passes]  # type: ignore[call-overload]
 
 
-def check_groups(format: Format, spec: Spec, explicit: bool) -> None:
+def check_groups(format: Integers, spec: Spec, explicit: bool) -> None:
     """The group size divides every row that will be quantized."""
     if not explicit:
         return

@@ -103,11 +103,13 @@ def compress(
             raise
         parts = ("stem", *(part_name(i) for i in range(source.spec.num_layers)), "tail")
         rows = [Row(*row) for part in parts for row in journal.rows(part)]
-        formats = output_formats(source, rows)
+        formats = output_formats(source, rows, recipe.splits)
         weights = assemble(journal.folder, journal.hashes())
         write_text(journal.folder / "recipe.yaml", to_yaml(recipe))
         about = {"source": hashes.result(), **made(job)}
-        complete(journal.folder, source, config_with(source, formats), weights, about)
+        complete(
+            journal.folder, source, config_with(source, formats, recipe.splits), weights, about
+        )
         report = summary(job, rows, Checkpoint(journal.folder), time.perf_counter() - started)
         report = finish(journal.folder, report)
         write_text(journal.folder / "report.json", report.to_json())
@@ -115,12 +117,12 @@ def compress(
     return report
 
 
-def output_formats(source: Source, rows: list[Row]) -> dict[str, Format]:
+def output_formats(source: Source, rows: list[Row], split: bool) -> dict[str, Format]:
     """stored name -> Format, from the `format` rows of the blocks."""
     named = {row.where: parse_format(str(row.value)) for row in rows if row.what == "format"}
     formats = {}
     for index in range(source.spec.num_layers):
-        for place in source.places(index):
+        for place in source.places(index, split):
             format = named.get(f"blocks.{index}.{place.path}")
             if format is not None:
                 formats[place.stored.name] = format

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from onecard.checkpoint.journal import Journal
 from onecard.checkpoint.shards import PIECE, Array, Bytes, copy_range, fresh
 from onecard.checkpoint.source import Place, Source
 from onecard.core.device import resident, resident_peak, usable_cores
-from onecard.core.format import DTYPE_BYTES, Format, words
+from onecard.core.format import DTYPE_BYTES, Integers, words
 from onecard.core.report import Row, Value
 from onecard.core.spec import linear_shapes, sites
 from onecard.kernels import cpu
@@ -138,13 +137,13 @@ def block_arrays(
                 arrays[name] = copied(source, name)
                 continue
             format = recipe.output_format(place.module.shape[1])
-            assert format is not None
+            assert isinstance(format, Integers)
             together = [places[other] for other in stored.of] or [place]
-            matrix = Rounded(source, index, together, replace(format, scale=source.dtype), threads)
+            matrix = Rounded(source, index, together, format.scaled(source.dtype), threads)
             arrays |= {f"{stored.name}.{part}": array for part, array in matrix.arrays().items()}
     for path in touched:
         format = recipe.output_format(places[path].module.shape[1])
-        assert format is not None
+        assert isinstance(format, Integers)
         row = Row(f"blocks.{index}.{path}", "format", format.name)
         rows.append([row.where, row.what, row.value, row.unit])
     return arrays, rows
@@ -154,7 +153,7 @@ class Rounded:
     """A stored matrix [rows, columns] that is being rounded; `places` are its parts where it is fused."""
 
     def __init__(
-        self, source: Source, index: int, places: list[Place], format: Format, threads: int
+        self, source: Source, index: int, places: list[Place], format: Integers, threads: int
     ) -> None:
         self.source, self.index, self.places = source, index, places
         self.format, self.threads = format, threads

@@ -30,7 +30,7 @@ from onecard.checkpoint.shards import Array, Buffers, fresh, pread, read_header
 from onecard.checkpoint.source import Source
 from onecard.core.device import resident, resident_peak
 from onecard.core.errors import BadRequest
-from onecard.core.format import DTYPE_BYTES
+from onecard.core.format import DENSE, DTYPE_BYTES
 from onecard.core.report import Report, Row, Value, environment
 from onecard.core.spec import linear_shapes, sites
 from onecard.kernels.reference import DTYPES, NAMES
@@ -95,8 +95,10 @@ def apply(model: Model, recipe: Recipe, ids: Tensor | None) -> Report:
 class StreamedBlocks:
     """Blocks read from a folder one by one, finished ones written to the journal."""
 
-    def __init__(self, source: Source, journal: Journal, dtype: torch.dtype | None) -> None:
-        self.source, self.journal, self.dtype = source, journal, dtype
+    def __init__(
+        self, source: Source, journal: Journal, dtype: torch.dtype | None, split: bool
+    ) -> None:
+        self.source, self.journal, self.dtype, self.split = source, journal, dtype, split
         self.spec, self.stored = source.spec, source.dtype
         self._aside = ThreadPoolExecutor(1)
         self._next: tuple[int, Future[Block]] | None = None
@@ -117,7 +119,7 @@ class StreamedBlocks:
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
         state = {f"hidden.{i:05d}": as_array(h) for i, h in enumerate(hidden)}
         notes = [[r.where, r.what, r.value, r.unit] for r in rows]
-        arrays = compressed_arrays(self.source, block, index, rows)
+        arrays = compressed_arrays(self.source, block, index, rows, self.split)
         self.journal.add(part_name(index), arrays, notes, state or None)
 
 
@@ -131,7 +133,7 @@ def fill(job: Prepared, journal: Journal, progress: Progress) -> None:
         journal.add("stem", outer_arrays(source, "stem"), [])
     first = sum(part_name(i) in journal for i in range(source.spec.num_layers))
     dtype = DTYPES[job.plan.dtype] if recipe.needs else None
-    blocks = StreamedBlocks(source, journal, dtype)
+    blocks = StreamedBlocks(source, journal, dtype, recipe.splits)
     walk(blocks, recipe.passes, _hidden(job, journal, dtype), first, job.plan.replay, progress)
     if "tail" not in journal:
         journal.add("tail", outer_arrays(source, "tail"), [])
@@ -152,13 +154,13 @@ def _hidden(job: Prepared, journal: Journal, dtype: torch.dtype | None) -> list[
 
 
 def compressed_arrays(
-    source: Source, block: Block, index: int, rows: Iterable[Row] = ()
+    source: Source, block: Block, index: int, rows: Iterable[Row] = (), split: bool = False
 ) -> dict[str, Array]:
     """A finished block as it will be stored: what was changed, everything else the source's bytes.
 
     Changed are the weights of linears, and whole modules that a `rescaled` row names.
     """
-    arrays = stored_arrays(source, block, index)
+    arrays = stored_arrays(source, block, index, split)
     touched = {name for site in sites(block.layer) for name in site.linears}
     rescaled = {r.where.removeprefix(f"blocks.{index}.") for r in rows if r.what == "rescaled"}
     changed, whole = (
@@ -171,9 +173,11 @@ def compressed_arrays(
         kept = module not in whole and (module not in changed or tensor == "bias")
         if entry is not None and kept:
             arrays[name] = (entry.dtype, entry.shape, entry)
-        elif entry is not None and arrays[name][0] != entry.dtype:
-            held = torch.frombuffer(arrays[name][2], dtype=DTYPES[arrays[name][0]])
-            arrays[name] = as_array(held.view(arrays[name][1]).to(DTYPES[entry.dtype]))
+        elif tensor in ("weight", "bias") and arrays[name][0] in DENSE:
+            stored = entry.dtype if entry is not None else source.dtype
+            if arrays[name][0] != stored:
+                held = torch.frombuffer(arrays[name][2], dtype=DTYPES[arrays[name][0]])
+                arrays[name] = as_array(held.view(arrays[name][1]).to(DTYPES[stored]))
     return arrays
 
 
