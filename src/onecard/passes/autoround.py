@@ -32,7 +32,7 @@ from onecard.calibrate.latent import straight
 from onecard.calibrate.stats import ORIGINAL
 from onecard.calibrate.walk import Reached, Whole
 from onecard.core.errors import BadRequest, FailedWork
-from onecard.core.format import Format, Weight
+from onecard.core.format import Integers, Weight
 from onecard.core.report import Row
 from onecard.core.spec import Spec
 from onecard.kernels import convert, reference
@@ -82,7 +82,7 @@ class AutoRound(BlockPass):
     def needs(self) -> frozenset[str]:
         return self.first.needs | {ORIGINAL}
 
-    def format_of(self, columns: int) -> Format:
+    def format_of(self, columns: int) -> Integers:
         return self.first.format_of(columns)
 
     def check(self, spec: Spec) -> None:
@@ -111,6 +111,7 @@ class Learned(nn.Module):
     def __init__(self, linear: Linear, w: Tensor) -> None:
         super().__init__()
         held = linear.held()
+        assert isinstance(held.format, Integers)
         self.format, self.bias = held.format, linear.bias
         codes, scale, zero = reference.codes(held)
         self.w = reference.grouped(w, self.format)  # [out, groups, size]
@@ -142,7 +143,7 @@ class Learned(nn.Module):
         return convert.hold(q, scale[..., 0], self.zero[..., 0], self.format)
 
 
-def _shift(t: Tensor, q: Tensor, zero: Tensor, format: Format) -> Tensor:
+def _shift(t: Tensor, q: Tensor, zero: Tensor, format: Integers) -> Tensor:
     """The least v with clamp(round(t + v) + zero) = q; a hair inside, so that no tie decides."""
     low, high = format.levels
     n = q - zero
@@ -170,7 +171,7 @@ def learn(whole: Whole, steps: int, rate: float) -> tuple[float, float]:
     for name, linear in linears.items():
         linear.replace(learned[name].stored())
         where = f"blocks.{block.index}.{name}"
-        require_finite_scale(linear.held().parts["weight_scale"], linear.format, where)
+        require_finite_scale(linear.held().parts["weight_scale"], learned[name].format, where)
     after = _error(block, whole)
     if not after < before:
         for name, linear in linears.items():

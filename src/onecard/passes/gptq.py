@@ -135,7 +135,7 @@ class GPTQ(BlockPass):
         _, solution, format = self.solved(site)
         yield from self.hold(site, solution, format)
 
-    def solved(self, site: Reached) -> tuple[dict[str, Tensor], dict[str, Solution], Format]:
+    def solved(self, site: Reached) -> tuple[dict[str, Tensor], dict[str, Solution], Integers]:
         """What each linear of a site aims at, float32 [out, in], and what it will be."""
         linears = list(site.linears.values())
         columns = linears[0].shape[1]
@@ -163,7 +163,9 @@ class GPTQ(BlockPass):
                                    solution.loss[own])  # fmt: skip
         return aims, found, format
 
-    def hold(self, site: Reached, solutions: dict[str, Solution], format: Format) -> Iterator[Row]:
+    def hold(
+        self, site: Reached, solutions: dict[str, Solution], format: Integers
+    ) -> Iterator[Row]:
         """Put what was solved into a site's linears."""
         hessian = site.stats.hessian
         for name, linear in site.linears.items():
@@ -184,7 +186,7 @@ def corrected(w: Tensor, hessian: Tensor, cross: Tensor, damp: float, share: flo
     return w + share * torch.cholesky_solve((w @ (cross - hessian)).T, inverse).T
 
 
-def refined(w: Tensor, solution: Solution, hessian: Tensor, format: Format) -> Solution:
+def refined(w: Tensor, solution: Solution, hessian: Tensor, format: Integers) -> Solution:
     """One round of better scales and codes; `hessian` is damped."""
     zero = solution.zero
     scale = fit_scales(w, solution.codes, solution.scale, zero, hessian, format)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from onecard.core.format import Format
+from onecard.core.format import Integers
 from onecard.kernels import reference
 
 BLOCK = 128
@@ -39,7 +39,7 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
 
 
 def fit_scales(
-    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, format: Format
+    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, format: Integers
 ) -> Tensor:
     """The best scales [rows, groups] of codes [rows, in], as stored; rows that gain nothing keep theirs."""
     found = [
@@ -51,7 +51,7 @@ def fit_scales(
 
 
 def _fit(
-    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, format: Format
+    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, format: Integers
 ) -> Tensor:
     steps = reference.grouped(codes.float(), format) - zero[..., None]  # c [rows, groups, size]
     rows, groups, size = steps.shape
@@ -74,7 +74,7 @@ def _fit(
 
 
 def descend(
-    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, format: Format
+    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, format: Integers
 ) -> Tensor:
     """Codes [rows, in] int8 after every column has moved once; where w is 0 and Q is too, both stay."""
     size = w.shape[1] // scale.shape[1]
