@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onecard.calibrate.latent import straight
+from onecard.calibrate.grids import straight
 from onecard.calibrate.stats import ORIGINAL
 from onecard.calibrate.walk import Reached, Whole
 from onecard.core.errors import BadRequest, FailedWork
