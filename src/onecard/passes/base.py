@@ -33,7 +33,7 @@ from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from onecard.calibrate.walk import Progress, Reached, SitePass
+    from onecard.calibrate.walk import Progress, Reached, SitePass, Whole
     from onecard.nn.model import Model
 
 
@@ -50,6 +50,10 @@ class Survey(ABC):
 
     def site(self, site: Reached) -> Iterator[Row]:
         """Look at a site; nothing is yielded and nothing changed."""
+        yield from ()
+
+    def finish(self, whole: Whole) -> Iterator[Row]:
+        """Nothing: it asks for no original to compare with."""
         yield from ()
 
     def block(self, index: int, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
@@ -130,6 +134,10 @@ class BlockPass(Pass):
     @abstractmethod
     def site(self, site: Reached) -> Iterator[Row]:
         """Replace the weights of a site's linears; yield what was measured."""
+
+    def finish(self, whole: Whole) -> Iterator[Row]:
+        """Work on a block whose sites are done; only called where it needs `original`."""
+        return iter(())
 
     @abstractmethod
     def format_of(self, columns: int) -> Format | None:
