@@ -76,13 +76,23 @@ def info(*, refresh: Annotated[bool, Flag] = False, json: Json = False) -> None:
     refresh
         measure again instead of using the cached figures
     """
-    from onecard.kernels import cpu
+    from onecard.kernels import cpu, tune
 
+    if cpu.available():
+        tune.apply(refresh)
     show(cpu.info(refresh), json)
 
 
 @app.command
-def inspect(model: Name, /, *, context: int = 2048, batch: int = 1, json: Json = False) -> None:
+def inspect(
+    model: Name,
+    /,
+    *,
+    context: int = 2048,
+    batch: int = 1,
+    fusions: Annotated[bool, Flag] = False,
+    json: Json = False,
+) -> None:
     """Show what a model is made of: bytes by part, formats, KV cache. Reads headers only.
 
     Parameters
@@ -91,10 +101,12 @@ def inspect(model: Name, /, *, context: int = 2048, batch: int = 1, json: Json =
         tokens of context for the KV cache
     batch
         sequences at once for the KV cache
+    fusions
+        list what the native engine does in one go instead
     """
     from onecard.inspect import inspect_model
 
-    show(inspect_model(model, context, batch), json)
+    show(inspect_model(model, context, batch, fusions), json)
 
 
 @app.command
