@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from onecard.passes.levels import RoundToLevels as RoundToLevels
     from onecard.passes.prune import Prune as Prune
     from onecard.passes.quantize import RoundToNearest as RoundToNearest
+    from onecard.passes.rotate import Rotate as Rotate
     from onecard.passes.scales import Scale as Scale
     from onecard.passes.scales import Smooth as Smooth
 
@@ -39,6 +40,7 @@ PASSES = {
     "autoround": ("autoround", "AutoRound"),
     "hqq": ("hqq", "HQQ"),
     "scale": ("scales", "Scale"),
+    "rotate": ("rotate", "Rotate"),
     "smooth": ("scales", "Smooth"),
     "prune": ("prune", "Prune"),
 }
@@ -79,6 +81,8 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
       "GPTQ that aims at the original's outputs; clearly better than gptq-int3 for twice its time"),
     ("gptaq-int2-g32", [{"gptq": {"bits": 2, "group": 32, "zero_point": True, "correct": 1.0,
                                   "sweeps": 2}}], "GPTQ that aims at the original's outputs"),
+    ("rotate-gptq-int4", [{"rotate": {}}, {"gptq": {"bits": 4}}],
+      "outliers spread by rotations first: for models with large activations"),
     ("hqq-int4", [{"hqq": {"bits": 4}}], "int4 without data, better than rounding, in seconds"),
     ("magnitude-50", [{"prune": {"share": 0.5}}],
      "half of the weights set to zero: a baseline that hurts language models; see its report"),

@@ -20,6 +20,7 @@ from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 
 if TYPE_CHECKING:
     from onecard.calibrate.walk import Reached, Whole
+    from onecard.nn.transformer import Block, Stem, Tail
 
 
 class BlockPass(ABC):
@@ -37,6 +38,14 @@ class BlockPass(ABC):
     @abstractmethod
     def site(self, site: Reached) -> Iterator[Row]:
         """Replace the weights of a site's linears; yield what was measured."""
+
+    def turns(self, spec: Spec) -> bool:
+        """Whether it changes the stem and the tail too."""
+        return False
+
+    def turn(self, part: Stem | Block | Tail, spec: Spec) -> None:
+        """Change the stem, a block or the tail as soon as it is there, in place."""
+        return None
 
     def finish(self, whole: Whole) -> Iterator[Row]:
         """Work on a block whose sites are done; only called where it needs `original`."""
@@ -83,8 +92,24 @@ class Recipe:
                 f"the recipe {self.name} changes weights after quantizing them",
                 f"{later} follows {self.passes[quantizers[0]].title}", f"put {later} first",
             )  # fmt: skip
+        turning = [type(p).turn is not BlockPass.turn for p in self.passes]
+        if turning != sorted(turning, reverse=True):
+            late = self.passes[len(turning) - 1 - turning[::-1].index(True)].title
+            raise BadRequest(
+                f"the recipe {self.name} has {late} behind other passes",
+                do="put it first: it changes whole blocks before anything is measured",
+            )
         for p in self.passes:
             p.check(spec)
+
+    def turns(self, spec: Spec) -> bool:
+        """Whether the stem and the tail change."""
+        return any(p.turns(spec) for p in self.passes)
+
+    def turn(self, part: Stem | Block | Tail, spec: Spec) -> None:
+        """What the passes do to a part before it is run."""
+        for p in self.passes:
+            p.turn(part, spec)
 
     @property
     def splits(self) -> bool:

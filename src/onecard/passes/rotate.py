@@ -19,15 +19,76 @@ Ashkboos et al., QuaRot, arXiv 2404.00456; Liu et al., SpinQuant, arXiv 2405.164
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
+from onecard.calibrate.walk import Reached
 from onecard.core.errors import BadRequest
+from onecard.core.format import Format
+from onecard.core.report import Row
 from onecard.core.spec import Spec
 from onecard.kernels.orthogonal import orthogonal
 from onecard.kernels.reference import from_dense
 from onecard.nn.layers import Linear, Normalize
 from onecard.nn.transformer import Block, Stem, Tail
+from onecard.passes.base import BlockPass
+
+
+@dataclass(frozen=True)
+class Rotate(BlockPass):
+    """Settings: whether the stream is rotated (auto: where the model allows it and its head is its own),
+    whether values are, and the seed of the signs."""
+
+    residual: Literal["auto", "always", "never"] = "auto"
+    values: bool = True
+    seed: int = 0
+
+    key = "rotate"
+    title = "rotation"
+    paper = "Ashkboos et al., QuaRot, arXiv 2404.00456"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def format_of(self, columns: int) -> Format | None:
+        return None
+
+    def check(self, spec: Spec) -> None:
+        if self.residual == "never" and not self.values:
+            raise BadRequest("rotate: neither the stream nor values are to be rotated")
+        if self.residual == "always":
+            check_rotatable(spec)
+            if spec.tied:
+                raise BadRequest("the model's head is tied to its embedding: only one of them takes "
+                                 "the last norm's scale", do="residual: auto")  # fmt: skip
+
+    def turns(self, spec: Spec) -> bool:
+        if self.residual != "auto" or spec.tied:
+            return self.residual == "always"
+        try:
+            check_rotatable(spec)
+        except BadRequest:
+            return False
+        return True
+
+    def turn(self, part: Stem | Block | Tail, spec: Spec) -> None:
+        r = rotation(spec.hidden, self.seed) if self.turns(spec) else None
+        if isinstance(part, Block):
+            size = part.layer.attention.head_dim
+            rotate_block(part, r, rotation(size, self.seed + 1) if self.values else None)
+        elif r is not None:
+            if isinstance(part, Stem):
+                rotate_stem(part, r)
+            else:
+                rotate_tail(part, r)
+
+    def site(self, site: Reached) -> Iterator[Row]:
+        return iter(())
 
 
 def check_rotatable(spec: Spec) -> None:

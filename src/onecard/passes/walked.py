@@ -7,7 +7,7 @@ the tail is copied; a second run of the same job goes on behind the last block t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ from onecard.checkpoint.journal import Journal
 from onecard.checkpoint.load import as_array, read, stored_arrays
 from onecard.checkpoint.load import block as read_block
 from onecard.checkpoint.load import stem as read_stem
+from onecard.checkpoint.load import tail as read_tail
 from onecard.checkpoint.shards import Array, Buffers, fresh, pread, read_header
 from onecard.checkpoint.source import Source
 from onecard.core.device import resident, resident_peak
@@ -60,6 +61,7 @@ class ModelBlocks:
     """The blocks of a model in memory."""
 
     model: Model
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         self.spec = self.model.spec
@@ -68,6 +70,8 @@ class ModelBlocks:
     def load(self, index: int) -> Block:
         block = self.model.network.blocks[index]
         assert isinstance(block, Block)
+        if self.recipe is not None:
+            self.recipe.turn(block, self.spec)
         return block
 
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
@@ -80,12 +84,14 @@ def apply(model: Model, recipe: Recipe, ids: Tensor | None) -> Report:
     if any(not linear.format.dense for _, linear in model.linears()):
         raise BadRequest("the model is compressed already", do="start from the original model")
     hidden: list[Tensor] = []
-    if recipe.needs:
-        if ids is None:
-            raise BadRequest(f"the recipe {recipe.name} needs calibration text")
+    if recipe.needs and ids is None:
+        raise BadRequest(f"the recipe {recipe.name} needs calibration text")
+    recipe.turn(model.network.stem, model.spec)
+    recipe.turn(model.network.tail, model.spec)
+    if ids is not None and recipe.needs:
         with torch.no_grad():
             hidden = [model.network.stem(b, positions_of(b, None, 0)) for b in batches(ids)]
-    rows = walk(ModelBlocks(model), recipe.passes, hidden)
+    rows = walk(ModelBlocks(model, recipe), recipe.passes, hidden)
     return Report(tuple(rows), environment(recipe=recipe.name), title=recipe.name)
 
 
@@ -96,9 +102,9 @@ class StreamedBlocks:
     """Blocks read from a folder one by one, finished ones written to the journal."""
 
     def __init__(
-        self, source: Source, journal: Journal, dtype: torch.dtype | None, split: bool
+        self, source: Source, journal: Journal, dtype: torch.dtype | None, recipe: Recipe
     ) -> None:
-        self.source, self.journal, self.dtype, self.split = source, journal, dtype, split
+        self.source, self.journal, self.dtype, self.recipe = source, journal, dtype, recipe
         self.spec, self.stored = source.spec, source.dtype
         self._aside = ThreadPoolExecutor(1)
         self._next: tuple[int, Future[Block]] | None = None
@@ -114,12 +120,16 @@ class StreamedBlocks:
         return block
 
     def _read(self, index: int) -> Block:
-        return read_block(self.source, index, self.dtype)
+        block = read_block(self.source, index, self.dtype)
+        self.recipe.turn(block, self.spec)
+        return block
 
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
         state = {f"hidden.{i:05d}": as_array(h) for i, h in enumerate(hidden)}
         notes = [[r.where, r.what, r.value, r.unit] for r in rows]
-        arrays = compressed_arrays(self.source, block, index, rows, self.split)
+        arrays = compressed_arrays(
+            self.source, block, index, rows, self.recipe.splits, self.recipe.turns(self.spec)
+        )
         self.journal.add(part_name(index), arrays, notes, state or None)
 
 
@@ -130,13 +140,22 @@ def fill(job: Prepared, journal: Journal, progress: Progress) -> None:
         for name in source.checkpoint.entries:
             read(source, name)
     if "stem" not in journal:
-        journal.add("stem", outer_arrays(source, "stem"), [])
+        journal.add("stem", _outer(source, "stem", recipe), [])
     first = sum(part_name(i) in journal for i in range(source.spec.num_layers))
     dtype = DTYPES[job.plan.dtype] if recipe.needs else None
-    blocks = StreamedBlocks(source, journal, dtype, recipe.splits)
+    blocks = StreamedBlocks(source, journal, dtype, recipe)
     walk(blocks, recipe.passes, _hidden(job, journal, dtype), first, job.plan.replay, progress)
     if "tail" not in journal:
-        journal.add("tail", outer_arrays(source, "tail"), [])
+        journal.add("tail", _outer(source, "tail", recipe), [])
+
+
+def _outer(source: Source, part: str, recipe: Recipe) -> Mapping[str, Array]:
+    """The stem or the tail as it will be stored: copied, unless a pass turns it."""
+    if not recipe.turns(source.spec):
+        return outer_arrays(source, part)
+    root = read_stem(source) if part == "stem" else read_tail(source)
+    recipe.turn(root, source.spec)
+    return stored_arrays(source, root, None)
 
 
 def _hidden(job: Prepared, journal: Journal, dtype: torch.dtype | None) -> list[Tensor]:
@@ -149,16 +168,22 @@ def _hidden(job: Prepared, journal: Journal, dtype: torch.dtype | None) -> list[
         found = ((e, pread(e.path, e.begin, fresh(e.nbytes))) for _, e in sorted(entries.items()))
         return [torch.frombuffer(data, dtype=DTYPES[e.dtype]).view(e.shape) for e, data in found]
     stem = read_stem(job.source, dtype)
+    job.recipe.turn(stem, job.source.spec)
     with torch.no_grad():
         return [stem(b, positions_of(b, None, 0)) for b in batches(job.ids)]
 
 
 def compressed_arrays(
-    source: Source, block: Block, index: int, rows: Iterable[Row] = (), split: bool = False
+    source: Source,
+    block: Block,
+    index: int,
+    rows: Iterable[Row] = (),
+    split: bool = False,
+    everything: bool = False,
 ) -> dict[str, Array]:
     """A finished block as it will be stored: what was changed, everything else the source's bytes.
 
-    Changed are the weights of linears, and whole modules that a `rescaled` row names.
+    Changed are the weights of linears, and whole modules that a `rescaled` row names, or `everything`.
     """
     arrays = stored_arrays(source, block, index, split)
     touched = {name for site in sites(block.layer) for name in site.linears}
@@ -170,7 +195,9 @@ def compressed_arrays(
     for name in list(arrays):
         module, _, tensor = name.rpartition(".")
         entry = source.checkpoint.entries.get(name)
-        kept = module not in whole and (module not in changed or tensor == "bias")
+        kept = (
+            not everything and module not in whole and (module not in changed or tensor == "bias")
+        )
         if entry is not None and kept:
             arrays[name] = (entry.dtype, entry.shape, entry)
         elif tensor in ("weight", "bias") and arrays[name][0] in DENSE:
