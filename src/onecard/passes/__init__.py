@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onecard.passes.autoround import AutoRound as AutoRound
     from onecard.passes.awq import AWQ as AWQ
     from onecard.passes.gptq import GPTQ as GPTQ
+    from onecard.passes.gptq_levels import GPTQLevels as GPTQLevels
     from onecard.passes.hqq import HQQ as HQQ
     from onecard.passes.levels import RoundToLevels as RoundToLevels
     from onecard.passes.prune import Prune as Prune
@@ -36,6 +37,7 @@ PASSES = {
     "rtn": ("quantize", "RoundToNearest"),
     "levels": ("levels", "RoundToLevels"),
     "gptq": ("gptq", "GPTQ"),
+    "gptq-levels": ("gptq_levels", "GPTQLevels"),
     "awq": ("awq", "AWQ"),
     "autoround": ("autoround", "AutoRound"),
     "hqq": ("hqq", "HQQ"),
@@ -59,6 +61,8 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
      "4.25 bits in the Open Compute layout; coarser than nf4, for machines that multiply it"),
     ("rtn-nvfp4", [{"levels": {"table": "nvfp4"}}],
      "4.5 bits, a scale of 8 bits for every 16 weights: the finer of the two fp4 layouts"),
+    ("gptq-nf4", [{"gptq-levels": {"table": "nf4"}}],
+      "rtn-nf4 with the errors made good while rounding"),
     ("gptq-int8", [{"gptq": {"bits": 8}}], "int8 with the last of its error made good"),
     ("gptq-int4", [{"gptq": {"bits": 4}}], "the usual choice: a quarter of the size, little lost"),
     ("gptq-int4-g32", [{"gptq": {"bits": 4, "group": 32}}],
