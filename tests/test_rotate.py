@@ -15,8 +15,8 @@ from onecard.checkpoint.load import load_model
 from onecard.checkpoint.save import save_model
 from onecard.core.errors import BadRequest
 from onecard.kernels.orthogonal import hadamard, orthogonal, paley
-from onecard.passes import GPTQ, Prune, RoundToNearest
-from onecard.passes.base import BlockPass, Recipe
+from onecard.passes import GPTQ, RoundToNearest
+from onecard.passes.base import Pass, Recipe
 from onecard.passes.job import compress, prepare
 from onecard.passes.plan import Settings
 from onecard.passes.rotate import (
@@ -96,7 +96,7 @@ def test_others_are_refused_with_the_reason(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("second", [(), (RoundToNearest(8),), (GPTQ(4, 64),)])
 def test_streamed_equals_in_memory(
-    tmp_path: Path, text_file: Path, tied: bool, second: tuple[BlockPass, ...]
+    tmp_path: Path, text_file: Path, tied: bool, second: tuple[Pass, ...]
 ) -> None:
     """What is saved is rotated as a whole, and answers as the original did."""
     folder = make_llama(tmp_path / "model", tie_word_embeddings=tied)
@@ -116,8 +116,8 @@ def test_streamed_equals_in_memory(
 
 
 def test_rotation_comes_first_and_tied_heads_are_told(tiny: Path) -> None:
-    with pytest.raises(BadRequest, match="put it first"):
-        Recipe("r", (Prune(), Rotate())).check(load_model(tiny).spec)
+    with pytest.raises(BadRequest, match="put rotation first"):
+        Recipe("r", (RoundToNearest(4), Rotate())).check(load_model(tiny).spec)
     with pytest.raises(BadRequest, match="tied"):
         Rotate("always").check(load_model(tiny).spec)
     with pytest.raises(BadRequest, match="neither"):
