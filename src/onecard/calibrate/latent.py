@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,9 +97,19 @@ class IntegerGrid(Grid):
         return reference.hold(q.flatten(1), self.scale[..., 0], self.zero[..., 0], self.format)
 
 
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, through: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
+
+
 def straight(value: Tensor, through: Tensor) -> Tensor:
     """`value` with the gradient of `through`."""
-    return through + (value - through).detach()
+    return _Straight.apply(value.detach(), through)
 
 
 def grid_of(linear: Linear, zeros: bool = False) -> Grid:
@@ -148,7 +159,7 @@ class LatentLinear(nn.Module):
 class Trainee:
     """A model that can be trained: latent linears in it, everything float32.
 
-    `rank`: only low-rank changes of the linears are trained; `outer=False`: only the linears, whole.
+    `rank`: only low-rank changes of the linears are trained. `within`: only what lies under this path.
     """
 
     def __init__(
@@ -156,24 +167,23 @@ class Trainee:
         model: Model,
         grid: Callable[[str, Linear], Grid],
         rank: int = 0,
-        outer: bool = True,
+        within: str = "",
         seed: int = 0,
     ) -> None:
         self.network = model.network
         self.linears: dict[str, LatentLinear] = {}
         self.places: dict[str, Linear] = {}
-        found = list(model.linears())
+        found = [(name, linear) for name, linear in model.linears() if name.startswith(within)]
         inside = {id(p) for _, linear in found for p in linear.parameters(recurse=False)}
-        self.dtypes = {p: p.dtype for p in self.network.parameters()}
+        self.dtypes: dict[nn.Parameter, torch.dtype] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         for name, p in self.network.named_parameters():
-            bias = name.endswith("bias")
-            if id(p) in inside and not bias:
+            if not name.startswith(within) or (id(p) in inside and not name.endswith("bias")):
                 continue
+            self.dtypes[p] = p.dtype
             p.data = p.data.float()
-            p.requires_grad_(outer and not rank)
-            if p.requires_grad:
-                self.parameters[name] = p
+            if not rank:
+                self.parameters[name] = p.requires_grad_(True)
         for number, (name, linear) in enumerate(found):
             made = LatentLinear(linear, grid(name, linear), rank, seed + number)
             self._put(name, made)
@@ -209,11 +219,11 @@ def trainable(
     model: Model,
     grid: Callable[[str, Linear], Grid] = lambda name, linear: grid_of(linear),
     rank: int = 0,
-    outer: bool = True,
+    within: str = "",
     seed: int = 0,
 ) -> Iterator[Trainee]:
     """A model made trainable; it holds stored weights again behind the block, also after a failure."""
-    trainee = Trainee(model, grid, rank, outer, seed)
+    trainee = Trainee(model, grid, rank, within, seed)
     try:
         yield trainee
     finally:
