@@ -126,7 +126,7 @@ def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = N
     """
     if model.source is None:
         raise BadRequest("the model has no source folder to take names and tokenizer from")
-    source, out = Source(model.source), Path(out)
+    source, out = Source(model.source).shaped(model.spec), Path(out)
     check_target(out, source.folder, force=False)
     folder = partial_of(out)
     shutil.rmtree(folder, ignore_errors=True)

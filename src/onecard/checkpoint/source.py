@@ -8,6 +8,7 @@ words are never expanded; bf16 numbers are uint16 in NumPy.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -97,6 +98,14 @@ class Source:
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.folder)
+
+    def shaped(self, spec: Spec) -> Source:
+        """This layout for a model of other sizes: its names and places, for writing."""
+        if spec == self.spec:
+            return self
+        other = copy.copy(self)
+        other.config, other.spec = self.family.config(self.config, spec), spec
+        return other
 
     # names
 

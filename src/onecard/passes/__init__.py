@@ -17,12 +17,13 @@ import yaml
 
 from onecard.core.errors import BadRequest, nearest
 from onecard.core.settings import fill
-from onecard.passes.base import BlockPass, Recipe
+from onecard.passes.base import Pass, Recipe
 from onecard.passes.gptq import GPTQ
+from onecard.passes.layers import DropLayers
 from onecard.passes.prune import Prune
 from onecard.passes.quantize import RoundToNearest
 
-PASSES: tuple[type[BlockPass], ...] = (RoundToNearest, GPTQ, Prune)
+PASSES: tuple[type[Pass], ...] = (RoundToNearest, GPTQ, Prune, DropLayers)
 
 RECIPES = (
     Recipe("rtn-int8", (RoundToNearest(bits=8),),
@@ -40,6 +41,10 @@ RECIPES = (
     Recipe("magnitude-2of4", (Prune(pattern="2:4"),), "the 2:4 pattern by magnitude, a baseline"),
     Recipe("magnitude-20-gptq-int4", (Prune(share=0.2), GPTQ(bits=4)),
            "a chain: a fifth of the weights to zero, the damage made good while rounding to int4"),
+    Recipe("drop-layers-25", (DropLayers(share=0.25),),
+           "a quarter of the layers out: the same speed-up everywhere, prompt and decode; reasoning suffers"),
+    Recipe("drop-layers-10-gptq-int4", (DropLayers(share=0.1), GPTQ(bits=4)),
+           "a chain: the least influential tenth of the layers out, the rest by GPTQ in int4"),
 )  # fmt: skip
 
 
@@ -94,7 +99,7 @@ def recipe_of(data: Any, where: str) -> Recipe:
     return Recipe(data.get("name", Path(where).stem), passes, data.get("good_for", ""))
 
 
-def _pass(item: Any, where: str) -> BlockPass:
+def _pass(item: Any, where: str) -> Pass:
     known = {cls.key: cls for cls in PASSES}
     if isinstance(item, str):
         item = {item: {}}
