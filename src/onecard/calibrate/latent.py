@@ -183,7 +183,8 @@ class Trainee:
             self.dtypes[p] = p.dtype
             p.data = p.data.float()
             if not rank:
-                self.parameters[name] = p.requires_grad_(True)
+                p.requires_grad_(True)
+                self.parameters[name] = p
         for number, (name, linear) in enumerate(found):
             made = LatentLinear(linear, grid(name, linear), rank, seed + number)
             self._put(name, made)

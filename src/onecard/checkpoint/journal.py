@@ -67,7 +67,7 @@ class Journal:
         kept = {f"{line['part']}.safetensors" for line in self.lines} | {"lock"}
         kept |= {f"{line['state']}.safetensors" for line in self.lines[-1:] if line.get("state")}
         for file in self.folder.iterdir():
-            if file.name not in kept and not (same and _is_stage(file)):
+            if file.name not in kept and not (same and is_stage(file)):
                 remove(file)
         text = "".join(json.dumps(line) + "\n" for line in ({"key": self.key}, *self.lines))
         temporary = self.folder / "journal.part"
@@ -133,7 +133,7 @@ class Journal:
         for name in ("journal.jsonl", "lock"):
             (self.folder / name).unlink(missing_ok=True)
         for file in self.folder.iterdir():
-            if file.name.startswith("state-") or _is_stage(file):
+            if file.name.startswith("state-") or is_stage(file):
                 remove(file)
         old = self.out.with_name(f".{self.out.name}.replaced")
         if self.out.is_dir() and any(self.out.iterdir()):
@@ -147,7 +147,7 @@ class Journal:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_stage(file: Path) -> bool:
+def is_stage(file: Path) -> bool:
     """What belongs to a stage of the job: its result, its own working folder, its notes."""
     return file.name.startswith(("stage-", ".stage-"))
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from onecard import __version__
-from onecard.checkpoint.journal import check_target, partial_of
+from onecard.checkpoint.journal import check_target, is_stage, partial_of
 from onecard.checkpoint.load import modules, stored_arrays
 from onecard.checkpoint.packed import quantization_config
 from onecard.checkpoint.shards import (
@@ -86,7 +86,7 @@ def complete(
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
     small = (f for f in folder.iterdir() if f.suffix in (".json", ".yaml") and f.name != MANIFEST)
-    files = {**weights, **{f.name: sha256_of(f) for f in small}}
+    files = {**weights, **{f.name: sha256_of(f) for f in small if not is_stage(f)}}
     manifest = {"onecard": __version__, "files": dict(sorted(files.items())), **made}
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
 

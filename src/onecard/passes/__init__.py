@@ -18,12 +18,14 @@ import yaml
 from onecard.core.errors import BadRequest, nearest
 from onecard.core.settings import fill
 from onecard.passes.base import Pass, Recipe
+from onecard.passes.distill import Distil
 from onecard.passes.gptq import GPTQ
 from onecard.passes.layers import DropLayers
 from onecard.passes.prune import Prune
 from onecard.passes.quantize import RoundToNearest
+from onecard.passes.recover import Recover
 
-PASSES: tuple[type[Pass], ...] = (RoundToNearest, GPTQ, Prune, DropLayers)
+PASSES: tuple[type[Pass], ...] = (RoundToNearest, GPTQ, Prune, DropLayers, Recover, Distil)
 
 RECIPES = (
     Recipe("rtn-int8", (RoundToNearest(bits=8),),

@@ -92,7 +92,9 @@ def counterpart(layer: int, layers: int, of: int) -> int:
 class Distillation(nn.Module):
     """The loss of a student against a teacher. Its parameters are the projections."""
 
-    def __init__(self, student: Model, teacher: Model, targets: Targets, training: Training) -> None:
+    def __init__(
+        self, student: Model, teacher: Model, targets: Targets, training: Training
+    ) -> None:
         super().__init__()
         check_pair(student.spec, teacher.spec, targets)
         self.targets, self.checkpointing = targets, training.checkpointing
@@ -105,7 +107,8 @@ class Distillation(nn.Module):
         widths = student.spec.hidden, teacher.spec.hidden
         generator = torch.Generator().manual_seed(training.seed)
         made = torch.randn(len(self.pairs), widths[1], widths[0], generator=generator)
-        self.projections = nn.ParameterList(made / math.sqrt(widths[0]) if widths[0] != widths[1] else [])
+        made = made / math.sqrt(widths[0]) if widths[0] != widths[1] else made[:0]
+        self.projections = nn.ParameterList(list(made))
 
     def forward(self, ids: Tensor) -> Tensor:
         """The loss of windows of ids [B, T]."""
@@ -131,7 +134,10 @@ class Distillation(nn.Module):
         if last:
             loss = loss + self._attention(student, teacher, ids.shape[1])
         if t.relational:
-            x, y = (sampled(seen.hidden[end]) for seen, end in zip((student, teacher), ends, strict=True))
+            x, y = (
+                sampled(seen.hidden[end])
+                for seen, end in zip((student, teacher), ends, strict=True)
+            )
             loss = loss + t.relational * (losses.distances(x, y) + 2 * losses.angles(x, y))
         return loss
 
@@ -180,7 +186,9 @@ class Distil(ModelPass):
 
     key: ClassVar[str] = "distil"
     title: ClassVar[str] = "distillation"
-    paper: ClassVar[str] = "Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531"
+    paper: ClassVar[str] = (
+        "Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531"
+    )
     takes_packed: ClassVar[bool] = True
 
     def check(self, spec: Spec) -> None:

@@ -16,7 +16,7 @@ towards what the original model says instead of the text, use `distil`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -46,7 +46,7 @@ class Recover(ModelPass):
     how: How = "full"
     rank: int = 8
     keep_zeros: bool = False
-    training: Training = Training()
+    training: Training = field(default_factory=Training)
 
     key: ClassVar[str] = "recover"
     title: ClassVar[str] = "recovery"
@@ -70,7 +70,9 @@ class Recover(ModelPass):
         ids = learned_from(data, self.training)
         if self.how == "blocks":
             if data.original is None:
-                raise BadRequest("blocks are recovered against the original model, which is not here")
+                raise BadRequest(
+                    "blocks are recovered against the original model, which is not here"
+                )
             return model, recover_blocks(model, data.original(), ids, self, data)
         rank = self.rank if self.how == "lora" else 0
 
@@ -102,7 +104,10 @@ def recover_blocks(
     model: Model, original: Model, ids: Tensor, settings: Recover, data: Data
 ) -> list[Row]:
     """Train the blocks of a model one after the other towards those of the original."""
-    if original.spec.num_layers != model.spec.num_layers or original.spec.hidden != model.spec.hidden:
+    if (
+        original.spec.num_layers != model.spec.num_layers
+        or original.spec.hidden != model.spec.hidden
+    ):
         raise BadRequest(
             "blocks can only be recovered where each has its counterpart in the original",
             f"{model.spec.num_layers} blocks of {original.spec.num_layers}",
@@ -156,7 +161,9 @@ def training_bytes(spec: Spec, training: Training, rank: int = 0, teacher: bool 
     outer = spec.vocab_size * spec.embed_size * (1 if spec.tied else 2)
     trained = 4 * 5 * (linears + outer)
     if rank:
-        sides = sum(sum(shape) for layer in spec.layers for shape in linear_shapes(spec, layer).values())
+        sides = sum(
+            sum(shape) for layer in spec.layers for shape in linear_shapes(spec, layer).values()
+        )
         trained = 4 * (linears + outer) + 20 * rank * sides
     tokens = -(-training.batch // training.accumulate) * training.length
     wide = max(layer.feed_forward.width for layer in spec.layers)

@@ -110,8 +110,9 @@ def require_smaller(teacher: Spec, spec: Spec) -> None:
                                  do=fresh)  # fmt: skip
             if a.num_heads > b.num_heads or a.num_kv_heads > b.num_kv_heads or f.width > g.width:
                 raise BadRequest("a layer of the student is wider than its teacher's", do=fresh)
-            if a.num_kv_heads < b.num_kv_heads and a.num_heads // a.num_kv_heads > b.num_heads // b.num_kv_heads:  # fmt: skip
-                raise BadRequest("the student's heads share keys that the teacher's do not", do=fresh)
+            if a.num_heads // a.num_kv_heads > b.num_heads // b.num_kv_heads:
+                raise BadRequest("more heads of the student share a key than of the teacher",
+                                 do=fresh)  # fmt: skip
 
 
 def weight_of(root: nn.Module, sides: tuple[Side, ...], count: int) -> Tensor:
@@ -266,11 +267,12 @@ def spec_of(teacher: Source, config: dict[str, Any], where: str) -> Spec:
     return family.spec(config)
 
 
-def is_taught(job: Job) -> bool:
-    """OUT holds the result of this very job."""
-    return (job.out / MANIFEST).is_file() and (job.out / "report.json").is_file() and (
-        read_json(job.out / MANIFEST).get("distilled") == as_stored(job.made())["distilled"]
-    )  # fmt: skip
+def is_taught(out: Path, job: Job | None = None) -> bool:
+    """OUT holds the result of a distillation, or of this very one."""
+    if not (out / MANIFEST).is_file() or not (out / "report.json").is_file():
+        return False
+    found = read_json(out / MANIFEST).get("distilled")
+    return found is not None and (job is None or found == as_stored(job.made())["distilled"])
 
 
 def as_stored(data: dict[str, Any]) -> dict[str, Any]:
@@ -292,7 +294,10 @@ def teach(
         shutil.rmtree(result, ignore_errors=True)
         save_model(student, result, job.made())
         made = Checkpoint(result)
-        sizes = [sum(p.stat().st_size for p in files) for files in (made.files, job.teacher.checkpoint.files)]
+        sizes = [
+            sum(p.stat().st_size for p in files)
+            for files in (made.files, job.teacher.checkpoint.files)
+        ]
         counts = count(job.spec), count(job.teacher.spec)
         report = Report(
             (
