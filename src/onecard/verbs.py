@@ -118,7 +118,15 @@ def info(*, refresh: Annotated[bool, Flag] = False, json: Json = False) -> None:
 
 
 @app.command
-def inspect(model: Name, /, *, context: int = 2048, batch: int = 1, json: Json = False) -> None:
+def inspect(
+    model: Name,
+    /,
+    *,
+    context: int = 2048,
+    batch: int = 1,
+    fusions: Annotated[bool, Flag] = False,
+    json: Json = False,
+) -> None:
     """Show what a model is made of: bytes by part, formats, KV cache. Reads headers only.
 
     Parameters
@@ -127,10 +135,12 @@ def inspect(model: Name, /, *, context: int = 2048, batch: int = 1, json: Json =
         tokens of context for the KV cache
     batch
         sequences at once for the KV cache
+    fusions
+        list what the native engine does in one go instead
     """
     from onecard.inspect import inspect_model
 
-    show(inspect_model(model, context, batch), json)
+    show(inspect_model(model, context, batch, fusions), json)
 
 
 @app.command
@@ -271,6 +281,7 @@ def distill(
     /,
     *,
     data: Path | None = None,
+    documents: str | None = None,
     start: Literal["teacher", "fresh"] = "teacher",
     rank: int = 0,
     keep_zeros: Annotated[bool, Flag] = False,
@@ -293,6 +304,8 @@ def distill(
         the folder to write; it appears when everything is done
     data
         text to learn on (UTF-8), or a .json list of lists of token ids; without it, shipped text
+    documents
+        cut the text at this separator; each document begins with the model's begin token
     start
         what a new student begins with: parts of the teacher, or random weights
     rank
@@ -328,7 +341,7 @@ def distill(
 
     def prepared(force: bool) -> students.Job:
         return students.prepare_distillation(
-            teacher, student, out, settings, data, start, cap, force
+            teacher, student, out, settings, data, documents, start, cap, force
         )
 
     if resume and students.is_taught(out) and students.is_taught(out, prepared(True)):

@@ -19,13 +19,14 @@ from onecard.core.errors import BadRequest, nearest
 from onecard.core.settings import fill
 from onecard.passes.base import Pass, Recipe
 from onecard.passes.distill import Distil
+from onecard.passes.fuse import Fuse
 from onecard.passes.gptq import GPTQ
 from onecard.passes.layers import DropLayers
 from onecard.passes.prune import Prune
 from onecard.passes.quantize import RoundToNearest
 from onecard.passes.recover import Recover
 
-PASSES: tuple[type[Pass], ...] = (RoundToNearest, GPTQ, Prune, DropLayers, Recover, Distil)
+PASSES: tuple[type[Pass], ...] = (RoundToNearest, GPTQ, Prune, DropLayers, Recover, Distil, Fuse)
 
 RECIPES = (
     Recipe("rtn-int8", (RoundToNearest(bits=8),),

@@ -206,6 +206,7 @@ def prepare_distillation(
     out: str | Path,
     settings: Distil,
     data: Path | None = None,
+    documents: str | None = None,
     start: Start = "teacher",
     memory: int | None = None,
     force: bool = False,
@@ -230,7 +231,9 @@ def prepare_distillation(
     for one in (spec, source.spec):
         check_length(settings.training, one)
     settings.check(spec)
-    ids = training_ids(source.tokenizer(), data, settings.training, source.spec.vocab_size)
+    ids = training_ids(
+        source.tokenizer(), data, settings.training, source.spec.vocab_size, documents
+    )
     stored = DTYPE_BYTES[source.dtype] * (count(source.spec) + count(spec))
     teacher_bytes = 4 * count(source.spec)
     peak = resident() + stored + teacher_bytes + training_bytes(
