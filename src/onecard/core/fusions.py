@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from onecard.core.spec import LayerSpec, Spec
 
-
 NORMED = "a row is normed and rounded to int8 while it is in the cache"
 ADDED = "rows are added while they are in the cache"
 PAGES = "one pass over the pages of keys and values, no matrix of weights"
