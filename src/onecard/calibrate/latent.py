@@ -82,8 +82,8 @@ class IntegerGrid(Grid):
     def codes(self, w: Tensor) -> Tensor:
         """Integers [out, groups, size], as floats, with the straight-through gradient."""
         low, high = self.format.levels
-        t = reference.grouped(w, self.format) / self.scale + self.zero
-        return straight(torch.round(t), t).clamp(low, high)
+        t = (reference.grouped(w, self.format) / self.scale + self.zero).clamp(low, high)
+        return straight(torch.round(t), t)
 
     def forward(self, w: Tensor) -> Tensor:
         values = ((self.codes(w) - self.zero) * self.scale).flatten(1)

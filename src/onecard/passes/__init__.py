@@ -18,7 +18,7 @@ import yaml
 from onecard.core.errors import BadRequest, nearest
 from onecard.core.settings import fill
 from onecard.passes.base import Pass, Recipe
-from onecard.passes.distill import Distil
+from onecard.passes.distill import Distil, Targets
 from onecard.passes.fuse import Fuse
 from onecard.passes.gptq import GPTQ
 from onecard.passes.layers import DropLayers
@@ -48,6 +48,13 @@ RECIPES = (
            "a quarter of the layers out: the same speed-up everywhere, prompt and decode; reasoning suffers"),
     Recipe("drop-layers-10-gptq-int4", (DropLayers(share=0.1), GPTQ(bits=4)),
            "a chain: the least influential tenth of the layers out, the rest by GPTQ in int4"),
+    Recipe("magnitude-50-distil", (Prune(share=0.5), Distil()),
+           "half of the weights to zero, the rest trained towards the original: minutes for small models"),
+    Recipe("iterative-50", (Prune(share=0.25), Recover(), Prune(share=0.4), Recover(), Prune(share=0.5), Distil()),
+           "zeros in three steps with training between them: less damage than at once, three times the time"),
+    Recipe("drop-layers-25-distil-gptq-int4",
+           (DropLayers(share=0.25, most=None), Distil(Targets(hidden=0.5)), GPTQ(bits=4)),
+           "a chain: a quarter of the layers out, the rest taught by the original, then int4"),
 )  # fmt: skip
 
 
