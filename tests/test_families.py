@@ -5,6 +5,7 @@ For each: a padded batch, with and without a cache, and saved by us, loaded by t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from onecard.core.errors import BadRequest
 from onecard.core.spec import Spec, block_modules
 from onecard.nn.families import FAMILIES, spec_of
 from onecard.nn.graph import Kind, entries, groups, hidden_sides, require_hidden, surgery
+from onecard.nn.layers import Normalize
 from onecard.nn.model import Model
 from onecard.nn.transformer import Cache
 from onecard.passes.cut import cut_model
@@ -241,8 +243,13 @@ def test_cutting_the_width_equals_masking(peer, tmp_path) -> None:
     plan = surgery(model.spec, range(layers), [{}] * layers, hidden=stay)
     with torch.no_grad():
         cut = cut_model(model, plan)
+        for network in (cut.network, other.network):
+            for module in network.modules():
+                if isinstance(module, Normalize):  # what is added to a mean square is not scaled
+                    module.norm = replace(module.norm, eps=0.0)
         wanted = other.network(ids, valid)
-        assert (cut.network(ids, valid) - wanted)[valid].abs().max() < 3e-4  # eps stays
+        assert (cut.network(ids, valid) - wanted)[valid].abs().max() < 2e-5
+        cut = cut_model(model, plan)
         again = load_model(save_model(cut, tmp_path / "out"), "fp32", tokenizer=False)
         assert again.spec == plan.spec
         assert torch.equal(again.network(ids, valid), cut.network(ids, valid))

@@ -47,6 +47,18 @@ class Statistics:
         if self._sum is not None:
             self._sum += x.float().sum(0)
 
+    def divide(self, s: Tensor) -> None:
+        """The statistics of the inputs divided by s [in], channel by channel."""
+        if self._products is not None:
+            self._products /= s[:, None]
+            self._products /= s
+        if self._squares is not None:
+            self._squares /= s.square()
+        if self._absmax is not None:
+            self._absmax /= s
+        if self._sum is not None:
+            self._sum /= s
+
     @property
     def hessian(self) -> Tensor:
         """2 X^T X / n; zeros when no token came."""

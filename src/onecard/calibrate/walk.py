@@ -21,20 +21,32 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from onecard.calibrate import fold
 from onecard.calibrate.stats import HESSIAN, Statistics
 from onecard.core.report import Row
-from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
-from onecard.nn.layers import Linear
+from onecard.core.spec import LayerSpec, Spec, linear_shapes, producer, sites
+from onecard.kernels.reference import from_dense
+from onecard.nn.layers import Linear, Normalize
 from onecard.nn.transformer import Block, Context, Sites
 
 TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True)
+class Made:
+    """What makes a site's inputs: `source` [in] says of which of its channels each is a copy."""
+
+    path: str
+    module: Linear | Normalize
+    source: Tensor
+
+
+@dataclass(frozen=True)
 class Reached:
     """A site that the walk has reached: the linears that read one input, and its statistics.
 
-    `stored` is the dtype the model is stored in, which may not be the one it is run in.
+    `stored` is the dtype the model is stored in, which may not be the one it is run in. `made` is what
+    its inputs come from, where their channels can be scaled; `inputs` are those of suspended blocks.
     """
 
     block: str
@@ -42,6 +54,29 @@ class Reached:
     linears: dict[str, Linear]
     stats: Statistics
     stored: str = "fp32"
+    made: Made | None = None
+    inputs: Sequence[Tensor] = ()
+
+    def exact(self, s: Tensor) -> Tensor:
+        """The divisors next to s [channels of `made`] that lose nothing."""
+        assert self.made is not None
+        return fold.exact(self.made.module, s, self.stored)
+
+    def rescale(self, s: Tensor) -> Row:
+        """Divide the site's inputs by s (from `exact`) and multiply its linears: the same function.
+
+        The linears are dense float32 afterwards, so that a quantizer that follows loses nothing; the
+        walk brings what is still dense after the last pass back to its dtype.
+        """
+        assert self.made is not None
+        fold.divide(self.made.module, s, self.stored)
+        into = s[self.made.source]
+        for linear in self.linears.values():
+            linear.replace(from_dense(linear.matrix() * into))
+        self.stats.divide(into)
+        for x in self.inputs:
+            x.div_(into.to(x.dtype))
+        return Row(f"{self.block}.{self.made.path}", "rescaled", float(s.max() / s.min()))
 
 
 class SitePass(Protocol):
@@ -118,21 +153,46 @@ def compress_block(
     )
     for number, site in enumerate(sites(block.layer)):
         linears = {name: block.linear(name) for name in site.linears}
+        kinds = {name: linear.held().parts["weight"].dtype
+                 for name, linear in linears.items() if linear.format.dense}  # fmt: skip
         stats = Statistics(next(iter(linears.values())).shape[1], needs)
+        inputs: list[Tensor] = []
         for i in range(len(hidden)):
             run = _advanced(block, hidden[i], contexts[i], number) if replay else runs[i]
             name, x = next(run)
             assert name == site.name, f"the block reached {name}, expected {site.name}"
             if needs:
                 stats.add(x)
+            if not replay:
+                inputs.append(x)
             if i % 8 == 7 or i == len(hidden) - 1:
                 give_back()
-        reached = Reached(f"blocks.{block.index}", site.name, linears, stats, blocks.stored)
+        reached = Reached(f"blocks.{block.index}", site.name, linears, stats, blocks.stored,
+                          _made(block, site.name, stats.size), inputs)  # fmt: skip
         for p in passes:
             rows += p.site(reached)
+        for name, linear in linears.items():
+            if (
+                name in kinds
+                and linear.format.dense
+                and linear.held().parts["weight"].dtype != kinds[name]
+            ):
+                linear.replace(from_dense(linear.matrix(kinds[name])))
     if replay:
         return [block(h, c) for h, c in zip(hidden, contexts, strict=True)]
     return [_finish(run) for run in runs]
+
+
+def _made(block: Block, site: str, columns: int) -> Made | None:
+    """What a site's inputs come from, where their channels can be scaled."""
+    found = producer(block.layer, site)
+    if found is None:
+        return None
+    module = block.get_submodule(found.path)
+    assert isinstance(module, (Linear, Normalize))
+    if not fold.divisible(module):
+        return None
+    return Made(found.path, module, fold.source_of(found, columns))
 
 
 def give_back() -> None:

@@ -222,3 +222,34 @@ def sites(layer: LayerSpec) -> tuple[Site, ...]:
         found.append(Site(f"{stack}.in", tuple(f"{stack}.{part}" for part in inner)))
         found.append(Site(f"{stack}.out", (f"{stack}.down",)))
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class Producer:
+    """The module whose channels a site reads; `heads` rows of values are read by `heads * repeat` heads."""
+
+    path: str
+    repeat: int = 1
+    head_dim: int = 0
+
+
+def producer(layer: LayerSpec, site: str) -> Producer | None:
+    """What a site's inputs come from, where dividing its channels by s > 0 and multiplying the columns
+    of the site's linears by s changes nothing:
+
+        a norm before        its weight and bias (not where a router or an expert's gate reads it too)
+        values -> output     rows of v; a row feeds a channel of every head of its group
+        up -> down           rows of up, when gated or when the activation is relu
+
+    None where there is no such module.
+    """
+    f = layer.feed_forward
+    part, _, side = site.rpartition(".")
+    if site == "attention.out":
+        a = layer.attention
+        return Producer("attention.v", a.num_heads // a.num_kv_heads, a.head_dim)
+    if side == "out":
+        return Producer(f"{part}.up") if f.gated or f.activation == "relu" else None
+    if layer.order == "post" or (part != "attention" and f.experts):
+        return None
+    return Producer(f"norm_{part}_in")

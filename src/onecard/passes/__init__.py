@@ -17,16 +17,21 @@ import yaml
 
 from onecard.core.errors import BadRequest, nearest
 from onecard.core.settings import fill
+from onecard.passes.awq import AWQ
 from onecard.passes.base import Pass, Recipe
 from onecard.passes.distill import Distil, Targets
 from onecard.passes.fuse import Fuse
 from onecard.passes.gptq import GPTQ
+from onecard.passes.hqq import HQQ
 from onecard.passes.layers import DropLayers
 from onecard.passes.prune import Prune
 from onecard.passes.quantize import RoundToNearest
 from onecard.passes.recover import Recover
+from onecard.passes.scales import Scale, Smooth
 
-PASSES: tuple[type[Pass], ...] = (RoundToNearest, GPTQ, Prune, DropLayers, Recover, Distil, Fuse)
+PASSES: tuple[type[Pass], ...] = (
+    RoundToNearest, GPTQ, AWQ, HQQ, Scale, Smooth, Prune, DropLayers, Recover, Distil, Fuse,
+)  # fmt: skip
 
 RECIPES = (
     Recipe("rtn-int8", (RoundToNearest(bits=8),),
@@ -39,6 +44,11 @@ RECIPES = (
     Recipe("gptq-int3", (GPTQ(bits=3),), "when 4 bits do not fit: visible loss, far less than rounding"),
     Recipe("gptq-int2-g32", (GPTQ(bits=2, group=32, zero_point=True),),
            "the smallest integers; expect damage, measure it"),
+    Recipe("awq-int4", (AWQ(bits=4),), "int4 by scales and clipping; less is changed than by GPTQ"),
+    Recipe("awq-int3", (AWQ(bits=3),), "int3 by scales and clipping"),
+    Recipe("awq-gptq-int4", (Scale(bits=4), GPTQ(bits=4)), "AWQ's scales, then GPTQ"),
+    Recipe("awq-gptq-int3", (Scale(bits=3), GPTQ(bits=3)), "AWQ's scales, then GPTQ"),
+    Recipe("hqq-int4", (HQQ(bits=4),), "int4 without data, better than rounding, in seconds"),
     Recipe("magnitude-50", (Prune(share=0.5),),
            "half of the weights set to zero: a baseline that hurts language models; see its report"),
     Recipe("magnitude-2of4", (Prune(pattern="2:4"),), "the 2:4 pattern by magnitude, a baseline"),

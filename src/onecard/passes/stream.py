@@ -9,7 +9,7 @@ begins neither again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,7 @@ class StreamedBlocks:
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
         state = {f"hidden.{i:05d}": as_array(h) for i, h in enumerate(hidden)}
         notes = [[r.where, r.what, r.value, r.unit] for r in rows]
-        arrays = compressed_arrays(self.source, block, index)
+        arrays = compressed_arrays(self.source, block, index, rows)
         self.journal.add(part_name(index), arrays, notes, state or None)
 
 
@@ -85,17 +85,27 @@ def outer_names(source: Source, part: str) -> list[str]:
     return [name for name in source.checkpoint.entries if name.rpartition(".")[0] in modules]
 
 
-def compressed_arrays(source: Source, block: Block, index: int) -> dict[str, Array]:
-    """A finished block as it will be stored: changed linears, everything else the source's bytes."""
+def compressed_arrays(
+    source: Source, block: Block, index: int, rows: Iterable[Row] = ()
+) -> dict[str, Array]:
+    """A finished block as it will be stored: what was changed, everything else the source's bytes.
+
+    Changed are the weights of linears, and whole modules that a `rescaled` row names.
+    """
     arrays = stored_arrays(source, block, index)
     touched = {name for site in sites(block.layer) for name in site.linears}
-    changed = {place.stored.name for place in source.places(index) if place.path in touched}
+    rescaled = {r.where.removeprefix(f"blocks.{index}.") for r in rows if r.what == "rescaled"}
+    changed, whole = (
+        {place.stored.name for place in source.places(index) if place.path in paths}
+        for paths in (touched, rescaled)
+    )
     for name in list(arrays):
         module, _, tensor = name.rpartition(".")
         entry = source.checkpoint.entries.get(name)
-        if entry is not None and (module not in changed or tensor == "bias"):
+        kept = module not in whole and (module not in changed or tensor == "bias")
+        if entry is not None and kept:
             arrays[name] = (entry.dtype, entry.shape, entry)
-        elif entry is not None and tensor == "weight" and arrays[name][0] != entry.dtype:
+        elif entry is not None and arrays[name][0] != entry.dtype:
             held = torch.frombuffer(arrays[name][2], dtype=DTYPES[arrays[name][0]])
             arrays[name] = as_array(held.view(arrays[name][1]).to(DTYPES[entry.dtype]))
     return arrays

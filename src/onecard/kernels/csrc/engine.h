@@ -46,6 +46,23 @@ struct Matmul {
   void (*multiply)(const oc_matrix &w, const Input &input, int64_t begin, int64_t end, float *y,
                    int64_t stride, void *scratch);
   int64_t (*scratch_bytes)(const oc_matrix &w, int64_t rows);
+  int panel_tiles;  // that many rows meet at once
+};
+
+// Tiles that many rows are multiplied with, in pieces that threads take as they come: two panels each, and
+// towards the end one, so that the threads end together.
+struct Pieces {
+  int64_t tiles, panel, big;
+
+  Pieces(int64_t tiles, int panel_tiles, int threads)
+      : tiles(tiles), panel(panel_tiles), big(tiles / (2 * panel) - threads) {
+    if (big < 0) big = 0;
+  }
+  int64_t count() const { return big + (tiles - 2 * big * panel + panel - 1) / panel; }
+  int64_t begin(int64_t i) const {
+    const int64_t at = i <= big ? 2 * i * panel : (big + i) * panel;
+    return at < tiles ? at : tiles;
+  }
 };
 
 // rows.cpp: one row at a time. NaN and infinity go through everything here and come out as such.

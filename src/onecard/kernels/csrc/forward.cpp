@@ -30,7 +30,6 @@ namespace {
 using namespace oc;
 
 constexpr int64_t few_rows = 8;     // up to here a thread takes one run of tiles, beyond as they come
-constexpr int64_t grain = 6;        // tiles that are taken at once; whole panels of every class
 constexpr int64_t row_multiple = 32;
 constexpr int block_sizes[] = {32, 64, 128};
 
@@ -385,16 +384,18 @@ class Walk {
 
   // work(index) for indices as they come.
   template <class Work>
-  void as_they_come(int64_t count, int64_t at_once, const Work &work) {
+  void as_they_come(int64_t count, const Work &work) {
     auto &next = e_.counters[size_t(phase_++)];
-    for (int64_t i; (i = next.fetch_add(at_once, std::memory_order_relaxed)) < count;)
-      work(i, std::min(count, i + at_once));
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
   }
 
   // work(begin, end) on tiles: with few rows one run, as memory likes it read.
   template <class Work>
   void tiles(int64_t count, int64_t rows, const Work &work) {
-    if (rows > few_rows) return as_they_come(count, grain, work);
+    if (rows > few_rows) {
+      const Pieces pieces(count, c_.matmul->panel_tiles, threads_);
+      return as_they_come(pieces.count(), [&](int64_t i) { work(pieces.begin(i), pieces.begin(i + 1)); });
+    }
     const int64_t begin = count * t_ / threads_, end = count * (t_ + 1) / threads_;
     if (begin < end) work(begin, end);
   }
@@ -537,10 +538,10 @@ class Walk {
     const Work work = c_.attention->work(l, e_.spans.data(), count, threads_);
     const Attend job = {&l, pages, e_.spans.data(), count, work, e_.qkv, e_.qkv_stride, e_.attended,
                         e_.attended_stride, reinterpret_cast<float *>(e_.partial.at())};
-    as_they_come(work.tasks, 1, [&](int64_t task, int64_t) { c_.attention->run(job, task, own_.scratch); });
+    as_they_come(work.tasks, [&](int64_t task) { c_.attention->run(job, task, own_.scratch); });
     barrier();
     if (work.merges) {
-      as_they_come(work.merges, 1, [&](int64_t merge, int64_t) { c_.attention->merge(job, merge); });
+      as_they_come(work.merges, [&](int64_t merge) { c_.attention->merge(job, merge); });
       barrier();
     }
     const Prepared out = prepare(nullptr, e_.attended, e_.attended_stride, rows_, l.o.columns, {&l.o});
@@ -903,6 +904,7 @@ int oc_multiply(const oc_matrix *matrix, const float *x, int64_t rows, int threa
     const Input in = {x, w.columns, rows, integers ? rounded.of(w.block) : nullptr};
     Pool pool(threads);
     const int64_t tiles = stride / 16;
+    const Pieces pieces(tiles, c.matmul->panel_tiles, pool.size());
     double least = std::numeric_limits<double>::infinity();
     for (int i = 0; i < repeats; i++) {
       std::atomic<int64_t> next{0};
@@ -914,8 +916,8 @@ int oc_multiply(const oc_matrix *matrix, const float *x, int64_t rows, int threa
           if (begin < end) c.matmul->multiply(w, in, begin, end, out, stride, mine);
           return;
         }
-        for (int64_t at; (at = next.fetch_add(grain)) < tiles;)
-          c.matmul->multiply(w, in, at, std::min(tiles, at + grain), out, stride, mine);
+        for (int64_t i; (i = next.fetch_add(1)) < pieces.count();)
+          c.matmul->multiply(w, in, pieces.begin(i), pieces.begin(i + 1), out, stride, mine);
       });
       least = std::min(least, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     }

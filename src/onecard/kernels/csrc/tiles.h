@@ -1,0 +1,57 @@
+// A tile of integers: where its parts lie, and its codes, zeros and scales as vectors.
+#pragma once
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t to_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+inline int64_t width_of(int dtype) { return dtype == OC_FP32 ? 4 : 2; }
+
+struct Geometry {
+  int64_t blocks, zeros, codes, tile;  // where the zeros and codes of a tile begin, and its bytes
+  int64_t block_codes;                 // bytes of one block's codes
+  int64_t scale_line;                  // bytes of one block's scales
+
+  explicit Geometry(const oc_matrix &w) {
+    blocks = (w.columns + w.block - 1) / w.block;
+    scale_line = tile_rows * width_of(w.dtype);
+    zeros = to_lines(blocks * scale_line);
+    codes = zeros + (w.zero_point ? to_lines(blocks * tile_rows) : 0);
+    block_codes = int64_t(w.block) * w.bits * 2;
+    tile = codes + blocks * block_codes;
+  }
+};
+
+// The codes of the columns 4 i .. 4 i + 3 of a block, in the rows of one part of the tile.
+template <int bits>
+inline Bytes quad_of(const uint8_t *codes, int block, int i, int part) {
+  constexpr int per_line = 8 / (bits == 3 ? 2 : bits);
+  const Bytes line = Lanes::load(codes + 64 * (i / per_line) + 4 * Lanes::count * part);
+  if constexpr (bits == 8) return line;
+  if constexpr (bits == 4) return i & 1 ? Lanes::field<4, 15>(line) : Lanes::field<0, 15>(line);
+  if constexpr (bits <= 3) {
+    const Bytes low = i % 4 == 0   ? Lanes::field<0, 3>(line)
+                      : i % 4 == 1 ? Lanes::field<2, 3>(line)
+                      : i % 4 == 2 ? Lanes::field<4, 3>(line)
+                                   : Lanes::field<6, 3>(line);
+    if constexpr (bits == 2) return low;
+    return Lanes::high_bits(low, codes + 4 * block + 8 * i + Lanes::count / 2 * part);
+  }
+}
+
+// What the products above count too much of: the zero, or what of it is not in the codes as read.
+template <int bits>
+inline Ints zero_of(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int64_t b, int part) {
+  constexpr int32_t read = bits == 8 && Lanes::signed_bytes ? 128 : 0;
+  if (!w.zero_point) return Lanes::ints((1 << (bits - 1)) - read);
+  const Ints zero = Lanes::bytes(tile + g.zeros + b * tile_rows + part * Lanes::count);
+  return Lanes::sub(zero, Lanes::ints(read));
+}
+
+inline Floats scale_of(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int64_t b, int part) {
+  return Lanes::read(tile + b * g.scale_line + part * (g.scale_line / parts), w.dtype);
+}
+
+}  // namespace
