@@ -20,7 +20,7 @@ from test_families import CASES, random_model
 from onecard.checkpoint.load import load_model
 from onecard.checkpoint.save import save_model
 from onecard.checkpoint.source import Source
-from onecard.core.format import integers
+from onecard.core.format import Integers
 from onecard.core.spec import Rope
 from onecard.kernels import cpu, layout, reference, rope, structs
 from onecard.nn.graph import groups, surgery
@@ -251,7 +251,7 @@ def round_inputs(network: Transformer) -> None:
             continue
         if name == "tail.head" and module.format.dense:
             pieces = [
-                reference.to_dense(reference.round_to_nearest(piece, integers(8, None)))
+                reference.to_dense(reference.round_to_nearest(piece, Integers(8, None)))
                 for piece in module.matrix().split(HEAD_BLOCK, 1)
             ]
             module.replace(reference.from_dense(torch.cat(pieces, 1)))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from onecard.checkpoint.load import Source, load_model
 from onecard.core.errors import BadRequest
-from onecard.core.format import DTYPE_BYTES, Format, dense, integers, parse_format, words
+from onecard.core.format import DTYPE_BYTES, Dense, Integers, parse_format, words
 from onecard.kernels import reference
 from onecard.passes import recipe_of
 from onecard.passes.job import Settings, compress, prepare
@@ -31,7 +31,7 @@ SHAPES = ((1, 32), (3, 64), (17, 96), (64, 160), (5, 128))
 )
 def test_pack_round_trips(bits: int, rows: int, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    low, high = integers(bits).levels
+    low, high = Integers(bits).levels
     q = torch.randint(low, high + 1, (rows, count), generator=generator)
     packed = reference.pack(q, bits)
     assert packed.shape == (rows, words(count, bits)) and packed.dtype == torch.int32
@@ -42,7 +42,7 @@ def test_pack_round_trips(bits: int, rows: int, count: int, seed: int) -> None:
 def test_pack_is_compressed_tensors(bits: int) -> None:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    low, high = integers(bits).levels
+    low, high = Integers(bits).levels
     for rows, count in SHAPES:
         q = torch.randint(low, high + 1, (rows, count), dtype=torch.int8)
         assert torch.equal(reference.pack(q, bits), pack_to_int32(q, bits)), (bits, rows, count)
@@ -57,7 +57,7 @@ def test_grid_is_compressed_tensors() -> None:
     torch.manual_seed(0)
     for bits in (3, 4, 8):
         for symmetric in (True, False):
-            format = integers(bits, 32, not symmetric, "fp32")
+            format = Integers(bits, 32, not symmetric, "fp32")
             w = torch.randn(24, 96) + 0.3
             blocks = reference.grouped(w, format)
             scale, zero = reference.grid(blocks, format)
@@ -94,7 +94,7 @@ def test_bytes_are_exact(name: str) -> None:
 @pytest.mark.parametrize("zero_point", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_rounding_error_is_within_half_a_step(bits: int, zero_point: bool) -> None:
-    format = integers(bits, 32, zero_point, "fp32")
+    format = Integers(bits, 32, zero_point, "fp32")
     w = torch.randn(8, 96)
     scale, _ = reference.grid(reference.grouped(w, format), format)
     off = (reference.to_dense(reference.round_to_nearest(w, format)) - w).abs()
@@ -108,14 +108,14 @@ def test_zero_groups_stay_zero() -> None:
     w = torch.zeros(4, 64)
     for zero_point in (False, True):
         assert not reference.to_dense(
-            reference.round_to_nearest(w, integers(4, 32, zero_point))
+            reference.round_to_nearest(w, Integers(4, 32, zero_point))
         ).any()
 
 
 @pytest.mark.parametrize("bits, group", [(1, 128), (9, 128), (4, 48), (4, 0)])
 def test_impossible_formats_are_refused(bits: int, group: int) -> None:
     with pytest.raises(BadRequest):
-        integers(bits, group)
+        Integers(bits, group)
 
 
 def test_unknown_names_are_refused() -> None:
@@ -123,12 +123,12 @@ def test_unknown_names_are_refused() -> None:
         with pytest.raises(BadRequest):
             parse_format(name)
     with pytest.raises(BadRequest):
-        dense("int8")
+        Dense("int8")
 
 
 def test_groups_that_do_not_divide_name_those_that_do() -> None:
     with pytest.raises(BadRequest, match="32"):
-        Format(bits=4, group=128).groups((4, 96))
+        Integers(4, group=128).groups((4, 96))
 
 
 CASES = [
@@ -165,7 +165,7 @@ def test_zero_points_are_compressed_tensors(bits: int) -> None:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     w = torch.randn(40, 96) + 0.2
-    held = reference.round_to_nearest(w, integers(bits, 32, True, "fp32"))
+    held = reference.round_to_nearest(w, Integers(bits, 32, True, "fp32"))
     args = QuantizationArgs(num_bits=bits, symmetric=False, strategy="group", group_size=32)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     theirs = PackedQuantizationCompressor.decompress(dict(held.parts), scheme)["weight"]
@@ -195,7 +195,7 @@ def test_fused_and_transposed_families_round_trip(
     compress(prepare(tmp_path / "model", tmp_path / "out", recipe, Settings()))
     before = load_model(tmp_path / "model", "fp32", tokenizer=False)
     after = dict(load_model(tmp_path / "out", "fp32", tokenizer=False).linears())
-    format = integers(5, 32, zero_point, "fp32")
+    format = Integers(5, 32, zero_point, "fp32")
     for name, linear in before.linears():
         wanted = reference.to_dense(reference.round_to_nearest(linear.matrix(), format))
         assert torch.equal(after[name].matrix(), wanted), name

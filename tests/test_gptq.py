@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onecard.calibrate.stats import ABSMAX, HESSIAN, MEAN, NORM, Statistics
 from onecard.core.errors import BadRequest, FailedWork
-from onecard.core.format import Format, integers
+from onecard.core.format import Format, Integers
 from onecard.kernels import reference
 from onecard.passes.gptq import GPTQ, Rounding, Solution, factor, search_grid, solve
 
@@ -63,7 +63,7 @@ def output_error(w: Tensor, other: Tensor, h: Tensor) -> float:
 @pytest.mark.parametrize("block", [16, 24, 48, 128])
 def test_equals_the_textbook(static: bool, zero_point: bool, block: int) -> None:
     w, h = problem(columns=96)
-    format = integers(4, 32, zero_point, "fp32")
+    format = Integers(4, 32, zero_point, "fp32")
     rounding = Rounding(order="natural", search=0, static_groups=static, block=block)
     mine = solve(w, h, format, rounding)
     q, loss = textbook(w, h, format, 0.01, static)
@@ -74,7 +74,7 @@ def test_equals_the_textbook(static: bool, zero_point: bool, block: int) -> None
 def test_loss_is_the_output_error() -> None:
     """sum of (R_jj (t_j - q_j))^2 = tr(dW H dW^T) with the damped Hessian."""
     w, h = problem()
-    format = integers(3, 32, False, "fp32")
+    format = Integers(3, 32, False, "fp32")
     mine = solve(w, h, format, PLAIN)
     damped = h + torch.eye(64) * 0.01 * h.diagonal().mean()
     assert float(mine.loss.sum()) == pytest.approx(
@@ -85,7 +85,7 @@ def test_loss_is_the_output_error() -> None:
 @pytest.mark.parametrize("order", ["natural", "activation"])
 def test_diagonal_hessian_is_rounding(order: str) -> None:
     w, _ = problem()
-    format = integers(4, 32, False, "fp32")
+    format = Integers(4, 32, False, "fp32")
     h = torch.diag(torch.arange(1.0, 65.0))
     mine = solve(w, h, format, Rounding(order=order, search=0))
     assert torch.equal(
@@ -97,7 +97,7 @@ def test_diagonal_hessian_is_rounding(order: str) -> None:
 def test_error_is_below_rounding(bits: int) -> None:
     for seed in range(5):
         w, h = problem(seed=seed)
-        format = integers(bits, 32, False, "fp32")
+        format = Integers(bits, 32, False, "fp32")
         nearest = reference.to_dense(reference.round_to_nearest(w, format))
         for rounding in (PLAIN, Rounding(search=0), Rounding()):
             mine = value(solve(w, h, format, rounding), format)
@@ -107,7 +107,7 @@ def test_error_is_below_rounding(bits: int) -> None:
 def test_activation_order_is_a_permutation() -> None:
     """Sorting columns by hand and going through them in natural order gives the same weights."""
     w, h = problem()
-    format = integers(4, None, False, "fp32")
+    format = Integers(4, None, False, "fp32")
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
     mine = value(solve(w, h, format, Rounding(order="activation", search=0)), format)
     sorted_ = value(solve(w[:, order], h[order][:, order], format, PLAIN), format)
@@ -117,7 +117,7 @@ def test_activation_order_is_a_permutation() -> None:
 def test_search_never_raises_the_weighted_error() -> None:
     w, h = problem()
     for bits, zero_point in itertools.product((2, 3, 4), (False, True)):
-        format = integers(bits, 32, zero_point, "fp32")
+        format = Integers(bits, 32, zero_point, "fp32")
         errors = []
         for steps in (0, 12):
             scale, zero = search_grid(w, h.diagonal(), format, steps)
@@ -130,7 +130,7 @@ def test_search_never_raises_the_weighted_error() -> None:
 
 def test_dead_columns_and_starved_experts_are_rounded() -> None:
     w, h = problem()
-    format = integers(4, 32, False, "fp32")
+    format = Integers(4, 32, False, "fp32")
     h[5, :] = h[:, 5] = 0
     nearest = reference.to_dense(reference.round_to_nearest(w, format))
     assert torch.equal(value(solve(w, h, format, PLAIN), format)[:, 5], nearest[:, 5])
@@ -141,7 +141,7 @@ def test_dead_columns_and_starved_experts_are_rounded() -> None:
 def test_pruned_weights_stay_zero_and_are_made_good() -> None:
     w, h = problem()
     mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(3)) < 0.5
-    format = integers(4, 32, False, "fp32")
+    format = Integers(4, 32, False, "fp32")
     sparse = w * mask
     mine = value(solve(sparse, h, format, PLAIN), format)
     assert not mine[~mask].any()
@@ -172,7 +172,7 @@ def test_factor_is_a_square_root() -> None:
 
 def test_float32_is_close_to_float64() -> None:
     w, h = problem(rows=32, columns=256, tokens=2000)
-    format = integers(4, 128, False, "fp32")
+    format = Integers(4, 128, False, "fp32")
     mine = float(solve(w, h, format, PLAIN).loss.sum())
     assert mine == pytest.approx(textbook(w, h, format, 0.01, True)[1], rel=0.02)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onecard.core.errors import BadRequest, FailedWork
-from onecard.core.format import Format, integers
+from onecard.core.format import Format, Integers
 from onecard.kernels import convert, cpu, reference
 from onecard.passes import gptq
 from onecard.passes.quantize import round_weight
@@ -97,12 +97,12 @@ def check_columns(inputs: Block, format: Format) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_columns(isa: str, bits: int, rows: int, block: int) -> None:
     for zero_point, masked in itertools.product((False, True), (False, True)):
-        format = Format(bits, zero_point=zero_point)
+        format = Integers(bits, group=None, zero_point=zero_point)
         check_columns(block_of(rows, block, format, masked), format)
 
 
 def test_columns_of_every_class_and_any_threads_are_the_same_bits() -> None:
-    format = Format(3, zero_point=True)
+    format = Integers(3, group=None, zero_point=True)
     inputs = block_of(1025, 128, format, masked=True)
     seen = []
     for name, count in itertools.product(CLASSES, (1, 2, 3)):
@@ -115,7 +115,7 @@ def test_columns_of_every_class_and_any_threads_are_the_same_bits() -> None:
 
 
 def test_columns_far_outside_the_grid_are_clamped(isa: str) -> None:
-    format = Format(4, scale="fp32")
+    format = Integers(4, group=None, scale="fp32")
     target = torch.tensor([[1e30, -1e30, 7.5, 0.5, -0.5, 2.5, -9.0, 0.0]])
     one, zero = torch.ones_like(target), torch.zeros_like(target)
     errors, codes, loss = convert.round_columns(
@@ -146,7 +146,7 @@ def test_search(isa: str, bits: int, zero_point: bool) -> None:
         (1, 3, 16, 17, 65), ((256, 128), (96, 32), (40, 8), (77, None), (1, None)),
         ("bf16", "fp16", "fp32"),
     ):  # fmt: skip
-        format = Format(bits, group=group, zero_point=zero_point, scale=scale)
+        format = Integers(bits, group=group, zero_point=zero_point, scale=scale)
         w, weights = random(rows, columns, seed=rows), random(columns, seed=1).square()
         w[0, : columns // 2] = 0
         theirs, mine = (
@@ -165,7 +165,7 @@ def test_search_without_choice_is_the_grid(isa: str, steps: int) -> None:
     for bits, zero_point, scale in itertools.product(
         range(2, 9), (False, True), ("bf16", "fp16", "fp32")
     ):
-        format = Format(bits, group=32, zero_point=zero_point, scale=scale)
+        format = Integers(bits, group=32, zero_point=zero_point, scale=scale)
         for size in (1.0, 1e-6, 1e-8, 1e-40, 0.0):
             w = random(9, 64) * size
             mine = convert.search_grid(w, torch.zeros(64), format, steps)
@@ -174,7 +174,7 @@ def test_search_without_choice_is_the_grid(isa: str, steps: int) -> None:
 
 
 def test_search_of_every_class_and_any_threads_is_the_same_bits() -> None:
-    w, weights, format = random(301, 512), random(512, seed=1).square(), Format(3, group=64)
+    w, weights, format = random(301, 512), random(512, seed=1).square(), Integers(3, group=64)
     seen = []
     for name, count in itertools.product(CLASSES, (1, 2, 3)):
         cpu.force_isa(name)
@@ -187,7 +187,7 @@ def test_search_of_every_class_and_any_threads_is_the_same_bits() -> None:
 def test_search_marks_groups_that_are_not_finite(isa: str) -> None:
     w = random(3, 64)
     w[0, 0], w[1, 40], w[2, 63] = float("nan"), float("inf"), float("-inf")
-    scale, _ = convert.search_grid(w, torch.ones(64), Format(4, group=32), 12)
+    scale, _ = convert.search_grid(w, torch.ones(64), Integers(4, group=32), 12)
     assert scale.isinf().tolist() == [[True, False], [False, True], [False, True]]
 
 
@@ -203,7 +203,7 @@ def test_solve_is_the_same_with_and_without(
     w = w * (random(70, 256, seed=3) > 0) if pruned else w
     order = "activation" if static else "natural"
     rounding = gptq.Rounding(order=order, static_groups=static, block=32)
-    format = integers(4, 64, zero_point=True)
+    format = Integers(4, 64, zero_point=True)
     mine = gptq.solve(w, x.T @ x, format, rounding)
     monkeypatch.setattr(convert, "native", lambda *_: False)
     theirs = gptq.solve(w, x.T @ x, format, rounding)
@@ -216,11 +216,11 @@ def test_solve_is_the_same_with_and_without(
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_hold_and_to_dense(isa: str, bits: int) -> None:
-    low, high = Format(bits).levels
+    low, high = Integers(bits, group=None).levels
     shapes = ((256, 64), (333, None), (5, None), (1, None), (64, 32), (1024, 128))
     for (columns, group), zero_point, rows in itertools.product(shapes, (False, True), (1, 17)):
         for scale in ("bf16", "fp16", "fp32"):
-            format = Format(bits, group=group, zero_point=zero_point, scale=scale)
+            format = Integers(bits, group=group, zero_point=zero_point, scale=scale)
             generator = torch.Generator().manual_seed(columns)
             q = torch.randint(low, high + 1, (rows, columns), generator=generator).to(torch.int8)
             groups = format.groups((rows, columns))
@@ -243,7 +243,7 @@ def test_hold_and_to_dense(isa: str, bits: int) -> None:
 @pytest.mark.parametrize("scale", [2.0**-24, 3e-7, 6e-5, 1.0, 600.0, 65504.0])
 def test_to_dense_at_the_edges_of_fp16(isa: str, scale: float) -> None:
     """Denormal scales and values, and values that overflow."""
-    format = Format(8, group=None, scale="fp16")
+    format = Integers(8, group=None, scale="fp16")
     q = torch.arange(-128, 128).to(torch.int8)[None]
     weight = reference.hold(q, torch.tensor([[scale]]), torch.zeros(1, 1), format)
     for dtype in (torch.float16, torch.bfloat16):
@@ -252,14 +252,14 @@ def test_to_dense_at_the_edges_of_fp16(isa: str, scale: float) -> None:
 
 def test_strided_codes_are_packed(isa: str) -> None:
     q = torch.randint(-4, 4, (96, 40)).to(torch.int8)
-    format, one = Format(3), torch.ones(40, 1)
+    format, one = Integers(3, group=None), torch.ones(40, 1)
     held = convert.hold(q.T, one, one * 0, format)
     assert same(held.parts["weight_packed"], reference.pack(q.T.contiguous(), 3))
 
 
 @pytest.mark.parametrize("size", [1e-9, 6e-8, 1e-7, 1e-6, 6e-5, 1e-3])
 def test_small_weights_keep_their_denormal_fp16_scales(isa: str, size: float) -> None:
-    format = Format(4, group=32, scale="fp16")
+    format = Integers(4, group=32, scale="fp16")
     w = random(4, 64).clamp(-1, 1) * size
     mine, theirs = convert.round_to_nearest(w, format), reference.round_to_nearest(w, format)
     assert all(same(mine.parts[name], theirs.parts[name]) for name in theirs.parts)
@@ -277,7 +277,7 @@ def test_weights_that_are_not_finite_are_refused(isa: str, bad: float) -> None:
     w[1, 5] = w[3, 9] = bad
     for call in (convert.round_to_nearest, round_weight):
         with pytest.raises(FailedWork, match="2 of 256 weights"):
-            call(w, Format(4, group=32))
+            call(w, Integers(4, group=32))
 
 
 NONSENSE = {
@@ -319,4 +319,4 @@ def test_what_has_no_kernel_is_refused() -> None:
     with pytest.raises(BadRequest, match="oc_pack"):
         cpu.pack(1, 1, 32, 9, 1)
     with pytest.raises(BadRequest, match="do not divide"):
-        convert.search_grid(torch.ones(2, 40), torch.ones(40), Format(4, group=32), 2)
+        convert.search_grid(torch.ones(2, 40), torch.ones(40), Integers(4, group=32), 2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format, integers
+from onecard.core.format import Format, Integers
 from onecard.kernels import cpu, layout, reference, structs
 from onecard.kernels.structs import Matrix
 
@@ -59,7 +59,7 @@ def laid(weight, threads: int = 2) -> tuple[Matrix, np.ndarray]:
 def formats(columns: int) -> list[Format]:
     groups = [None, *(g for g in (32, 64, 128) if columns % g == 0)]
     kinds = itertools.product(range(2, 9), groups, (False, True))
-    return [integers(bits, group, zero) for bits, group, zero in kinds]
+    return [Integers(bits, group, zero) for bits, group, zero in kinds]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -68,7 +68,7 @@ def test_integers_come_back(shape: tuple[int, int], scale: str) -> None:
     torch.manual_seed(sum(shape))
     w = torch.randn(shape)
     for kind in formats(shape[1]):
-        format = Format(kind.bits, None, kind.group, kind.zero_point, scale)
+        format = Integers(kind.bits, kind.group, kind.zero_point, scale)
         weight = reference.round_to_nearest(w, format)
         matrix, data = laid(weight)
         found = layout.parts(matrix, data)
@@ -84,7 +84,7 @@ def test_integers_come_back(shape: tuple[int, int], scale: str) -> None:
 def test_every_code_and_zero_of_every_width() -> None:
     """The ends of the grid, where a sign or a carry would show."""
     for bits in range(2, 9):
-        format = integers(bits, 128, zero_point=True, scale="fp32")
+        format = Integers(bits, 128, zero_point=True, scale="fp32")
         low, high = format.levels
         q = torch.arange(256 * 48).view(48, 256) % 2**bits + low
         zero = torch.arange(96).view(48, 2) % 2**bits + low
@@ -136,7 +136,7 @@ def test_rounding_is_the_reference(block: int, dtype: str) -> None:
         matrix = layout.rounded((rows, columns), block, scale)
         data = filled(matrix, lambda out: layout.fill_dense(matrix, array(w), out, 2))  # noqa: B023
         pieces = [
-            reference.to_dense(reference.round_to_nearest(piece, integers(8, None, scale=scale)))
+            reference.to_dense(reference.round_to_nearest(piece, Integers(8, None, scale=scale)))
             for piece in w.split(block, 1)
         ]
         found = layout.parts(matrix, data)
@@ -157,7 +157,7 @@ def test_rows_laid_out_in_pieces_are_the_whole() -> None:
 
 
 def test_the_same_for_any_number_of_threads() -> None:
-    weight = reference.round_to_nearest(torch.randn(3000, 96), integers(3, 32, True))
+    weight = reference.round_to_nearest(torch.randn(3000, 96), Integers(3, 32, True))
     first = laid(weight, 1)[1]
     for threads in (2, 3, 16):
         np.testing.assert_array_equal(laid(weight, threads)[1], first)
@@ -172,7 +172,7 @@ def test_what_is_not_finite_is_counted(bad: float, dtype: str) -> None:
     for matrix in (layout.dense((20, 64), "fp32"), layout.rounded((20, 64), 32)):
         with pytest.raises(BadRequest, match="2 weights that are NaN or infinite"):
             filled(matrix, lambda out: layout.fill_dense(matrix, dense, out, 1))  # noqa: B023
-    weight = reference.round_to_nearest(torch.randn(20, 64), integers(4, 32, scale=dtype))
+    weight = reference.round_to_nearest(torch.randn(20, 64), Integers(4, 32, scale=dtype))
     weight.parts["weight_scale"][7, 1] = bad
     with pytest.raises(BadRequest, match="1 scales that are NaN or infinite"):
         laid(weight)
@@ -181,9 +181,9 @@ def test_what_is_not_finite_is_counted(bad: float, dtype: str) -> None:
 def test_bytes_are_exact_and_nonsense_is_refused() -> None:
     assert layout.size(layout.dense((17, 3), "bf16")) == 2 * 128
     assert layout.size(layout.dense((16, 3), "fp32")) == 192
-    four = layout.integers((32, 256), integers(4, 128, True))
+    four = layout.integers((32, 256), Integers(4, 128, True))
     assert layout.size(four) == 2 * (64 + 64 + 256 * 8)
-    three = layout.integers((1, 32), integers(3, 32))
+    three = layout.integers((1, 32), Integers(3, 32))
     assert layout.size(three) == 64 + 192
     most = 1 << 30
     assert layout.size(layout.dense((most, most), "fp32")) == 1 << 62
@@ -208,7 +208,7 @@ def test_calls_that_do_not_fit_are_refused() -> None:
     native = cpu.library()
     packed, scale = np.zeros((32, 8), np.int32), np.ones((32, 2), np.float32)
     zero, out = np.zeros((32, 2), np.int8), np.zeros(1 << 16, np.uint8)
-    matrix = layout.integers((32, 64), integers(4, 32, scale="fp32"))
+    matrix = layout.integers((32, 64), Integers(4, 32, scale="fp32"))
 
     def integer(m=matrix, p=packed, bits=4, s=scale, z=None, group=32, threads=1, o=out) -> int:
         places = (None if x is None else x.ctypes.data for x in (p, s, z, o))
@@ -216,13 +216,13 @@ def test_calls_that_do_not_fit_are_refused() -> None:
         return native.oc_layout_integers(ctypes.byref(m), p, bits, s, z, group, threads, o)
 
     assert integer() == 0
-    assert integer(m=layout.integers((32, 64), integers(4, 32, True, "fp32")), z=zero) == 0
+    assert integer(m=layout.integers((32, 64), Integers(4, 32, True, "fp32")), z=zero) == 0
     for wrong in (
         {"p": None}, {"s": None}, {"o": None}, {"bits": 5}, {"bits": 0}, {"bits": 99}, {"z": zero},
         {"group": 0}, {"group": -32}, {"group": 48}, {"group": 128}, {"threads": 0},
         {"threads": 9999}, {"m": layout.dense((32, 64), "fp32")}, {"m": Matrix()},
-        {"m": layout.integers((32, 64), integers(4, 64, scale="fp32"))},
-        {"m": layout.integers((32, 72), integers(4, 32, scale="fp32"))},
+        {"m": layout.integers((32, 64), Integers(4, 64, scale="fp32"))},
+        {"m": layout.integers((32, 72), Integers(4, 32, scale="fp32"))},
     ):  # fmt: skip
         assert integer(**wrong) == -1, wrong
     dense = np.ones((32, 64), np.float32)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from test_layout_native import array, filled, laid
 
-from onecard.core.format import Format
+from onecard.core.format import Integers
 from onecard.kernels import cpu, layout, reference
 from onecard.kernels.structs import Matrix
 
@@ -105,7 +105,7 @@ def integer_case(
     q[:, columns:] = np.repeat(zero, block, 1)[:, columns:]
     of = torch.tensor(np.exp(rng.standard_normal(zero.shape)) * 0.01).float()
     weight = reference.hold(
-        torch.tensor(q), of, torch.tensor(zero), Format(bits, None, block, zero_point, scale)
+        torch.tensor(q), of, torch.tensor(zero), Integers(bits, block, zero_point, scale)
     )
     matrix, data = laid(weight)
     matrix.columns, matrix.exact = columns, int(exact)

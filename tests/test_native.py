@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format
+from onecard.core.format import Dense, Format, Integers
 from onecard.kernels import cpu
 
 CLASSES = cpu.isas() if cpu.available() else ()
@@ -140,7 +140,7 @@ def any_finite(shape: tuple[int, int], dtype: str, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("zero_point", [False, True])
 def test_every_grid(isa: str, bits: int, zero_point: bool) -> None:
     for dtype, scale, group in itertools.product(STORED, STORED, (32, 64, 128, None)):
-        format = Format(bits, group=group, zero_point=zero_point, scale=scale)
+        format = Integers(bits, group=group, zero_point=zero_point, scale=scale)
         for rows in (1, 3, 17):
             check(normal((rows, 256), dtype, rows), dtype, format)
 
@@ -148,14 +148,14 @@ def test_every_grid(isa: str, bits: int, zero_point: bool) -> None:
 @pytest.mark.parametrize("columns", [1, 2, 5, 7, 8, 9, 31, 33, 100, 255, 257, 333, 1023])
 def test_ragged_rows(isa: str, columns: int) -> None:
     for bits, zero_point, dtype in itertools.product(range(2, 9), (False, True), STORED):
-        format = Format(bits, group=None, zero_point=zero_point)
+        format = Integers(bits, group=None, zero_point=zero_point)
         check(normal((3, columns), dtype, columns), dtype, format)
 
 
 @pytest.mark.parametrize("dtype", STORED)
 def test_any_finite_number(isa: str, dtype: str) -> None:
     for bits, zero_point, scale in itertools.product((2, 3, 4, 8), (False, True), STORED):
-        format = Format(bits, group=32, zero_point=zero_point, scale=scale)
+        format = Integers(bits, group=32, zero_point=zero_point, scale=scale)
         check(any_finite((40, 128), dtype, bits), dtype, format)
 
 
@@ -166,13 +166,13 @@ def test_each_magnitude(isa: str, dtype: str, size: float) -> None:
     size = min(size, 6e4) if dtype == "fp16" else size
     patterns = stored((w * np.float32(size)).astype(np.float32), dtype)
     for bits, zero_point, scale in itertools.product((2, 4, 5), (False, True), STORED):
-        check(patterns, dtype, Format(bits, group=32, zero_point=zero_point, scale=scale))
+        check(patterns, dtype, Integers(bits, group=32, zero_point=zero_point, scale=scale))
 
 
 def test_halves_round_to_even(isa: str) -> None:
     w = np.zeros((1, 32), np.float32)
     w[0, :8] = [7.5, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -7.5]
-    _, (got, scale, _) = native(w.view(np.uint32), "fp32", Format(4, group=32, scale="fp32"))
+    _, (got, scale, _) = native(w.view(np.uint32), "fp32", Integers(4, group=32, scale="fp32"))
     assert scale.view(np.float32)[0, 0] == 1
     codes = [int(got[0, 0]) >> 4 * i & 15 for i in range(8)]
     assert [code - 8 for code in codes] == [7, 0, 2, 2, 0, -2, -2, -8]
@@ -182,12 +182,12 @@ def test_halves_round_to_even(isa: str) -> None:
 def test_one_sided_rows(isa: str, zero_point: bool) -> None:
     w = np.abs(normal((2, 128), "fp32").view(np.float32))
     for sign in (np.float32(1), np.float32(-1)):
-        check((sign * w).view(np.uint32), "fp32", Format(4, group=64, zero_point=zero_point))
+        check((sign * w).view(np.uint32), "fp32", Integers(4, group=64, zero_point=zero_point))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 64])
 def test_threads_share_rows(isa: str, threads: int) -> None:
-    check(normal((67, 4096), "bf16"), "bf16", Format(4, zero_point=True), threads)
+    check(normal((67, 4096), "bf16"), "bf16", Integers(4, group=None, zero_point=True), threads)
 
 
 @pytest.mark.parametrize("dtype", STORED)
@@ -199,7 +199,7 @@ def test_what_is_not_finite_is_counted(isa: str, dtype: str) -> None:
         bad = INFINITY[dtype] + (np.arange(count) % 3 == 1)  # infinities and NaN
         sign = STORED[dtype](1) << STORED[dtype](8 * patterns.itemsize - 1)
         patterns.reshape(-1)[places] = bad.astype(patterns.dtype) | (sign * (places % 2 == 0))
-        found, _ = native(patterns, dtype, Format(4, zero_point=True))
+        found, _ = native(patterns, dtype, Integers(4, group=None, zero_point=True))
         assert found == count
 
 
@@ -209,10 +209,10 @@ def test_unaligned_weights(isa: str) -> None:
     memory[1:] = patterns.view(np.uint8).reshape(-1)
     words, scale = np.zeros((2, 8), np.int32), np.zeros((2, 2), np.uint16)
     cpu.round_pack(
-        memory.ctypes.data + 1, "fp32", 2, 64, Format(4, group=32),
+        memory.ctypes.data + 1, "fp32", 2, 64, Integers(4, group=32),
         words.ctypes.data, scale.ctypes.data,
     )  # fmt: skip
-    np.testing.assert_array_equal(words, expected(patterns, "fp32", Format(4, group=32))[0])
+    np.testing.assert_array_equal(words, expected(patterns, "fp32", Integers(4, group=32))[0])
 
 
 def test_the_torch_reference_gives_the_same_bits(isa: str) -> None:
@@ -220,7 +220,7 @@ def test_the_torch_reference_gives_the_same_bits(isa: str) -> None:
     reference = pytest.importorskip("onecard.kernels.reference")
     w = torch.randn(17, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     for bits, zero_point, scale in itertools.product(range(2, 9), (False, True), STORED):
-        format = Format(bits, group=64, zero_point=zero_point, scale=scale)
+        format = Integers(bits, group=64, zero_point=zero_point, scale=scale)
         parts = reference.round_to_nearest(w, format).parts
         _, (words, scales, _) = native(w.view(torch.uint16).numpy(), "bf16", format)
         np.testing.assert_array_equal(words, parts["weight_packed"].numpy())
@@ -276,13 +276,13 @@ def test_classes_are_named_and_bounded() -> None:
 
 def test_what_has_no_kernel_is_refused() -> None:
     with pytest.raises(BadRequest):
-        cpu.round_pack(1, "int8", 1, 32, Format(4, group=32), 1, 1)
+        cpu.round_pack(1, "int8", 1, 32, Integers(4, group=32), 1, 1)
     with pytest.raises(BadRequest):
-        cpu.round_pack(1, "bf16", 1, 32, Format(16, dense="bf16"), 1, 1)
+        cpu.round_pack(1, "bf16", 1, 32, Dense("bf16"), 1, 1)
     with pytest.raises(BadRequest):
-        cpu.round_pack(1, "bf16", 1, 32, Format(4, group=32, zero_point=True), 1, 1)
+        cpu.round_pack(1, "bf16", 1, 32, Integers(4, group=32, zero_point=True), 1, 1)
     with pytest.raises(BadRequest, match="do not divide"):
-        cpu.round_pack(1, "bf16", 1, 40, Format(4, group=32), 1, 1)
+        cpu.round_pack(1, "bf16", 1, 40, Integers(4, group=32), 1, 1)
 
 
 def test_the_loader_checks_the_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from onecard.checkpoint.load import load_model
 from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest, FailedWork
-from onecard.core.format import integers
+from onecard.core.format import Integers
 from onecard.kernels.reference import round_to_nearest
 from onecard.nn.model import Model
 from onecard.runtime.chat import Conversation
@@ -309,7 +309,7 @@ def test_unknown_dtypes_are_refused(model: Model) -> None:
 def packed(stories: Path) -> Model:
     model = load_model(stories)
     for _, linear in model.linears():
-        format = integers(4, 32, scale="fp32").for_row(linear.shape[1])
+        format = Integers(4, 32, scale="fp32").for_row(linear.shape[1])
         linear.replace(round_to_nearest(linear.matrix(), format))
     return model
 

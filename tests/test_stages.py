@@ -22,9 +22,10 @@ from onecard.core.spec import Spec
 from onecard.nn.model import Model
 from onecard.passes import GPTQ, DropLayers, Prune, RoundToNearest, recipe_of
 from onecard.passes.base import Data, ModelPass, Recipe
-from onecard.passes.job import Settings, apply, compress, prepare
+from onecard.passes.job import Settings, compress, prepare
 from onecard.passes.layers import Influence, dropped
 from onecard.passes.memory import look
+from onecard.passes.walked import apply
 
 CHAIN = Recipe("chain", (DropLayers(count=1, most=None), Prune(share=0.3), GPTQ(4, 64)))
 
@@ -83,7 +84,7 @@ def test_streamed_equals_in_memory(
     save_model(model, tmp_path / "memory")
     assert same(tmp_path / "streamed", tmp_path / "memory")
     dropped = sum(isinstance(p, DropLayers) for p in recipe.passes)
-    assert Source(tmp_path / "streamed").spec.num_layers == 3 - dropped
+    assert load_model(tmp_path / "streamed").spec.num_layers == 3 - dropped
     assert not list(tmp_path.glob(".*")), "nothing is left behind"
     assert not list((tmp_path / "streamed").glob("*stage-*"))
     assert any(row.where.startswith("stage 2: ") for row in report.rows)

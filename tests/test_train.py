@@ -13,7 +13,7 @@ from onecard.calibrate.losses import next_token
 from onecard.calibrate.train import STATE, Training, batch_of, checked_ids, train, training_ids
 from onecard.checkpoint.load import load_model
 from onecard.core.errors import BadRequest, FailedWork
-from onecard.core.format import integers
+from onecard.core.format import Integers
 from onecard.kernels import reference
 from onecard.nn.layers import Linear
 from onecard.nn.model import Model
@@ -197,7 +197,7 @@ def test_integers_stay_on_their_grid(
     """Scales and zero points are untouched, codes change, and what was trained is what is stored."""
     model = load_model(tiny)
     for _, linear in model.linears():
-        linear.replace(reference.round_to_nearest(linear.matrix(), integers(3, 32, zero_point)))
+        linear.replace(reference.round_to_nearest(linear.matrix(), Integers(3, 32, zero_point)))
     before = {name: reference.codes(linear.held()) for name, linear in model.linears()}
     ids = windows(tiny, text_file)
     with trainable(model, rank=rank) as trainee:
@@ -213,7 +213,7 @@ def test_integers_stay_on_their_grid(
 
 
 def test_straight_through_gradient_ends_with_the_grid() -> None:
-    weight = reference.round_to_nearest(torch.randn(4, 64), integers(3, 32))
+    weight = reference.round_to_nearest(torch.randn(4, 64), Integers(3, 32))
     grid = IntegerGrid(weight)
     w = reference.to_dense(weight)
     w[0, 0], w[0, 1] = 99.0, -99.0
@@ -226,7 +226,7 @@ def test_straight_through_gradient_ends_with_the_grid() -> None:
 def test_sparse_integers_keep_their_zeros() -> None:
     w = torch.randn(8, 64) * (torch.rand(8, 64) > 0.5)
     linear = linear_of(w)
-    linear.replace(reference.round_to_nearest(w, integers(4, 32)))
+    linear.replace(reference.round_to_nearest(w, Integers(4, 32)))
     zeros = linear.matrix() == 0
     grid = grid_of(linear, zeros=True)
     moved = linear.matrix() + 0.3

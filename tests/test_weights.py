@@ -28,7 +28,7 @@ from onecard.checkpoint import load
 from onecard.checkpoint.hub import SHIPPED
 from onecard.checkpoint.source import Source, unpack
 from onecard.core.errors import BadRequest
-from onecard.core.format import integers
+from onecard.core.format import Integers
 from onecard.core.spec import KEPT_DENSE
 from onecard.kernels import cpu, layout, reference
 from onecard.nn.layers import Embedding, Linear, Normalize
@@ -85,7 +85,7 @@ def modules(source: Source) -> Iterator[tuple[str, torch.nn.Module]]:
 def rounded(w: torch.Tensor) -> np.ndarray:
     """int8 in blocks of 32, a short last one of its own."""
     pieces = [
-        reference.to_dense(reference.round_to_nearest(piece, integers(8, None)))
+        reference.to_dense(reference.round_to_nearest(piece, Integers(8, None)))
         for piece in w.split(32, 1)
     ]
     return torch.cat(pieces, 1).numpy()
@@ -196,7 +196,7 @@ def test_packed_router_becomes_dense(tmp_path: Path) -> None:
     )
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     for name in [name for name in tensors if name.endswith("gate.weight")]:
-        packed = reference.round_to_nearest(tensors.pop(name), integers(4, None, scale="fp32"))
+        packed = reference.round_to_nearest(tensors.pop(name), Integers(4, None, scale="fp32"))
         tensors |= {name.replace("weight", part): t for part, t in packed.parts.items()}
     save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     (tmp_path / "out" / "manifest.json").unlink()
@@ -207,7 +207,7 @@ def test_packed_head_keeps_its_format(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "model", tie_word_embeddings=False)
     compress(prepare(folder, tmp_path / "out", Recipe("r", (RoundToNearest(4),)), Settings()))
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    head = reference.round_to_nearest(tensors.pop("lm_head.weight"), integers(4, 128))
+    head = reference.round_to_nearest(tensors.pop("lm_head.weight"), Integers(4, 128))
     tensors |= {f"lm_head.{part}": tensor for part, tensor in head.parts.items()}
     save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     (tmp_path / "out" / "manifest.json").unlink()

@@ -21,7 +21,7 @@ PARTS = (
     ("experts", (".experts.", ".shared_expert.")),
     ("norms", ("norm", "ln_")),
     ("attention", ("attn", "attention.")),
-    ("feed-forward", ("mlp", "fc1", "fc2", "block_sparse_moe", "dense_")),
+    ("feed-forward", ("mlp", "feed_forward.", "fc1", "fc2", "block_sparse_moe", "dense_")),
 )
 
 
@@ -64,7 +64,7 @@ def inspect_model(model: str, context: int = 2048, batch: int = 1, fused: bool =
         Row(
             "model",
             "format",
-            ", ".join(formats(config, checkpoint) or [dtypes.most_common(1)[0][0]]),
+            ", ".join(formats(config) or [dtypes.most_common(1)[0][0]]),
         ),
         Row("kv cache", "cache_bytes", kv_bytes(spec, context, batch), "B"),
     ]
@@ -83,13 +83,10 @@ def part_of(name: str) -> str:
     return "other"
 
 
-def formats(config: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
+def formats(config: dict[str, Any]) -> list[str]:
     """Names of the packed formats in a folder, none for a dense one."""
-    packed = [n.removesuffix(".weight_packed") for n in checkpoint.entries if n.endswith("_packed")]
-    if not packed:
-        return []
-    schemes = Schemes(config.get("quantization_config"))
-    return sorted({schemes.format_of(name).name for name in packed})
+    found = config.get("quantization_config")
+    return Schemes(found).names() if found else []
 
 
 def kv_bytes(spec: Spec, context: int, batch: int) -> int:

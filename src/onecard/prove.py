@@ -7,17 +7,19 @@ when it is asked for.
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from onecard.checkpoint.load import load_model
 from onecard.checkpoint.text import read_text
 from onecard.core.device import available_memory
 from onecard.core.report import Report, Row
 from onecard.evaluate import Progress, Reading, evaluate
-from onecard.nn.model import Model
 from onecard.runtime.engine import Result, complete, prompt_ids
-from onecard.runtime.reference import TorchExecutor, TorchScorer
 from onecard.runtime.sample import Sampling
+
+if TYPE_CHECKING:
+    from onecard.nn.model import Model
 
 PROMPT = "The function returns"
 SMALL = 100_000_000
@@ -26,13 +28,17 @@ DOCUMENTS = Reading(documents="<|endoftext|>", limit=32)
 
 
 def is_small(parameters: int, memory: int | None) -> bool:
-    """A proof of two dense models of this size is quick, and fits beside what else there is."""
+    """A proof of two dense models of this size is quick, fits beside what else there is, and is possible."""
+    if find_spec("torch") is None:
+        return False
     needed = 2 * 4 * parameters + (1 << 30)
     return parameters <= SMALL and needed < (available_memory() if memory is None else memory)
 
 
 def sample(model: Model, prompt: str = PROMPT, tokens: int = 48) -> Result:
     """The greedy continuation of a prompt."""
+    from onecard.runtime.reference import TorchExecutor
+
     ids = prompt_ids(model.tokenizer, prompt)
     room = max(1, min(tokens, model.spec.max_context - len(ids)))
     return complete(TorchExecutor(model), model.tokenizer, ids, Sampling(room, ignore_eos=True))
@@ -43,6 +49,9 @@ def prove(
     progress: Progress = lambda done, total, what: None,
 ) -> Report:  # fmt: skip
     """`report` with perplexity before and after, KL, agreement and samples."""
+    from onecard.checkpoint.load import load_model
+    from onecard.runtime.reference import TorchScorer
+
     dense, made = load_model(original), load_model(result)
     words = read_text(text, "held_out.txt")
     reading = DOCUMENTS if text is None else Reading()

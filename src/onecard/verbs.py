@@ -33,6 +33,7 @@ app = App(
     "report; --debug shows the traceback of an error.",
     version=__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # cli.py says what it means
 )
 
 Json = Annotated[
@@ -153,13 +154,14 @@ def recipes(name: str | None = None, /, *, json: Json = False) -> None:
         print this recipe as YAML, to start one of your own from
     """
     from onecard.core.report import Row
-    from onecard.passes import RECIPES, find_recipe, to_yaml
+    from onecard.passes import SHIPPED, find_recipe, to_yaml
 
     if name is not None and not json:
         print(to_yaml(find_recipe(name)), end="")
         return
-    chosen = RECIPES if name is None else (find_recipe(name),)
-    show(Report(tuple(Row(r.name, "good_for", r.good_for) for r in chosen), title="Recipes"), json)
+    chosen = [find_recipe(name)] if name is not None else []
+    lines = [(r.name, r.good_for) for r in chosen] or [(n, good_for) for n, _, good_for in SHIPPED]
+    show(Report(tuple(Row(n, "good_for", what) for n, what in lines), title="Recipes"), json)
 
 
 @app.command

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onecard.core.format import Weight
+from onecard.core.format import Integers, Weight
 from onecard.kernels import reference
 from onecard.nn.layers import Linear
 from onecard.nn.model import Model
@@ -72,6 +72,7 @@ class IntegerGrid(Grid):
 
     def __init__(self, held: Weight, zeros: bool = False) -> None:
         super().__init__()
+        assert isinstance(held.format, Integers)
         self.format = held.format
         q, scale, zero = reference.codes(held)
         self.register_buffer("scale", scale[..., None])

@@ -4,6 +4,7 @@
     norm      sqrt(sum x^2)     [in]
     absmax    max |x|           [in]
     mean      sum x / n         [in]
+    zeros     how often x = 0   [in]
 
 n counts tokens. Batches may come in any cut; a batch without tokens (an expert nobody was sent to)
 changes nothing. Sums are float32. Inputs in bfloat16 are multiplied as they are, with float32 sums,
@@ -18,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-HESSIAN, NORM, ABSMAX, MEAN = "hessian", "norm", "absmax", "mean"
+HESSIAN, NORM, ABSMAX, MEAN, ZEROS = "hessian", "norm", "absmax", "mean", "zeros"
 PANEL = 2048
 
 
@@ -31,6 +32,7 @@ class Statistics:
         self._squares = torch.zeros(size) if NORM in self.needs else None
         self._absmax = torch.zeros(size) if ABSMAX in self.needs else None
         self._sum = torch.zeros(size) if MEAN in self.needs else None
+        self._zeros = torch.zeros(size) if ZEROS in self.needs else None
 
     def add(self, x: Tensor) -> None:
         """Add inputs [..., in]."""
@@ -46,6 +48,8 @@ class Statistics:
             self._absmax = torch.maximum(self._absmax, x.abs().amax(0).float())
         if self._sum is not None:
             self._sum += x.float().sum(0)
+        if self._zeros is not None:
+            self._zeros += (x == 0).sum(0)
 
     def divide(self, s: Tensor) -> None:
         """The statistics of the inputs divided by s [in], channel by channel."""
@@ -87,6 +91,11 @@ class Statistics:
     def mean(self) -> Tensor:
         assert self._sum is not None, "no pass asked for means"
         return self._sum / max(self.count, 1)
+
+    @property
+    def zeros(self) -> Tensor:
+        assert self._zeros is not None, "no pass asked for zeros"
+        return self._zeros
 
 
 def _add_products(products: Tensor, x: Tensor) -> None:

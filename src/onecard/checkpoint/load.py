@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from onecard.checkpoint.finite import damaged
 from onecard.checkpoint.shards import Array
 from onecard.checkpoint.source import Place, Source, verify
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format, Weight
+from onecard.core.format import Dense, Format, Integers, Weight
 from onecard.kernels.reference import DTYPES, NAMES, pack, unpack
 from onecard.nn.layers import Linear
 from onecard.nn.model import Model
@@ -27,11 +28,11 @@ __all__ = ["Source", "as_array", "block", "load_model", "modules", "read", "stem
 
 
 def modules(
-    source: Source, root: nn.Module, index: int | None
+    source: Source, root: nn.Module, index: int | None, split: bool | None = None
 ) -> Iterator[tuple[str, nn.Module, Place]]:
-    """(path below root, module, where it lies) for stem, tail or a block."""
+    """(path below root, module, where it lies) for stem, tail or a block; `split` as in `places`."""
     side = "" if index is not None else f"{type(root).__name__.lower()}."
-    for place in source.places(index):
+    for place in source.places(index, split):
         if place.path.startswith(side):
             below = place.path.removeprefix(side)
             yield below, root.get_submodule(below), place
@@ -44,11 +45,7 @@ def read(source: Source, name: str) -> Tensor:
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     tensor = torch.frombuffer(data.data, dtype=DTYPES[entry.dtype]).view(entry.shape)
     if not is_finite(tensor):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise BadRequest(
-            f"{name} holds {bad} values that are NaN or infinite",
-            do="the checkpoint is damaged or was trained into overflow: fetch it again",
-        )
+        raise damaged(name, int((~torch.isfinite(tensor)).sum()))
     return tensor
 
 
@@ -102,23 +99,23 @@ def _fill(source: Source, root: nn.Module, index: int | None, dtype: torch.dtype
             tensor = tensor.to(dtype) if dtype else tensor
             setattr(module, name, nn.Parameter(tensor, requires_grad=False))
             if name == "weight" and isinstance(module, Linear):
-                module.format = replace(module.format, dense=NAMES[tensor.dtype],
-                                        bits=8 * tensor.element_size())  # fmt: skip
+                module.format = Dense(NAMES[tensor.dtype])
 
 
 def _cut_packed(
     parts: dict[str, Tensor], shape: tuple[int, int], format: Format, place: Place
 ) -> Weight:
     """The packed Weight of one linear, cut out of a fused one where it is part of it."""
+    if not place.stored.of:
+        return Weight(format, shape, parts)
+    assert isinstance(format, Integers), f"{format.name} is never fused"
     cut = {"weight_shape": torch.tensor(shape, dtype=torch.int64)}
     for name in ("weight_packed", "weight_scale"):
         cut[name] = _cut(parts[name], place).contiguous()
     if format.zero_point:
         zeros = parts["weight_zero_point"].T.contiguous()
-        if place.stored.of:
-            zero = unpack(zeros, format.bits, place.total).T
-            zeros = pack(_cut(zero, place).T, format.bits)
-        cut["weight_zero_point"] = zeros.T.contiguous()
+        zero = unpack(zeros, format.bits, place.total).T
+        cut["weight_zero_point"] = pack(_cut(zero, place).T, format.bits).T.contiguous()
     return Weight(format, shape, {name: cut[name] for name in format.parts(shape)})
 
 
@@ -137,10 +134,12 @@ def _join(tensors: list[Tensor], places: list[Place]) -> Tensor:
     return joined
 
 
-def stored_arrays(source: Source, root: nn.Module, index: int | None) -> dict[str, Array]:
+def stored_arrays(
+    source: Source, root: nn.Module, index: int | None, split: bool = False
+) -> dict[str, Array]:
     """name -> array of every tensor of a part of the network, as the checkpoint spells and lays it."""
     arrays: dict[str, Array] = {}
-    found = {path: (module, place) for path, module, place in modules(source, root, index)}
+    found = {path: (module, place) for path, module, place in modules(source, root, index, split)}
     for path, (module, place) in found.items():
         stored = place.stored
         if stored.of and stored.part:
@@ -178,6 +177,7 @@ def _merged(together: list[tuple[nn.Module, Place]]) -> dict[str, Tensor]:
         if name == "weight_shape":
             merged[name] = torch.tensor([sum(int(t[0]) for t in tensors), int(tensors[0][1])])
         elif name == "weight_zero_point":
+            assert isinstance(first.format, Integers)
             bits = first.format.bits
             zeros = [
                 unpack(t.T.contiguous(), bits, place.module.shape[0]).T
@@ -203,6 +203,8 @@ def is_finite(tensor: Tensor) -> bool:
     """Neither NaN nor infinite anywhere: both survive in the smallest or the largest value."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
+    if tensor.dtype == torch.float8_e4m3fn:
+        return not bool((tensor.view(torch.uint8) & 0x7F == 0x7F).any())
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 

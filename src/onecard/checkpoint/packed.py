@@ -1,8 +1,13 @@
-"""`quantization_config`, both ways: compressed-tensors' pack-quantized schemes <-> formats.
+"""`quantization_config`, both ways: how a folder says in which formats its matrices are.
 
-A scheme names the modules it covers (`Linear`, a module name, or `re:` and a pattern) and the grid of
-their weights. What transformers cannot hold as a Linear (GPT-2's transposed Conv1D) is stored in the
-same layout under `quant_method: onecard`.
+Integers are compressed-tensors' pack-quantized, fp8 its float-quantized: a scheme names the modules it
+covers (`Linear`, a module name, or `re:` and a pattern) and the grid of their weights. transformers and
+vLLM read these folders. Everything else, and what transformers cannot hold as a Linear (GPT-2's
+transposed Conv1D), is `quant_method: onecard`:
+
+    {"quant_method": "onecard", "formats": {"nf4-g64": [module, ...], ...}, "scale": "bf16", "split": false}
+
+`split`: the parts of a fused matrix lie each alone, because their formats differ or cannot be joined.
 """
 
 from __future__ import annotations
@@ -11,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format, integers
+from onecard.core.format import DENSE, Float8, Format, Integers, parse_format
 
-METHODS = ("compressed-tensors", "onecard")
+LAYOUTS = {"pack-quantized": "int", "float-quantized": "float", "dense": "int"}
 
 
 class Schemes:
@@ -21,14 +26,20 @@ class Schemes:
 
     def __init__(self, config: Any) -> None:
         config = _object(config, "itself")
-        method = config.get("quant_method")
-        layout = config.get("format", "pack-quantized")
-        if method not in METHODS or layout not in ("pack-quantized", "dense"):
-            raise BadRequest(
-                f"the model is quantized as {method} / {layout}, which is not read yet",
-                do="readable: compressed-tensors pack-quantized (integers of 2 to 8 bits)",
-            )
+        method, layout = config.get("quant_method"), config.get("format", "pack-quantized")
+        self.own = method == "onecard" and "formats" in config
+        self.split = False
+        self.scale: str | None = None  # of our own formats; others have it in each matrix
         self.targets: list[tuple[str, Format]] = []
+        if self.own:
+            self._read_own(config)
+            return
+        if method not in ("compressed-tensors", "onecard") or layout not in LAYOUTS:
+            raise BadRequest(
+                f"the model is quantized as {_short(method)} / {_short(layout)}, which is not read yet",
+                do="readable: compressed-tensors pack-quantized (integers of 2 to 8 bits) and "
+                "float-quantized (fp8), and onecard's own",
+            )
         for name, found in _object(config.get("config_groups"), "config_groups").items():
             group = _object(found, name)
             if group.get("input_activations"):
@@ -36,13 +47,35 @@ class Schemes:
             format = _format(_object(group.get("weights"), "weights"))
             self.targets += [(target, format) for target in _targets(group.get("targets"))]
 
-    def format_of(self, module: str) -> Format:
-        """The format of a packed module; exact names win over patterns, patterns over classes."""
+    def _read_own(self, config: Mapping[str, Any]) -> None:
+        scale, split = config.get("scale", "bf16"), config.get("split", False)
+        if scale not in DENSE or not isinstance(split, bool):
+            raise BadRequest(
+                f"quantization_config: scale is {_short(scale)}, split is {_short(split)}"
+            )
+        self.scale, self.split = scale, split
+        for name, modules in _object(config["formats"], "formats").items():
+            format = parse_format(str(name)).scaled(scale)
+            self.targets += [(target, format) for target in _targets(modules)]
+        self._exact = dict(self.targets)
+
+    def names(self) -> list[str]:
+        """Names of all formats."""
+        return sorted({format.name for _, format in self.targets})
+
+    def find(self, module: str) -> Format | None:
+        """The format of a module; exact names win over patterns, patterns over classes."""
+        if self.own:
+            return self._exact.get(module)
         for test in (_exact, _pattern, _class):
             for target, format in self.targets:
                 if test(target, module):
                     return format
-        raise BadRequest(f"{module} is packed, but no scheme of quantization_config covers it")
+        return None
+
+
+def _short(value: Any) -> str:
+    return str(value)[:80]
 
 
 def _object(value: Any, name: str) -> Mapping[str, Any]:
@@ -85,10 +118,14 @@ def _class(target: str, module: str) -> bool:
 
 
 def _format(weights: Mapping[str, Any]) -> Format:
+    if weights.get("type") == "float" and weights.get("num_bits") == 8:
+        per = {"channel": "row", "tensor": "tensor"}.get(str(weights.get("strategy")))
+        if per is not None and weights.get("symmetric", True) is True:
+            return Float8(per)
     if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
         raise BadRequest(
             f"weights stored as {weights.get('type')} per {weights.get('strategy')} are not read yet",
-            do="readable: integers of 2 to 8 bits, per group or per channel",
+            do="readable: integers of 2 to 8 bits per group or channel, fp8 per channel or tensor",
         )
     if weights.get("actorder") in ("group", True):
         raise BadRequest("weights in activation order with moving groups (g_idx) are not read yet")
@@ -99,40 +136,70 @@ def _format(weights: Mapping[str, Any]) -> Format:
     symmetric = weights.get("symmetric", True)
     if not isinstance(symmetric, bool):
         raise BadRequest(f"quantization_config: symmetric is {str(symmetric)[:80]}")
-    return integers(bits, group, zero_point=not symmetric)
+    return Integers(bits, group, zero_point=not symmetric)
+
+
+def must_split(formats: Sequence[Format | None]) -> bool:
+    """Whether the parts of fused matrices have to lie alone: only integers can be cut and joined."""
+    return any(format is not None and not isinstance(format, Integers) for format in formats)
 
 
 def quantization_config(
-    formats: Mapping[str, Format], linears: Sequence[str], standard: bool
+    formats: Mapping[str, Format], linears: Sequence[str], plain: bool, split: bool, scale: str
 ) -> dict[str, Any]:
     """The config for packed modules (`formats`: stored name -> Format) among all `linears`.
 
-    `standard`: every packed module is a Linear to transformers, so it loads there and in vLLM.
+    `plain`: every packed module is a Linear to transformers, under the name it has there. Then integers
+    and fp8 load there and in vLLM.
     """
     kinds = sorted({format.name: format for format in formats.values()}.items())
-    groups = {}
-    for number, (name, format) in enumerate(kinds):
-        covered = sorted(module for module, held in formats.items() if held.name == name)
-        groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(kinds) == 1 else covered,
-            "weights": {
-                "num_bits": format.bits,
-                "type": "int",
-                "symmetric": not format.zero_point,
-                "strategy": "group" if format.group else "channel",
-                "group_size": format.group,
-                "dynamic": False,
-                "actorder": None,
-            },
+    covered = {
+        name: sorted(module for module, held in formats.items() if held.name == name)
+        for name, _ in kinds
+    }
+    layout = next((known for known, suits in STANDARD.items()
+                   if plain and all(suits(format) for _, format in kinds)), None)  # fmt: skip
+    if layout is None:
+        return {"quant_method": "onecard", "formats": covered, "scale": scale, "split": split}
+    groups = {
+        f"group_{number}": {
+            "targets": ["Linear"] if len(kinds) == 1 else covered[name],
+            "weights": _weights(format),
             "input_activations": None,
             "output_activations": None,
         }
+        for number, (name, format) in enumerate(kinds)
+    }
     return {
-        "quant_method": "compressed-tensors" if standard else "onecard",
-        "format": "pack-quantized",
+        "quant_method": "compressed-tensors",
+        "format": layout,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(set(linears) - set(formats)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
+    }
+
+
+STANDARD = {
+    "pack-quantized": lambda format: isinstance(format, Integers),
+    "float-quantized": lambda format: isinstance(format, Float8) and format.per != "block",
+}
+
+
+def _weights(format: Format) -> dict[str, Any]:
+    """The `weights` of a scheme."""
+    common = {"dynamic": False, "actorder": None}
+    if isinstance(format, Float8):
+        strategy = {"row": "channel", "tensor": "tensor"}[format.per]
+        return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy,
+                "group_size": None, **common}  # fmt: skip
+    assert isinstance(format, Integers)
+    return {
+        "num_bits": format.bits,
+        "type": "int",
+        "symmetric": not format.zero_point,
+        "strategy": "group" if format.group else "channel",
+        "group_size": format.group,
+        **common,
     }

@@ -13,19 +13,17 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from onecard import __version__
 from onecard.checkpoint.journal import check_target, is_stage, partial_of
-from onecard.checkpoint.load import modules, stored_arrays
-from onecard.checkpoint.packed import quantization_config
+from onecard.checkpoint.packed import must_split, quantization_config
 from onecard.checkpoint.shards import (
     copy_range,
     header_of,
     read_header,
     sha256_of,
+    sum_of,
     write_chunks,
     write_file,
 )
@@ -33,8 +31,11 @@ from onecard.checkpoint.source import MANIFEST, Source
 from onecard.core.errors import BadRequest
 from onecard.core.format import Format
 from onecard.core.report import write_text
-from onecard.nn.layers import Linear
-from onecard.nn.model import Model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from onecard.nn.model import Model
 
 SINGLE_FILE = 256 << 20
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -85,38 +86,39 @@ def complete(
     for name in CARRIED:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
-    small = (f for f in folder.iterdir() if f.suffix in (".json", ".yaml") and f.name != MANIFEST)
-    files = {**weights, **{f.name: sha256_of(f) for f in small if not is_stage(f)}}
+    small = (f for f in folder.iterdir() if f.suffix in (".json", ".yaml") and f.name != MANIFEST
+             and not is_stage(f))  # fmt: skip
+    files = {**weights, **{f.name: sha256_of(f) for f in small}}
     manifest = {"onecard": __version__, "files": dict(sorted(files.items())), **made}
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
 def source_hashes(source: Source) -> dict[str, str]:
-    """sha256 of the source's weights and config."""
-    files = [*source.checkpoint.files, source.folder / "config.json"]
-    return {file.name: sha256_of(file) for file in files}
+    """What the source held: the sum of each weight file, the sha256 of its config."""
+    weights = {file.name: sum_of(file) for file in source.checkpoint.files}
+    return {**weights, "config.json": sha256_of(source.folder / "config.json")}
 
 
-def config_with(source: Source, formats: Mapping[str, Format]) -> dict[str, Any]:
+def config_with(source: Source, formats: Mapping[str, Format], split: bool) -> dict[str, Any]:
     """The source's config.json with the `quantization_config` of packed modules (stored names)."""
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     if formats:
-        linears, transposed = linear_names(source)
-        standard = not transposed & set(formats)
-        config["quantization_config"] = quantization_config(formats, linears, standard)
+        linears = linear_names(source)
+        plain = set(formats) <= linears
+        config["quantization_config"] = quantization_config(
+            formats, sorted(linears), plain, split, source.dtype
+        )
     return config
 
 
-def linear_names(source: Source) -> tuple[list[str], set[str]]:
-    """Stored names of all linears, and of those that are stored transposed."""
-    names, transposed = [source.name("lm_head")], set()
+def linear_names(source: Source) -> set[str]:
+    """Stored names of the linears that are Linears to transformers."""
+    names = {source.name("lm_head")}
     for index in range(source.spec.num_layers):
         for place in source.places(index):
-            if place.module.kind == "linear":
-                names.append(place.stored.name)
-                if place.stored.transposed:
-                    transposed.add(place.stored.name)
-    return sorted(set(names)), transposed
+            if place.module.kind == "linear" and not place.stored.transposed:
+                names.add(place.stored.name)
+    return names
 
 
 def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = None) -> Path:
@@ -124,6 +126,8 @@ def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = N
 
     OUT appears by rename when it is complete. Raises BadRequest when it is not empty.
     """
+    from onecard.checkpoint.load import stored_arrays
+
     if model.source is None:
         raise BadRequest("the model has no source folder to take names and tokenizer from")
     source, out = Source(model.source).shaped(model.spec), Path(out)
@@ -136,23 +140,29 @@ def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = N
     roots += [("tail", model.network.tail, None)]
     formats: dict[str, Format] = {}
     hashes: dict[str, str] = {}
+    split = must_split([linear.format for _, linear in model.linears() if not linear.format.dense])
     for part, root, index in roots:
-        arrays = stored_arrays(source, root, index)
-        formats |= packed_formats(source, root, index)
+        arrays = stored_arrays(source, root, index, split)
+        formats |= packed_formats(source, root, index, split)
         hashes[part] = write_file(folder / f"{part}.safetensors", arrays)
     weights = assemble(folder, hashes)
     about = {"source": source_hashes(source), **(made or {})}
-    complete(folder, source, config_with(source, formats), weights, about)
+    complete(folder, source, config_with(source, formats, split), weights, about)
     if out.is_dir():
         out.rmdir()
     os.replace(folder, out)
     return out
 
 
-def packed_formats(source: Source, root: nn.Module, index: int | None) -> dict[str, Format]:
+def packed_formats(
+    source: Source, root: nn.Module, index: int | None, split: bool
+) -> dict[str, Format]:
     """stored name -> Format of the packed modules of a part of the network."""
+    from onecard.checkpoint.load import modules
+    from onecard.nn.layers import Linear
+
     return {
         place.stored.name: module.format
-        for _, module, place in modules(source, root, index)
+        for _, module, place in modules(source, root, index, split)
         if isinstance(module, Linear) and not module.format.dense
     }

@@ -3,7 +3,7 @@
 `places` says for the stem and tail, or for one block, which modules there are and where each lies in
 this checkpoint. How a module lies there (whole, a run of rows of a fused matrix, by head, transposed)
 is the family's `Stored`; `Place.rows` are the rows of the stored matrix that are its own. Packed
-words are never expanded; bf16 numbers are uint16 in NumPy.
+words are expanded by `expanded` alone; bf16 numbers are uint16 in NumPy, fp8 numbers uint8.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from onecard.checkpoint.packed import Schemes
 from onecard.checkpoint.shards import Checkpoint, read_json, sha256_of
 from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest
-from onecard.core.format import DENSE, Format
+from onecard.core.format import DENSE, Format, Integers
 from onecard.core.spec import Module, Spec, block_modules, outer_modules
+from onecard.kernels.expand import expand, unpack
 from onecard.nn.families import Family, Stored, family_of
 
 MANIFEST = "manifest.json"
 IGNORED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias",
            "attention.masked_bias", "attention.rotary_emb.inv_freq")  # fmt: skip
 KINDS: dict[str, Any] = {
-    "fp64": np.float64, "fp32": np.float32, "fp16": np.float16, "bf16": np.uint16,
+    "fp64": np.float64, "fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "fp8": np.uint8,
     "int64": np.int64, "int32": np.int32, "int16": np.int16, "int8": np.int8, "uint8": np.uint8,
     "bool": np.bool_,
 }  # fmt: skip
@@ -65,10 +66,7 @@ class Source:
         self.schemes = Schemes(schemes) if isinstance(schemes, dict) else None
         if "lm_head.weight" not in self.checkpoint and not self.spec.tied:
             head = self.name(self._stored("tail.head"))
-            if (
-                f"{head}.weight" not in self.checkpoint
-                and f"{head}.weight_packed" not in self.checkpoint
-            ):
+            if not any(n.startswith(f"{head}.") for n in self.checkpoint.entries):
                 self.spec = replace(self.spec, tied=True)
                 self.config = {**self.config, "tie_word_embeddings": True}
         self.extra = self._check()
@@ -84,17 +82,17 @@ class Source:
 
     @property
     def compressed(self) -> bool:
-        return any(name.endswith(".weight_packed") for name in self.checkpoint.entries)
+        return bool(self.format_names())
+
+    @property
+    def split(self) -> bool:
+        """The parts of fused matrices lie each alone here."""
+        return self.schemes is not None and self.schemes.split
 
     def format_names(self) -> list[str]:
         """Names of the packed formats in the folder."""
-        packed = (
-            n.removesuffix(".weight_packed")
-            for n in self.checkpoint.entries
-            if n.endswith(".weight_packed")
-        )
-        formats = (self.format_of(Stored(name)) for name in packed)
-        return sorted({format.name for format in formats if format})
+        found = (self.format_at(place) for index in self.parts() for place in self.places(index))
+        return sorted({format.name for format in found if format})
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.folder)
@@ -137,8 +135,12 @@ class Source:
         """What `places` takes: None for the stem and tail, then every block."""
         return (None, *range(self.spec.num_layers))
 
-    def places(self, index: int | None) -> Iterator[Place]:
-        """The modules of a block by their path in it, or `stem.embedding` ... `tail.head`."""
+    def places(self, index: int | None, split: bool | None = None) -> Iterator[Place]:
+        """The modules of a block by their path in it, or `stem.embedding` ... `tail.head`.
+
+        `split`: as in a folder whose fused matrices lie in parts (None: as in this one).
+        """
+        alone = self.split if split is None else split
         spec = self.spec
         modules = outer_modules(spec) if index is None else block_modules(spec, spec.layers[index])
         heads = 0 if index is None else spec.layers[index].attention.num_heads
@@ -148,6 +150,8 @@ class Source:
             tied = path == "tail.head" and spec.tied
             lies = self.family.outer["stem.embedding"] if tied else named
             stored = replace(lies, name=self.name(lies.name))
+            if alone and modules[path].kind == "linear" and (lies.of or lies.transposed):
+                stored = Stored(f"blocks.{index}.{path}")
             sizes = [modules[sibling].shape[0] for sibling in stored.of]
             total = sum(sizes) or modules[path].shape[0]
             yield Place(path, modules[path], stored, _rows(stored, sizes, heads), total)
@@ -157,7 +161,7 @@ class Source:
         expected: set[str] = set()
         for index in self.parts():
             for place in self.places(index):
-                for part, shape in self._expected(place):
+                for part, dtypes, shape in self._expected(place):
                     name = f"{place.stored.name}.{part}"
                     expected.add(name)
                     if name not in self.checkpoint:
@@ -166,10 +170,10 @@ class Source:
                             do="the download is incomplete, or config.json is another model's",
                         )
                     entry = self.checkpoint.entries[name]
-                    if part in ("weight", "bias") and entry.dtype not in DENSE:
+                    if entry.dtype not in dtypes:
                         raise BadRequest(
                             f"{name} is stored as {entry.dtype}",
-                            do=f"weights are {', '.join(DENSE)}",
+                            do=f"it should be {' or '.join(dtypes)}",
                         )
                     if entry.shape != shape:
                         raise BadRequest(
@@ -179,18 +183,24 @@ class Source:
         extra = set(self.checkpoint.entries) - expected
         return tuple(sorted(name for name in extra if not name.endswith(IGNORED)))
 
-    def _expected(self, place: Place) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """(suffix, shape) of the tensors that hold a module, as they lie in the file."""
+    def _expected(self, place: Place) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+        """(suffix, dtypes, shape) of the tensors that hold a module, as they lie in the file."""
         format = self.format_at(place)
         for name, own in place.module.tensors().items():
             shape = (place.total, *own[1:])
             if name == "weight" and format is not None:
-                for part, (_, sizes) in format.parts((shape[0], shape[1])).items():
-                    yield part, sizes
+                try:
+                    parts = format.parts((shape[0], shape[1]))
+                except BadRequest as problem:
+                    raise BadRequest(
+                        f"{place.stored.name}: {problem.what}", do=problem.do
+                    ) from problem
+                for part, (dtype, sizes) in parts.items():
+                    yield part, (dtype,), sizes
             elif name == "weight" and place.stored.transposed:
-                yield name, tuple(reversed(shape))
+                yield name, DENSE, tuple(reversed(shape))
             else:
-                yield name, shape
+                yield name, DENSE, shape
 
     def format_at(self, place: Place) -> Format | None:
         """The packed format of a linear, None for what is dense."""
@@ -198,12 +208,25 @@ class Source:
 
     def format_of(self, stored: Stored) -> Format | None:
         """The packed format of a stored module, None when it is dense."""
-        entry = self.checkpoint.entries.get(f"{stored.name}.weight_scale")
-        if entry is None or f"{stored.name}.weight_packed" not in self.checkpoint:
+        entries = self.checkpoint.entries
+        weight = entries.get(f"{stored.name}.weight")
+        if weight is not None and weight.dtype in DENSE:
             return None
+        scale = entries.get(f"{stored.name}.weight_scale")
         if self.schemes is None:
-            raise BadRequest(f"{stored.name} is packed, but config.json has no quantization_config")
-        return replace(self.schemes.format_of(stored.name), scale=entry.dtype)
+            if scale is not None:
+                raise BadRequest(
+                    f"{stored.name} is packed, but config.json has no quantization_config"
+                )
+            return None
+        format = self.schemes.find(stored.name)
+        if format is None and scale is not None:
+            raise BadRequest(
+                f"{stored.name} is packed, but no scheme of quantization_config covers it"
+            )
+        if format is None or self.schemes.own:
+            return format
+        return format.scaled(scale.dtype) if scale is not None and scale.dtype in DENSE else format
 
     # reading
 
@@ -226,11 +249,22 @@ class Source:
         name = place.stored.name
         words, scale = (self.array(f"{name}.weight_{part}")[1] for part in ("packed", "scale"))
         zero = None
+        assert isinstance(format, Integers)
         if format.zero_point:
             along = self.array(f"{name}.weight_zero_point")[1]
-            zero = np.ascontiguousarray(unpack(along.T, format.bits, place.total).T[place.rows])
+            codes = unpack(along.T, format.bits, place.total).astype(np.int16) - 2 ** (
+                format.bits - 1
+            )
+            zero = np.ascontiguousarray(codes.astype(np.int8).T[place.rows])
         rows = place.rows
         return np.ascontiguousarray(words[rows]), np.ascontiguousarray(scale[rows]), zero
+
+    def expanded(self, place: Place, format: Format) -> NDArray[np.float32]:
+        """The matrix of a packed linear in float32."""
+        shape = (place.total, place.module.shape[1])
+        names = format.parts(shape)
+        parts = {part: self.array(f"{place.stored.name}.{part}")[1] for part in names}
+        return np.ascontiguousarray(expand(parts, shape, format)[place.rows])
 
 
 def _rows(stored: Stored, sizes: list[int], heads: int) -> slice | NDArray[np.int64]:
@@ -242,14 +276,6 @@ def _rows(stored: Stored, sizes: list[int], heads: int) -> slice | NDArray[np.in
         return order[:, stored.part].reshape(-1)
     end = list(accumulate(sizes))[stored.part]
     return slice(end - sizes[stored.part], end)
-
-
-def unpack(packed: NDArray[np.int32], bits: int, count: int) -> NDArray[np.int8]:
-    """int32 [n, words] -> codes int8 [n, count], as in core/format.py; meant for a few."""
-    octets = np.ascontiguousarray(packed).view(np.uint8)
-    lanes = np.unpackbits(octets, axis=1, bitorder="little")[:, : count * bits]
-    u = np.packbits(lanes.reshape(len(packed), count, bits), axis=2, bitorder="little")[..., 0]
-    return (u.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
 
 
 def verify(folder: Path, sha256: Callable[[Path], str] = sha256_of) -> None:

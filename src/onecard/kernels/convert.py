@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from onecard.core.errors import FailedWork
-from onecard.core.format import Format, Weight, words
-from onecard.kernels import cpu, reference
+from onecard.core.format import Integers, Weight, words
+from onecard.kernels import cpu, reference, storage
 
 SHRINK = 0.5  # the smallest range that search_grid tries, as a share of the whole one
 
@@ -22,7 +22,7 @@ def native(*tensors: Tensor) -> bool:
     return cpu.available() and all(t.device.type == "cpu" for t in tensors)
 
 
-def round_to_nearest(w: Tensor, format: Format) -> Weight:
+def round_to_nearest(w: Tensor, format: Integers) -> Weight:
     """w [out, in] (fp32, fp16 or bf16) rounded to the nearest grid points of an integer format.
 
     Weights that are not finite are a FailedWork of the native kernel; the reference makes scales
@@ -47,7 +47,7 @@ def round_to_nearest(w: Tensor, format: Format) -> Weight:
     return _weight(packed, scale, zero, (rows, columns), format)
 
 
-def hold(q: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Weight:
+def hold(q: Tensor, scale: Tensor, zero: Tensor, format: Integers) -> Weight:
     """Codes [rows, columns], scale and zero point [rows, groups] -> the stored Weight."""
     if not native(q):
         return reference.hold(q, scale, zero, format)
@@ -61,7 +61,7 @@ def hold(q: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Weight:
 
 
 def _weight(
-    packed: Tensor, scale: Tensor, zero: Tensor, shape: tuple[int, int], format: Format
+    packed: Tensor, scale: Tensor, zero: Tensor, shape: tuple[int, int], format: Integers
 ) -> Weight:
     parts = {
         "weight_packed": packed,
@@ -77,8 +77,10 @@ def to_dense(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The matrix [out, in] that a Weight stands for."""
     format, (rows, columns) = weight.format, weight.shape
     name = reference.NAMES[dtype]
-    if format.dense or name not in ("fp32", "fp16", "bf16") or not native(*weight.parts.values()):
-        return reference.to_dense(weight, dtype)
+    suits = isinstance(format, Integers) and name in ("fp32", "fp16", "bf16")
+    if not suits or not native(*weight.parts.values()):
+        return storage.to_dense(weight, dtype)
+    assert isinstance(format, Integers)
     packed = weight.parts["weight_packed"].contiguous()
     scale = weight.parts["weight_scale"].contiguous()
     zero = None
@@ -99,7 +101,7 @@ def to_dense(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def round_columns(
     target: Tensor, carried: Tensor, r: Tensor, scale: Tensor, zero: Tensor, keep: Tensor | None,
-    format: Format,
+    format: Integers,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Errors [block, rows], codes int8 [block, rows] and loss [rows] of one block of columns."""
     block, rows = target.shape
@@ -117,7 +119,7 @@ def round_columns(
     return errors, codes, loss
 
 
-def search_grid(w: Tensor, weights: Tensor, format: Format, steps: int) -> tuple[Tensor, Tensor]:
+def search_grid(w: Tensor, weights: Tensor, format: Integers, steps: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point [rows, groups] of w [rows, in] float32, weights [in]."""
     rows, columns = w.shape
     w, weights = w.contiguous(), weights.contiguous()

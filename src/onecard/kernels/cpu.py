@@ -27,7 +27,7 @@ from typing import Any
 
 from onecard.core.device import Device, cpu_facts, usable_cores, with_memory_now
 from onecard.core.errors import BadRequest, FailedWork, nearest
-from onecard.core.format import Format
+from onecard.core.format import Integers
 from onecard.core.report import Report, Row, environment, write_text
 from onecard.core.settings import parse_size
 
@@ -175,7 +175,7 @@ def _with_prototypes(native: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def round_pack(
-    weight: int, dtype: str, rows: int, columns: int, format: Format,
+    weight: int, dtype: str, rows: int, columns: int, format: Integers,
     packed: int, scale: int, zero: int | None = None, threads: int | None = None,
 ) -> int:  # fmt: skip
     """Rounds a contiguous matrix [rows, columns] at address `weight` to a format of integers.
@@ -184,7 +184,7 @@ def round_pack(
     formats with a zero point, int8 [rows, groups] at `zero`. Returns how many weights are not
     finite; unless that is 0, what was written is of no use. The caller owns all memory.
     """
-    if format.dense or dtype not in CODES or (format.zero_point and not zero):
+    if not isinstance(format, Integers) or dtype not in CODES or (format.zero_point and not zero):
         raise BadRequest(f"{dtype} weights cannot be rounded and packed as {format.name}")
     group = columns // format.groups((rows, columns))
     found = library().oc_round_pack(
@@ -206,7 +206,7 @@ def pack(
 
 def to_dense(
     packed: int, scale: int, scale_dtype: str, zero: int | None, rows: int, columns: int,
-    format: Format, dense: int, dtype: str, threads: int | None = None,
+    format: Integers, dense: int, dtype: str, threads: int | None = None,
 ) -> None:  # fmt: skip
     """Fills a matrix [rows, columns] of `dtype` with the values of packed words.
 
@@ -232,7 +232,7 @@ def round_columns(
 
 
 def search_grid(
-    weight: int, importance: int, rows: int, columns: int, format: Format, shrink: Sequence[float],
+    weight: int, importance: int, rows: int, columns: int, format: Integers, shrink: Sequence[float],
     scale: int, zero: int, threads: int | None = None,
 ) -> None:  # fmt: skip
     """Fills float32 scales and zero points [rows, groups]: the best of the ranges `shrink`."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onecard.core.errors import BadRequest, FailedWork
-from onecard.core.format import GROUPS, Format, words
+from onecard.core.format import GROUPS, Integers, words
 from onecard.kernels import cpu
 from onecard.kernels.structs import Matrix
 
@@ -29,7 +29,7 @@ ARRAYS = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 NAMES = {code: name for name, code in cpu.CODES.items()}
 
 
-def integers(shape: tuple[int, int], format: Format) -> Matrix:
+def integers(shape: tuple[int, int], format: Integers) -> Matrix:
     """The description of a stored integer matrix [rows, columns] in the kernel layout."""
     rows, columns = shape
     block = format.group or next((g for g in GROUPS if columns <= g), GROUPS[-1])
@@ -73,7 +73,7 @@ def described(matrix: Matrix) -> str:
 
 def fill_integers(
     matrix: Matrix, packed: NDArray[np.int32], scale: NDArray[Any], zero: NDArray[np.int8] | None,
-    format: Format, out: Bytes, threads: int,
+    format: Integers, out: Bytes, threads: int,
 ) -> None:  # fmt: skip
     """From words [rows, words], scales and zero points [rows, groups]; bf16 scales are uint16."""
     shape = (matrix.rows, matrix.columns)

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onecard.core.format import Format, Weight, dense, words
+from onecard.core.format import Dense, Integers, Weight, words
 from onecard.core.spec import Norm, Rope
 
 DTYPES = {
     "fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
-    "int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "int8": torch.int8,
-    "uint8": torch.uint8, "bool": torch.bool,
+    "fp8": torch.float8_e4m3fn, "int64": torch.int64, "int32": torch.int32, "int16": torch.int16,
+    "int8": torch.int8, "uint8": torch.uint8, "bool": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -27,7 +27,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Integer grids ---------------------------------------------------------------------------------
 
 
-def grid(w: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+def grid(w: Tensor, format: Integers) -> tuple[Tensor, Tensor]:
     """Scale and zero point (float32 [rows, groups]) that cover w [rows, groups, size].
 
     Symmetric: scale = max|w| / (2**bits - 1) * 2, so that 4 bits reach -8..7 (the convention of
@@ -44,13 +44,13 @@ def grid(w: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     return scale, torch.zeros_like(scale)
 
 
-def _stored(scale: Tensor, format: Format) -> Tensor:
+def _stored(scale: Tensor, format: Integers) -> Tensor:
     """The scale as its dtype holds it; a group of zeros (or of float32 denormals) gets scale 1."""
     scale = scale.to(DTYPES[format.scale]).float()
     return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
 
 
-def encode(w: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Tensor:
+def encode(w: Tensor, scale: Tensor, zero: Tensor, format: Integers) -> Tensor:
     """Nearest codes (float32 integers) of w; scale and zero broadcast against it."""
     low, high = format.levels
     return (torch.round(w.float() / scale) + zero).clamp(low, high)
@@ -61,7 +61,7 @@ def decode(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (q - zero) * scale
 
 
-def grouped(w: Tensor, format: Format) -> Tensor:
+def grouped(w: Tensor, format: Integers) -> Tensor:
     """[rows, columns] -> [rows, groups, size]."""
     return w.unflatten(1, (format.groups((w.shape[0], w.shape[1])), -1))
 
@@ -114,7 +114,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return out.flatten(1)[:, :count]
 
 
-def hold(q: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Weight:
+def hold(q: Tensor, scale: Tensor, zero: Tensor, format: Integers) -> Weight:
     """Codes [rows, columns], scale and zero point [rows, groups] -> the stored Weight."""
     shape = (q.shape[0], q.shape[1])
     parts = {
@@ -130,6 +130,7 @@ def hold(q: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Weight:
 def codes(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
     """What a stored integer Weight holds: codes [rows, columns], scale and zero [rows, groups]."""
     format, (rows, columns) = weight.format, weight.shape
+    assert isinstance(format, Integers)
     q = unpack(weight.parts["weight_packed"], format.bits, columns)
     scale = weight.parts["weight_scale"].float()
     zero = torch.zeros_like(scale)
@@ -144,16 +145,17 @@ def to_dense(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     if weight.format.dense:
         return weight.parts["weight"].to(dtype)
     q, scale, zero = codes(weight)
+    assert isinstance(weight.format, Integers)
     w = decode(grouped(q.float(), weight.format), scale[..., None], zero[..., None])
     return w.flatten(1).to(dtype)
 
 
 def from_dense(w: Tensor) -> Weight:
     """A dense Weight around a matrix, no copy."""
-    return Weight(dense(NAMES[w.dtype]), (w.shape[0], w.shape[1]), {"weight": w})
+    return Weight(Dense(NAMES[w.dtype]), (w.shape[0], w.shape[1]), {"weight": w})
 
 
-def round_to_nearest(w: Tensor, format: Format) -> Weight:
+def round_to_nearest(w: Tensor, format: Integers) -> Weight:
     """w [out, in] rounded to the nearest grid points of a format."""
     blocks = grouped(w, format)
     scale, zero = grid(blocks, format)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onecard.core.format import Format, Weight, dense
+from onecard.core.format import Dense, Format, Weight
 from onecard.core.spec import Norm
 from onecard.kernels import convert, reference
 
@@ -22,7 +22,7 @@ class Linear(nn.Module):
     def __init__(self, shape: tuple[int, int], bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape = shape
-        self.format: Format = dense(reference.NAMES[dtype])
+        self.format: Format = Dense(reference.NAMES[dtype])
         self.weight: Tensor | None = nn.Parameter(torch.empty(shape, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype)) if bias else None
 

@@ -15,14 +15,14 @@ Lin et al., AWQ, arXiv 2306.00978.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from onecard.calibrate.walk import Reached
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format
+from onecard.core.format import Integers
 from onecard.core.report import Row
 from onecard.kernels import convert, reference
 from onecard.passes.quantize import make_format, require_finite_scale
@@ -43,14 +43,14 @@ class AWQ(Scale):
         if not 0 <= self.clip <= 100:
             raise BadRequest(f"awq.clip is {self.clip}", do="0 to 100 ranges are tried")
 
-    def format_of(self, columns: int) -> Format:
+    def format_of(self, columns: int) -> Integers:
         return make_format(self.bits, self.group, self.zero_point, columns)
 
     def site_bytes(self, rows: int, columns: int) -> int:
         return super().site_bytes(rows, columns) + 16 * min(rows, SAMPLED_ROWS) * columns
 
     def site(self, site: Reached) -> Iterator[Row]:
-        format = replace(self.format_of(site.stats.size), scale=site.stored)
+        format = self.format_of(site.stats.size).scaled(site.stored)
         yield from scale_site(site, format, self.steps)
         hessian = site.stats.hessian
         for name, linear in site.linears.items():
@@ -69,7 +69,7 @@ class AWQ(Scale):
             yield Row(f"{site.block}.{site.name}", "calibration_tokens", 0)
 
 
-def clip_grid(w: Tensor, hessian: Tensor, format: Format, steps: int) -> tuple[Tensor, Tensor]:
+def clip_grid(w: Tensor, hessian: Tensor, format: Integers, steps: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point [rows, groups] with the least error e H_gg e^T per group; ties keep the larger.
 
     An expert that saw no token (H = 0) is judged by e e^T.

@@ -20,30 +20,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
-from onecard.calibrate.walk import Progress, Reached, SitePass
+from onecard.checkpoint.packed import must_split
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format, dense
+from onecard.core.format import Dense, Format, Integers
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
-from onecard.nn.model import Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from onecard.calibrate.walk import Progress, Reached, SitePass
+    from onecard.nn.model import Model
 
 
 class Survey(ABC):
     """What is looked at before a stage changes anything; its result is plain data, as JSON has it.
 
-    `runs`: blocks are run, on inputs in which statistics named in `needs` are collected. `gradients`:
-    the loss is differentiated instead, batch by batch, with the whole model in memory.
+    `runs`: blocks are run, on inputs in which statistics named in `needs` are collected. `whole`: it
+    looks at the model in memory instead, with `model`, and holds `whole_bytes` beside its weights.
     """
 
     needs: frozenset[str] = frozenset()
     runs: bool = False
-    gradients: bool = False
+    whole: bool = False
 
     def site(self, site: Reached) -> Iterator[Row]:
         """Look at a site; nothing is yielded and nothing changed."""
@@ -53,9 +56,12 @@ class Survey(ABC):
         """Look at what block `index` made of its inputs [B, T, hidden]; empty where it was not run."""
         return None
 
-    def batch(self, model: Model) -> None:
-        """Look at the gradients of one batch's loss."""
+    def model(self, model: Model, ids: Tensor, progress: Progress) -> None:
+        """Look at a whole model, where it is `whole`."""
         return None
+
+    def whole_bytes(self, spec: Spec, ids: Tensor | None) -> int:
+        return 0
 
     @abstractmethod
     def result(self) -> Any:
@@ -115,9 +121,6 @@ class Pass(ABC):
 
 class BlockPass(Pass):
     """One idea applied site by site."""
-
-    in_memory: bool = False
-    """Its survey needs the whole model at once."""
 
     @property
     @abstractmethod
@@ -222,6 +225,18 @@ class Recipe:
                 ) from error
             spec = p.leaves(spec)
 
+    def output_format(self, columns: int) -> Format | None:
+        """The format that linears with `columns` inputs end in, where all passes share a walk."""
+        return output_format(self._walked, columns)
+
+    def output_bytes(self, spec: Spec, layer: LayerSpec, stored: str) -> int:
+        """Exact bytes of a block's linears, where all passes share a walk."""
+        return output_bytes(self._walked, spec, layer, stored)
+
+    @property
+    def _walked(self) -> tuple[BlockPass, ...]:
+        return tuple(p for p in self.passes if isinstance(p, BlockPass))
+
     def settings(self) -> list[dict[str, Any]]:
         """The passes and their settings as plain data, as a recipe file has them."""
         return [{p.key: asdict(p)} for p in self.passes]  # type: ignore[call-overload]
@@ -229,6 +244,11 @@ class Recipe:
 
 def needs_of(stage: Sequence[BlockPass]) -> frozenset[str]:
     return frozenset().union(*(p.needs for p in stage))
+
+
+def splits(stage: Sequence[BlockPass]) -> bool:
+    """Whether fused matrices end up in parts (checkpoint.packed)."""
+    return must_split([p.format_of(128) for p in stage])
 
 
 def output_format(stage: Sequence[BlockPass], columns: int) -> Format | None:
@@ -244,11 +264,11 @@ def output_bytes(stage: Sequence[BlockPass], spec: Spec, layer: LayerSpec, store
     total = 0
     for name, shape in shapes.items():
         format = output_format(stage, shape[1]) if name in touched else None
-        total += replace(format or dense(stored), scale=stored).bytes(shape)
+        total += (format or Dense(stored)).scaled(stored).bytes(shape)
     return total
 
 
-def check_groups(format: Format, spec: Spec, explicit: bool) -> None:
+def check_groups(format: Integers, spec: Spec, explicit: bool) -> None:
     """The group size divides every row that will be quantized."""
     if not explicit:
         return

@@ -39,7 +39,7 @@ from torch import Tensor
 from onecard.calibrate.stats import HESSIAN, multiply_in_bfloat16
 from onecard.calibrate.walk import Reached
 from onecard.core.errors import BadRequest, FailedWork
-from onecard.core.format import Format
+from onecard.core.format import Integers
 from onecard.core.report import Row
 from onecard.core.spec import Spec
 from onecard.kernels import convert, reference
@@ -106,7 +106,7 @@ class GPTQ(BlockPass):
     def needs(self) -> frozenset[str]:
         return frozenset({HESSIAN})
 
-    def format_of(self, columns: int) -> Format:
+    def format_of(self, columns: int) -> Integers:
         return make_format(self.bits, self.group, self.zero_point, columns)
 
     def check(self, spec: Spec) -> None:
@@ -121,7 +121,7 @@ class GPTQ(BlockPass):
         linears = list(site.linears.values())
         columns = linears[0].shape[1]
         w = torch.cat([linear.matrix() for linear in linears])
-        format = replace(self.format_of(columns), scale=site.stored)
+        format = self.format_of(columns).scaled(site.stored)
         rounding = Rounding(self.damp, self.order, self.static_groups, self.block, self.search)
         hessian = site.stats.hessian
         try:
@@ -182,7 +182,7 @@ def factor(hessian: Tensor, damp: float, order: Tensor) -> tuple[Tensor, Tensor]
     )
 
 
-def solve(w: Tensor, hessian: Tensor, format: Format, rounding: Rounding) -> Solution:
+def solve(w: Tensor, hessian: Tensor, format: Integers, rounding: Rounding) -> Solution:
     """Codes for w [rows, in] float32 under H [in, in]. See the top of the file for the mathematics."""
     rows, columns = w.shape
     group = format.group or columns
@@ -238,7 +238,7 @@ def solve(w: Tensor, hessian: Tensor, format: Format, rounding: Rounding) -> Sol
 
 def round_columns(
     target: Tensor, carried: Tensor, r: Tensor, scale: Tensor, zero: Tensor, keep: Tensor | None,
-    format: Format,
+    format: Integers,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Errors, codes [block, rows] and loss [rows] of one block of columns (convert has a faster one).
 
@@ -274,7 +274,7 @@ def _updated(target: Tensor, r: Tensor, errors: Tensor, start: int, stop: int) -
 SEARCH_ROWS = 512
 
 
-def search_grid(w: Tensor, weights: Tensor, format: Format, steps: int) -> tuple[Tensor, Tensor]:
+def search_grid(w: Tensor, weights: Tensor, format: Integers, steps: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point [rows, groups] of w [rows, in] (convert has a faster one).
 
     With `steps`, each group's range is also tried shrunk to 1 - SHRINK * i / steps of itself, i up to

@@ -16,7 +16,7 @@ Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models, 2
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from onecard.calibrate.walk import Reached
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format
+from onecard.core.format import Integers
 from onecard.core.report import Row
 from onecard.core.spec import Spec
 from onecard.kernels import convert, reference
@@ -61,7 +61,7 @@ class HQQ(BlockPass):
     def needs(self) -> frozenset[str]:
         return frozenset()
 
-    def format_of(self, columns: int) -> Format:
+    def format_of(self, columns: int) -> Integers:
         return make_format(self.bits, self.group, self.zero_point, columns)
 
     def check(self, spec: Spec) -> None:
@@ -73,7 +73,7 @@ class HQQ(BlockPass):
     def site(self, site: Reached) -> Iterator[Row]:
         for name, linear in site.linears.items():
             w, where = linear.matrix(), f"{site.block}.{name}"
-            format = replace(self.format_of(w.shape[1]), scale=site.stored)
+            format = self.format_of(w.shape[1]).scaled(site.stored)
             scale, zero = fit_grid(w, format, self.power, self.rounds)
             require_finite_scale(scale, format, where)
             blocks = reference.grouped(w, format)
@@ -82,7 +82,7 @@ class HQQ(BlockPass):
             yield Row(where, "format", format.name)
 
 
-def fit_grid(w: Tensor, format: Format, power: float, rounds: int) -> tuple[Tensor, Tensor]:
+def fit_grid(w: Tensor, format: Integers, power: float, rounds: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point [rows, groups] of w [rows, in]."""
     parts = [
         _fit(reference.grouped(w[i : i + ROWS], format), format, power, rounds)
@@ -91,7 +91,7 @@ def fit_grid(w: Tensor, format: Format, power: float, rounds: int) -> tuple[Tens
     return torch.cat([s for s, _ in parts]), torch.cat([z for _, z in parts])
 
 
-def _fit(w: Tensor, format: Format, power: float, rounds: int) -> tuple[Tensor, Tensor]:
+def _fit(w: Tensor, format: Integers, power: float, rounds: int) -> tuple[Tensor, Tensor]:
     """The same for w [rows, groups, size]."""
     low, high = format.levels
     scale, zero = reference.grid(w, format)

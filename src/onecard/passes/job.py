@@ -1,31 +1,30 @@
-"""Compressing a model: in memory, or streamed from a folder to a folder under a memory cap.
+"""Compressing a model from a folder to a folder, under a memory cap.
 
-Both ways drive the same stages, and give the same bits. Streamed: the plan is made and checked from
-headers alone; then stage after stage reads a folder and writes the next, and the last one's folder
-gets its name. A second run of the same command goes on behind the last block that was finished.
+The plan is made and checked from headers alone; then every part of the result is written into the
+journal, and the folder gets its name. A second run of the same command goes on behind the last part
+that was finished. How parts come about is the recipe's: what only rounds goes from file to file
+(rounding.py), everything else goes stage by stage over blocks (walked.py). Both offer
+
+    make_plan(source, recipe, settings, ids)   what it will take, BadRequest where the cap is too small
+    fill(job, journal, progress)               every part that the journal lacks, and what they are
+    facts()                                    what the report says of the machinery
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import shlex
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from onecard import __version__
-from onecard.calibrate.data import Calibration, calibration_ids, digest
-from onecard.calibrate.walk import Progress
-from onecard.checkpoint.journal import Journal, check_space, check_target, fingerprint, remove
-from onecard.checkpoint.load import load_model
+from onecard.calibrate.data import calibration_ids, digest
+from onecard.checkpoint.journal import Journal, check_space, check_target
 from onecard.checkpoint.save import assemble, complete, config_with, source_hashes
 from onecard.checkpoint.shards import Checkpoint, read_json
 from onecard.checkpoint.source import MANIFEST, Source, verify
@@ -33,90 +32,24 @@ from onecard.core.device import resident_peak
 from onecard.core.errors import BadRequest
 from onecard.core.report import Report, Row, environment, write_text
 from onecard.core.settings import format_size
-from onecard.nn.model import Model
-from onecard.passes import to_yaml
-from onecard.passes.base import Data, ModelPass, Recipe
-from onecard.passes.cut import Cut
-from onecard.passes.memory import quiet, run_stage
-from onecard.passes.plan import Plan, compute_dtype, make_plan
-from onecard.passes.stream import Made, Work, notes_of, require_finite, run
+from onecard.passes import rounding, to_yaml
+from onecard.passes.base import Recipe
+from onecard.passes.plan import Plan, Prepared, Settings
+
+if TYPE_CHECKING:
+    from onecard.calibrate.walk import Progress
+
+__all__ = ["Plan", "Prepared", "Settings", "compress", "file_bytes", "is_finished",
+           "parameter_count", "prepare"]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to go about it. `dtype` is what blocks are run in while calibrating."""
+def way_of(recipe: Recipe) -> ModuleType:
+    """What carries a recipe out."""
+    if rounding.suits(recipe):
+        return rounding
+    from onecard.passes import walked
 
-    calibration: Calibration = field(default_factory=Calibration)
-    data: Path | None = None
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    memory: int | None = None
-    force: bool = False
-
-
-def apply(model: Model, recipe: Recipe, ids: Tensor | None) -> Report:
-    """Apply a recipe to a model in memory. `ids` [samples, length] calibrate it, if it needs any.
-
-    The object is changed: it holds what the last stage made, which may have other sizes.
-    """
-    recipe.check(model.spec)
-    if any(not linear.format.dense for _, linear in model.linears()):
-        raise BadRequest("the model is compressed already", do="start from the original model")
-    if recipe.calibrated and ids is None:
-        raise BadRequest(f"the recipe {recipe.name} needs calibration text")
-    rows: list[Row] = []
-    stages, original = recipe.stages(), kept_original(model, recipe)
-    for number, stage in enumerate(stages):
-        made, found = run_stage(model, stage, Data(ids, original))
-        model.network, model.spec, model.config = made.network, made.spec, made.config
-        rows += staged(found, number, len(stages))
-    return Report(tuple(rows), environment(recipe=recipe.name), title=recipe.name)
-
-
-def kept_original(model: Model, recipe: Recipe) -> Callable[[], Model]:
-    """The model before the recipe, for passes that learn from it: read again, or kept as it is."""
-    if not any(isinstance(p, ModelPass) and not isinstance(p, Cut) for p in recipe.passes):
-        return lambda: model
-    if model.source is not None:
-        folder = model.source
-        return lambda: load_model(folder, tokenizer=False)
-    kept = copy.deepcopy(model)
-    return lambda: kept
-
-
-def staged(rows: list[Row], number: int, count: int) -> list[Row]:
-    """Rows of a stage; where there are several, `where` says which."""
-    if count == 1:
-        return rows
-    return [replace(row, where=f"stage {number + 1}: {row.where}") for row in rows]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A job that was checked: everything it needs, nothing done yet."""
-
-    source: Source
-    out: Path
-    recipe: Recipe
-    settings: Settings
-    ids: Tensor | None
-    plan: Plan
-
-    def key(self) -> dict[str, Any]:
-        """What decides the result: another key is another job.
-
-        The number of threads does where blocks are run: the native kernels give the same bits for any,
-        but torch's matrix products cut their sums by it (the shipped model by gptq-int4 differs between
-        one thread and two).
-        """
-        return {
-            "onecard": __version__,
-            "source": fingerprint(self.source.checkpoint),
-            "config": self.source.config,
-            "recipe": self.recipe.settings(),
-            "calibration": digest(self.ids),
-            "dtype": self.plan.dtype,
-            "threads": torch.get_num_threads() if self.recipe.calibrated else 0,
-        }
+    return walked
 
 
 def prepare(model: str | Path, out: str | Path, recipe: Recipe, settings: Settings) -> Prepared:
@@ -142,15 +75,14 @@ def prepare(model: str | Path, out: str | Path, recipe: Recipe, settings: Settin
                 f"samples of {ids.shape[1]} tokens, the model's context is {source.spec.max_context}",
                 do="lower --length",
             )
-    dtype = compute_dtype(source, settings.dtype) if recipe.calibrated else source.dtype
-    plan = make_plan(source, recipe, ids, dtype, settings.memory)
+    plan = way_of(recipe).make_plan(source, recipe, settings, ids)
     check_space(out, plan.disk)
     return Prepared(source, out, recipe, settings, ids, plan)
 
 
 def compress(
     job: Prepared,
-    progress: Progress = quiet,
+    progress: Progress = lambda done, total, what: None,
     finish: Callable[[Path, Report], Report] = lambda folder, report: report,
 ) -> Report:
     """Carry out a prepared job; OUT appears when it is complete. Killed, a second call goes on.
@@ -160,13 +92,10 @@ def compress(
     """
     started = time.perf_counter()
     source, recipe = job.source, job.recipe
-    if recipe.calibrated:
-        require_finite(source, list(source.checkpoint.entries))
-    journal = Journal(job.out, job.key(), job.settings.force)
-    with ThreadPoolExecutor(1) as aside:
+    with Journal(job.out, job.key(), job.settings.force) as journal, ThreadPoolExecutor(1) as aside:
         hashes = aside.submit(source_hashes, source)
         try:
-            last, rows = _stages(job, journal, progress)
+            last = way_of(recipe).fill(job, journal, progress)
         except BadRequest:
             if journal.fresh:
                 journal.discard()
@@ -174,54 +103,13 @@ def compress(
         weights = assemble(journal.folder, journal.hashes())
         write_text(journal.folder / "recipe.yaml", to_yaml(recipe))
         about = {"source": hashes.result(), **made(job)}
-        complete(journal.folder, source, config_with(last.source, last.formats), weights, about)
-    report = summary(job, rows, journal.folder, time.perf_counter() - started)
-    report = finish(journal.folder, report)
-    write_text(journal.folder / "report.json", report.to_json())
-    journal.publish(job.settings.force)
+        config = config_with(last.source, last.formats, last.split)
+        complete(journal.folder, source, config, weights, about)
+        report = summary(job, last.rows, journal.folder, time.perf_counter() - started)
+        report = finish(journal.folder, report)
+        write_text(journal.folder / "report.json", report.to_json())
+        journal.publish(job.settings.force)
     return report
-
-
-def _stages(job: Prepared, journal: Journal, progress: Progress) -> tuple[Made, list[Row]]:
-    """All stages, each from the folder of the one before; the last one's parts lie in `journal`."""
-    stages, rows, source = job.recipe.stages(), list[Row](), job.source
-    for number, stage in enumerate(stages):
-        notes = journal.folder / f"stage-{number + 1}"
-        last = number == len(stages) - 1
-        later = any(
-            (journal.folder / f"stage-{n + 1}").is_dir() for n in range(number, len(stages))
-        )
-        if not last and later:  # done before this process
-            noted = json.loads(notes.with_suffix(".rows.json").read_text(encoding="utf-8"))
-            rows += staged([Row(*note) for note in noted], number, len(stages))
-            source = Source(notes) if notes.is_dir() else source
-            continue
-        own = journal if last else Journal(notes, {**job.key(), "stage": number})
-        if number:
-            verify(source.folder)
-        done = run(stage, Work(
-            source, own, notes, job.ids, job.plan.dtype, job.plan.replay[number],
-            job.plan.in_memory[number],
-            Data(job.ids, lambda: load_model(job.source.folder, tokenizer=False),
-                 notes.with_suffix(".work"), _told(progress, number, len(stages))),
-        ))  # fmt: skip
-        rows += staged(done.rows, number, len(stages))
-        if not last:
-            weights = assemble(own.folder, own.hashes())
-            complete(own.folder, job.source, config_with(done.source, done.formats), weights, {})
-            write_text(notes.with_suffix(".rows.json"), json.dumps(notes_of(done.rows)))
-            own.publish(replace=True)
-            if number:
-                remove(source.folder)
-            source = Source(notes)
-    return done, rows
-
-
-def _told(progress: Progress, number: int, count: int) -> Progress:
-    """Progress that says which stage it is of."""
-    if count == 1:
-        return progress
-    return lambda done, total, what: progress(done, total, f"stage {number + 1} of {count}, {what}")
 
 
 def made(job: Prepared) -> Mapping[str, Any]:
@@ -260,8 +148,8 @@ def summary(job: Prepared, rows: list[Row], folder: Path, seconds: float) -> Rep
             *rows,
         ),
         environment(
-            model=source.folder.name, recipe=job.recipe.name, threads=torch.get_num_threads(),
-            torch=torch.__version__, onecard=__version__, dtype=job.plan.dtype,
+            model=source.folder.name, recipe=job.recipe.name, onecard=__version__,
+            dtype=job.plan.dtype, **way_of(job.recipe).facts(),
             calibration_samples=0 if job.ids is None else job.ids.shape[0],
             calibration_tokens=0 if job.ids is None else job.ids.numel(),
         ),

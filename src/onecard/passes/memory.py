@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onecard.calibrate.walk import Blocks, Progress, SitePass, batches, walk
+from onecard.calibrate.walk import (
+    TOKENS_PER_BATCH,
+    Blocks,
+    Progress,
+    SitePass,
+    batches,
+    walk,
+    weight_count,
+)
 from onecard.core.report import Row
+from onecard.core.spec import Spec
 from onecard.kernels.reference import NAMES
 from onecard.nn.layers import Linear
 from onecard.nn.model import Model
@@ -67,16 +76,17 @@ def inputs(model: Model, ids: Tensor | None) -> list[Tensor]:
 
 def look(model: Model, survey: Survey, ids: Tensor | None, progress: Progress = quiet) -> Any:
     """What a survey finds in a model in memory."""
-    if survey.gradients:
-        assert ids is not None, "gradients need text"
-        return differentiate(model, survey, ids, progress)
+    if survey.whole:
+        assert ids is not None, "this survey needs text"
+        survey.model(model, ids, progress)
+        return survey.result()
     hidden = inputs(model, ids) if survey.runs else []
     walk(Watched(ModelBlocks(model), survey, hidden), (survey,), hidden, progress=progress)
     return survey.result()
 
 
-def differentiate(model: Model, survey: Survey, ids: Tensor, progress: Progress = quiet) -> Any:
-    """The survey sees, batch by batch, the gradients of the mean loss with respect to every linear.
+def differentiated(model: Model, ids: Tensor, progress: Progress = quiet) -> Iterator[None]:
+    """Batch by batch, with the gradient of the batch's mean loss in every linear: see `gradient`.
 
     Memory: a gradient per weight, and what one batch keeps of all blocks for its way back.
     """
@@ -86,19 +96,29 @@ def differentiate(model: Model, survey: Survey, ids: Tensor, progress: Progress 
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        with torch.enable_grad():
-            for number, batch in enumerate(parts):
-                progress(number, len(parts), "gradients")
+        for number, batch in enumerate(parts):
+            progress(number, len(parts), "gradients")
+            with torch.enable_grad():
                 logits = model.network(batch)[:, :-1].flatten(0, 1)
                 F.cross_entropy(logits.float(), batch[:, 1:].flatten()).backward()
-                survey.batch(model)
-                for weight in weights:
-                    weight.grad = None
+            yield
+            for weight in weights:
+                weight.grad = None
     finally:
         for weight in weights:
             weight.requires_grad_(False)
             weight.grad = None
-    return survey.result()
+
+
+def gradient_bytes(spec: Spec, ids: Tensor | None) -> int:
+    """A float32 gradient per weight, and what one batch keeps of all blocks and of the logits."""
+    tokens = 0 if ids is None else min(ids.numel(), max(TOKENS_PER_BATCH, ids.shape[1]))
+    kept = 0
+    for layer in spec.layers:
+        a, f = layer.attention, layer.feed_forward
+        kept += 10 * spec.hidden + 4 * a.head_dim * (a.num_heads + a.num_kv_heads) + 5 * f.width
+    weights = sum(weight_count(spec, layer) for layer in spec.layers)
+    return 8 * weights + 4 * tokens * (kept + 4 * spec.vocab_size)
 
 
 def gradient(linear: Linear) -> Tensor:

@@ -1,51 +1,65 @@
-"""What a job will take, known before it starts: memory, disk, time, output, from headers alone.
+"""A job before it starts: settings, what it will take, and what its result is made of.
 
-The plan of a recipe is that of its worst stage for memory; disk holds what a stage reads, when it is
-the result of the stage before, beside what it writes. Sizes of stages behind a cut come from the Spec
-that the settings foretell.
+A result is written in parts: the stem, a part per block, the tail. What is not changed is copied, byte
+by byte, and looked through for NaN on its way.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
-from onecard.calibrate.walk import TOKENS_PER_BATCH, peak_bytes, weight_count
+from onecard import __version__
+from onecard.calibrate.data import Calibration, digest
+from onecard.checkpoint.finite import count_not_finite, damaged, is_finite
+from onecard.checkpoint.journal import Journal, fingerprint
 from onecard.checkpoint.save import SINGLE_FILE
+from onecard.checkpoint.shards import Array, Bytes, copy_range
 from onecard.checkpoint.source import Source
-from onecard.core.device import resident, resident_peak
 from onecard.core.errors import BadRequest
-from onecard.core.format import DTYPE_BYTES
+from onecard.core.format import DTYPE_BYTES, Format, parse_format
 from onecard.core.report import Row
 from onecard.core.settings import format_size
-from onecard.core.spec import Spec, linear_shapes, sites
-from onecard.kernels.reference import DTYPES
-from onecard.passes.base import BlockPass, ModelPass, Recipe, Stage, Survey, needs_of, output_bytes
-from onecard.passes.cut import Cut
+from onecard.core.spec import linear_shapes
+from onecard.passes.base import Recipe
 
-SLACK, LIBRARIES = 32 << 20, 64 << 20
-"""Allowance for the allocator, and for what matrix libraries keep once they have run."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SMALL_FILES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to go about it. `dtype` is what blocks are run in while calibrating."""
+
+    calibration: Calibration = field(default_factory=Calibration)
+    data: Path | None = None
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    memory: int | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a job will take, known before it starts. Bytes and seconds.
 
-    `replay` and `in_memory` say for every stage how it is done.
+    `dtype` is what blocks are run in. So does the number of `threads` decide the result where they are:
+    the native kernels give the same bits for any, but torch's matrix products cut their sums by it (the
+    shipped model by gptq-int4 differs between one thread and two). It is 0 where none is run. `replay`
+    and `in_memory` say of every stage whether its walk re-runs blocks, and whether it holds the model.
     """
 
     peak: int
     disk: int
     output: int
     seconds: float
-    replay: tuple[bool, ...]
-    in_memory: tuple[bool, ...]
     dtype: str
+    replay: tuple[bool, ...] = ()
+    in_memory: tuple[bool, ...] = ()
+    threads: int = 0
 
     def rows(self) -> tuple[Row, ...]:
         found = [
@@ -61,206 +75,116 @@ class Plan:
         return tuple(found)
 
 
-def compute_dtype(source: Source, wanted: str) -> str:
-    """bf16 where the weights are bf16 and the processor multiplies them, else fp32."""
-    if wanted != "auto":
-        return wanted
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bf16" if source.dtype == "bf16" and fast else "fp32"
+@dataclass(frozen=True)
+class Prepared:
+    """A job that was checked: everything it needs, nothing done yet."""
+
+    source: Source
+    out: Path
+    recipe: Recipe
+    settings: Settings
+    ids: Tensor | None
+    plan: Plan
+
+    def key(self) -> dict[str, Any]:
+        """What decides the result: another key is another job."""
+        return {
+            "onecard": __version__,
+            "source": fingerprint(self.source.checkpoint),
+            "config": self.source.config,
+            "recipe": self.recipe.settings(),
+            "calibration": digest(self.ids),
+            "dtype": self.plan.dtype,
+            "threads": self.plan.threads,
+        }
 
 
-def estimate_seconds(spec: Spec, ids: Tensor, dtype: str, replay: bool) -> float:
-    """From two matrix products timed on the spot, and the operation counts of the walk."""
-    seconds = 0.0
-    fast, slow = _rate(DTYPES[dtype]), _rate(torch.float32)
-    tokens = ids.numel()
+def output_bytes(source: Source, recipe: Recipe) -> int:
+    """Bytes of all tensors of the result of one walk."""
+    spec, stored = source.spec, DTYPE_BYTES[source.dtype]
+    total = source.checkpoint.nbytes
     for layer in spec.layers:
-        shapes = linear_shapes(spec, layer)
-        seconds += 2 * tokens * weight_count(spec, layer) * (2 if replay else 1) / fast
-        for site in sites(layer):
-            rows = sum(shapes[name][0] for name in site.linears)
-            columns = shapes[site.linears[0]][1]
-            products = 2 * tokens * columns**2 / fast
-            rounding = columns**3 / 3 + 4 * rows * columns**2 + 4000 * rows * columns
-            seconds += products + rounding / slow
-    return seconds
+        before = sum(rows * columns for rows, columns in linear_shapes(spec, layer).values())
+        total += recipe.output_bytes(spec, layer, source.dtype) - before * stored
+    return total
 
 
-def _rate(dtype: torch.dtype) -> float:
-    """Operations per second of a matrix product of 1024, best of three."""
-    a, best = torch.ones(1024, 1024, dtype=dtype), float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+def disk_bytes(output: int, state: int = 0) -> int:
+    """The most that lies on the disk at once; `state` is what a block hands to the next."""
+    copies = 2 if output <= SINGLE_FILE else 1  # parts are joined while they are still there
+    return copies * output + 2 * state + SMALL_FILES
+
+
+def beyond_cap(
+    source: Source, recipe: Recipe, cap: int, least: int, base: int, do: str = "raise --memory",
+    where: str = "",
+) -> BadRequest:  # fmt: skip
+    """The error about a memory cap that cannot be kept; `base` is what the process takes already."""
+    return BadRequest(
+        f"{recipe.name} on {source.folder.name} does not fit into {format_size(cap)}",
+        f"the smallest cap that works is {format_size(least)}"
+        f" ({format_size(base)} of it is the running process)" + (f"; {where}" if where else ""),
+        do,
+    )
 
 
 @dataclass(frozen=True)
-class Before:
-    """A model that a stage starts from: sizes, and what its passes have to know of them."""
+class Made:
+    """What lies in a journal when it is full: the layout it was written in, the formats of packed
+    modules by stored name, what was measured, whether fused matrices lie in parts.
+    """
 
-    spec: Spec
-    stored: str
-    linears: int
-    rest: int
-    stem: int
-    largest: int
-    """Bytes of its linears, of everything else, of its embedding, of its largest tensor."""
-
-    @property
-    def nbytes(self) -> int:
-        return self.linears + self.rest
+    source: Source
+    formats: Mapping[str, Format]
+    rows: list[Row]
+    split: bool = False
 
 
-def before_of(source: Source) -> Before:
-    """The model that the first stage starts from."""
-    spec, entries = source.spec, source.checkpoint.entries
-    stored = DTYPE_BYTES[source.dtype]
-    linears = sum(weight_count(spec, layer) for layer in spec.layers) * stored
-    name = source.name(source.family.outer["stem.embedding"].name)
-    stem = max(entries[n].nbytes for n in entries if n.startswith(name))
-    largest = max(entry.nbytes for entry in entries.values())
-    return Before(spec, source.dtype, linears, source.checkpoint.nbytes - linears, stem, largest)
+def made_of(
+    source: Source, journal: Journal, split: bool = False, held: Mapping[str, Format] | None = None
+) -> Made:
+    """What was noted with every part of a model that kept its layout; `held` was packed before."""
+    parts = ("stem", *(part_name(i) for i in range(source.spec.num_layers)), "tail")
+    rows = [Row(*row) for part in parts for row in journal.rows(part)]
+    return Made(source, {**(held or {}), **output_formats(source, rows, split)}, rows, split)
 
 
-def make_plan(
-    source: Source, recipe: Recipe, ids: Tensor | None, dtype: str, memory: int | None
-) -> Plan:
-    """What the job will take. BadRequest when it cannot stay under the memory cap."""
-    before, base = before_of(source), resident()
-    peaks, replays, wholes, disk, seconds = [], [], [], 0, source.checkpoint.nbytes / 0.6e9
-    stages = recipe.stages()
-    for number, stage in enumerate(stages):
-        peak, replay, whole = stage_peak(before, stage, ids, dtype, base, memory)
-        after = after_stage(before, stage)
-        seconds += stage_seconds(before, stage, ids, dtype, replay)
-        kept = before.nbytes if number else 0
-        output = after.nbytes
-        copies = 2 if output <= SINGLE_FILE else 1  # parts are joined while they are still there
-        state = 0 if ids is None else ids.numel() * before.spec.hidden * DTYPE_BYTES[dtype]
-        disk = max(disk, kept + copies * output + 2 * state + SMALL_FILES)
-        peaks.append(peak)
-        replays.append(replay)
-        wholes.append(whole)
-        before = after
-    peak = max(resident_peak(), *peaks)
-    if memory is not None and peak > memory:
-        worst = peaks.index(max(peaks))
-        where = f"stage {worst + 1} of {len(stages)}" if len(stages) > 1 else ""
-        if wholes[worst]:
-            where = f"{where + ' ' if where else ''}needs the whole model in memory"
-        advice = "raise --memory" + (", or lower --samples or --length" if ids is not None else "")
-        raise BadRequest(
-            f"{recipe.name} on {source.folder.name} does not fit into {format_size(memory)}",
-            f"the smallest cap that works is {format_size(peak)} ({format_size(base)} of it is "
-            f"the running process)" + (f"; {where}" if where else ""), advice,
-        )  # fmt: skip
-    return Plan(peak, disk, before.nbytes, seconds, tuple(replays), tuple(wholes), dtype)
+def output_formats(source: Source, rows: list[Row], split: bool) -> dict[str, Format]:
+    """stored name -> Format, from the `format` rows of the blocks."""
+    named = {row.where: parse_format(str(row.value)) for row in rows if row.what == "format"}
+    formats = {}
+    for index in range(source.spec.num_layers):
+        for place in source.places(index, split):
+            format = named.get(f"blocks.{index}.{place.path}")
+            if format is not None:
+                formats[place.stored.name] = format
+    return formats
 
 
-def after_stage(before: Before, stage: Stage) -> Before:
-    """The model that a stage leaves."""
-    passes = (stage,) if isinstance(stage, ModelPass) else stage
-    spec = before.spec
-    for p in passes:
-        spec = p.leaves(spec)
-    if isinstance(stage, ModelPass):
-        share = linear_weights(spec) / max(1, linear_weights(before.spec))
-        linears = round(before.linears * share)
-        rest = before.rest * spec.hidden // before.spec.hidden
-        return Before(spec, before.stored, linears, rest, before.stem, before.largest)
-    linears = sum(output_bytes(stage, spec, layer, before.stored) for layer in spec.layers)
-    return Before(spec, before.stored, linears, before.rest, before.stem, before.largest)
+# Parts --------------------------------------------------------------------------------------------
 
 
-def linear_weights(spec: Spec) -> int:
-    return sum(weight_count(spec, layer) for layer in spec.layers)
+def part_name(index: int) -> str:
+    return f"block-{index:05d}"
 
 
-def needs_memory(stage: Stage, surveys: Sequence[Survey]) -> bool:
-    """Whether a stage needs the whole model at once."""
-    if any(survey.gradients for survey in surveys):
-        return True
-    return isinstance(stage, ModelPass) and not isinstance(stage, Cut)
+def outer_arrays(source: Source, part: str) -> dict[str, Array]:
+    """The stem or the tail, as the source has it."""
+    modules = {p.stored.name for p in source.places(None) if p.path.startswith(f"{part}.")}
+    if part == "tail" and source.spec.tied:
+        modules.discard(source.name(source.family.outer["stem.embedding"].name))
+    names = (n for n in source.checkpoint.entries if n.rpartition(".")[0] in modules)
+    return {name: copied(source, name) for name in names}
 
 
-def surveys_of(stage: Stage, spec: Spec) -> list[Survey]:
-    passes: Sequence[BlockPass | ModelPass] = (stage,) if isinstance(stage, ModelPass) else stage
-    return [p.survey(spec) for p in passes if p.surveys]
+def copied(source: Source, name: str) -> Array:
+    """A tensor that is copied. BadRequest, when its bytes are taken, where one is NaN or infinite."""
+    entry = source.checkpoint.entries[name]
 
+    def pieces() -> Iterator[Bytes]:
+        for piece in copy_range(entry):
+            if not is_finite(entry.dtype, piece):
+                raise damaged(name, count_not_finite(source.checkpoint, name))
+            yield piece
 
-def runs_blocks(stage: Stage, spec: Spec) -> bool:
-    """Whether a stage runs the model on the calibration text."""
-    if isinstance(stage, tuple) and needs_of(stage):
-        return True
-    return any(s.runs or s.gradients for s in surveys_of(stage, spec))
-
-
-def stage_peak(
-    before: Before, stage: Stage, ids: Tensor | None, dtype: str, base: int, memory: int | None
-) -> tuple[int, bool, bool]:
-    """Peak bytes of a stage, whether its walk replays sites, whether it holds the whole model."""
-    spec, element, stored = before.spec, DTYPE_BYTES[dtype], DTYPE_BYTES[before.stored]
-    surveys = surveys_of(stage, spec)
-    whole = needs_memory(stage, surveys)
-    weights = linear_weights(spec)
-    if whole:
-        extra = stage.model_bytes(spec, ids) if isinstance(stage, ModelPass) else 0
-        if any(s.gradients for s in surveys):
-            extra = max(extra, gradient_bytes(spec, ids))
-        held = weights * stored + before.rest  # packed linears are counted as what they expand to
-        return base + SLACK + LIBRARIES + held + extra, False, True
-    needs = needs_of(stage) if isinstance(stage, tuple) else frozenset()
-    needs = needs.union(*(s.needs for s in surveys))
-    runs = runs_blocks(stage, spec)
-    passes = stage if isinstance(stage, tuple) else ()
-
-    def site_bytes(rows: int, columns: int) -> int:
-        return max((p.site_bytes(rows, columns) for p in passes), default=8 * rows * columns)
-
-    def peak(replay: bool) -> int:
-        compute = element if runs else stored
-        walking = peak_bytes(spec, ids if runs else None, needs or frozenset({"mean"}), compute,
-                             replay, site_bytes)  # fmt: skip
-        if runs:
-            assert ids is not None
-            state = ids.numel() * spec.hidden * element
-            stem = before.stem * element // stored
-            if surveys:  # what goes into a block is kept beside what comes out
-                walking += state
-            return base + SLACK + LIBRARIES + max(walking, stem + state, before.largest)
-        aside = max(  # the block being read meanwhile, and what the finished one becomes
-            weight_count(spec, layer) * stored + output_bytes(passes, spec, layer, before.stored)
-            for layer in set(spec.layers)
-        )
-        return base + SLACK + max(walking + aside, before.largest if not passes else 0)
-
-    replay = memory is not None and bool(needs) and peak(False) > memory
-    return peak(replay), replay, False
-
-
-def gradient_bytes(spec: Spec, ids: Tensor | None) -> int:
-    """A float32 gradient per weight, and what one batch keeps of all blocks and of the logits."""
-    tokens = 0 if ids is None else min(ids.numel(), max(TOKENS_PER_BATCH, ids.shape[1]))
-    kept = 0
-    for layer in spec.layers:
-        a, f = layer.attention, layer.feed_forward
-        kept += 10 * spec.hidden + 4 * a.head_dim * (a.num_heads + a.num_kv_heads) + 5 * f.width
-    return 8 * linear_weights(spec) + 4 * tokens * (kept + 4 * spec.vocab_size)
-
-
-def stage_seconds(
-    before: Before, stage: Stage, ids: Tensor | None, dtype: str, replay: bool
-) -> float:
-    """Seconds of the walks of a stage; a ModelPass that learns says its own while it works."""
-    spec, found = before.spec, 0.0
-    if ids is None:
-        return found
-    for survey in surveys_of(stage, spec):
-        if survey.runs or survey.gradients:
-            forward = 2 * ids.numel() * linear_weights(spec) / _rate(DTYPES[dtype])
-            found += forward * (3 if survey.gradients else 1)
-    if isinstance(stage, tuple) and needs_of(stage):
-        found += estimate_seconds(spec, ids, dtype, replay)
-    return found
+    return entry.dtype, entry.shape, pieces()

@@ -18,7 +18,7 @@ Lin et al., AWQ, arXiv 2306.00978; Xiao et al., SmoothQuant, arXiv 2211.10438.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from onecard.calibrate.stats import ABSMAX, HESSIAN
 from onecard.calibrate.walk import Reached
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format
+from onecard.core.format import Format, Integers
 from onecard.core.report import Row
 from onecard.core.spec import Spec
 from onecard.kernels import convert
@@ -73,7 +73,7 @@ class Scale(BlockPass):
 
     def site(self, site: Reached) -> Iterator[Row]:
         format = make_format(self.bits, self.group, self.zero_point, site.stats.size)
-        yield from scale_site(site, replace(format, scale=site.stored), self.steps)
+        yield from scale_site(site, format.scaled(site.stored), self.steps)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Smooth(BlockPass):
         yield site.rescale(site.exact(s))
 
 
-def scale_site(site: Reached, format: Format, steps: int) -> Iterator[Row]:
+def scale_site(site: Reached, format: Integers, steps: int) -> Iterator[Row]:
     """Search a site's scales and apply them; nothing where they would not help."""
     if site.made is None or not site.stats.count:
         return
@@ -132,7 +132,7 @@ def smooth_scale(w: Tensor, absmax: Tensor, source: Tensor, strength: float) -> 
 
 
 def search_scale(
-    w: Tensor, hessian: Tensor, format: Format, source: Tensor,
+    w: Tensor, hessian: Tensor, format: Integers, source: Tensor,
     exact: Callable[[Tensor], Tensor], steps: int,
 ) -> Tensor | None:  # fmt: skip
     """The best s [channels] for w [rows, in] under H [in, in]; None when it is 1."""
@@ -162,7 +162,7 @@ def candidates(w: Tensor, power: Tensor, source: Tensor, steps: int) -> Iterator
             yield torch.where(used, (s / level).clamp(1e-4, 1e4), 1.0)
 
 
-def rounded(w: Tensor, format: Format) -> Tensor:
+def rounded(w: Tensor, format: Integers) -> Tensor:
     """w as round-to-nearest would hold it."""
     return convert.to_dense(convert.round_to_nearest(w.contiguous(), format))
 

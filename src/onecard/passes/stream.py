@@ -9,7 +9,7 @@ begins neither again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,37 +20,39 @@ from torch import Tensor, nn
 
 from onecard.calibrate.walk import SitePass, batches, walk
 from onecard.checkpoint.journal import Journal
-from onecard.checkpoint.load import as_array, is_finite, load_model, read, stored_arrays
+from onecard.checkpoint.load import as_array, load_model, stored_arrays
 from onecard.checkpoint.load import block as read_block
 from onecard.checkpoint.load import stem as read_stem
 from onecard.checkpoint.load import tail as read_tail
+from onecard.checkpoint.packed import must_split
 from onecard.checkpoint.save import packed_formats
 from onecard.checkpoint.shards import (
     Array,
     Buffers,
-    Bytes,
-    copy_range,
     fresh,
     pread,
     read_header,
 )
 from onecard.checkpoint.source import Source
-from onecard.core.format import Format, parse_format
+from onecard.core.format import DENSE, Format
 from onecard.core.report import Row, write_text
 from onecard.core.spec import sites
 from onecard.kernels.reference import DTYPES
 from onecard.nn.graph import Surgery, cut_block, cut_outer
 from onecard.nn.transformer import Block, positions_of
-from onecard.passes.base import BlockPass, Data, ModelPass, Survey, needs_of
+from onecard.passes.base import BlockPass, Data, ModelPass, Survey, needs_of, splits
 from onecard.passes.cut import Cut, judge, loss_of
-from onecard.passes.memory import Watched, look, run_stage
+from onecard.passes.memory import Watched, run_stage
+from onecard.passes.plan import Made, made_of, outer_arrays, part_name
 
 
 class StreamedBlocks:
     """Blocks read from a folder one by one, finished ones written to the journal."""
 
-    def __init__(self, source: Source, journal: Journal, dtype: torch.dtype | None) -> None:
-        self.source, self.journal, self.dtype = source, journal, dtype
+    def __init__(
+        self, source: Source, journal: Journal, dtype: torch.dtype | None, split: bool = False
+    ) -> None:
+        self.source, self.journal, self.dtype, self.split = source, journal, dtype, split
         self.spec, self.stored = source.spec, source.dtype
         self._aside = ThreadPoolExecutor(1)
         self._next: tuple[int, Future[Block]] | None = None
@@ -71,28 +73,18 @@ class StreamedBlocks:
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
         state = {f"hidden.{i:05d}": as_array(h) for i, h in enumerate(hidden)}
         notes = [[r.where, r.what, r.value, r.unit] for r in rows]
-        arrays = compressed_arrays(self.source, block, index, rows)
+        arrays = compressed_arrays(self.source, block, index, rows, self.split)
         self.journal.add(part_name(index), arrays, notes, state or None)
 
 
-def part_name(index: int) -> str:
-    return f"block-{index:05d}"
-
-
-def outer_names(source: Source, part: str) -> list[str]:
-    """The source's tensors that hold the stem or the tail."""
-    modules = {p.stored.name for p in source.places(None) if p.path.startswith(f"{part}.")}
-    return [name for name in source.checkpoint.entries if name.rpartition(".")[0] in modules]
-
-
 def compressed_arrays(
-    source: Source, block: Block, index: int, rows: Iterable[Row] = ()
+    source: Source, block: Block, index: int, rows: Iterable[Row] = (), split: bool = False
 ) -> dict[str, Array]:
     """A finished block as it will be stored: what was changed, everything else the source's bytes.
 
     Changed are the weights of linears, and whole modules that a `rescaled` row names.
     """
-    arrays = stored_arrays(source, block, index)
+    arrays = stored_arrays(source, block, index, split)
     touched = {name for site in sites(block.layer) for name in site.linears}
     rescaled = {r.where.removeprefix(f"blocks.{index}.") for r in rows if r.what == "rescaled"}
     changed, whole = (
@@ -105,41 +97,12 @@ def compressed_arrays(
         kept = module not in whole and (module not in changed or tensor == "bias")
         if entry is not None and kept:
             arrays[name] = (entry.dtype, entry.shape, entry)
-        elif entry is not None and arrays[name][0] != entry.dtype:
-            held = torch.frombuffer(arrays[name][2], dtype=DTYPES[arrays[name][0]])
-            arrays[name] = as_array(held.view(arrays[name][1]).to(DTYPES[entry.dtype]))
+        elif tensor in ("weight", "bias") and arrays[name][0] in DENSE:
+            stored = entry.dtype if entry is not None else source.dtype
+            if arrays[name][0] != stored:
+                held = torch.frombuffer(arrays[name][2], dtype=DTYPES[arrays[name][0]])
+                arrays[name] = as_array(held.view(arrays[name][1]).to(DTYPES[stored]))
     return arrays
-
-
-def require_finite(source: Source, names: list[str]) -> None:
-    """BadRequest naming the first tensor with NaN or infinite values."""
-    for name in names:
-        read(source, name)
-
-
-def copy_outer(source: Source, journal: Journal, part: str) -> None:
-    """The stem or the tail, as the source has it."""
-    if part in journal:
-        return
-    arrays: dict[str, Array] = {}
-    for name in outer_names(source, part):
-        entry = source.checkpoint.entries[name]
-        if not (part == "tail" and source.spec.tied and _is_embedding(source, name)):
-            arrays[name] = (entry.dtype, entry.shape, _checked(source, name))
-    journal.add(part, arrays, [])
-
-
-def _checked(source: Source, name: str) -> Iterator[Bytes]:
-    """A tensor's bytes for copying. BadRequest where a value is NaN or infinite."""
-    entry = source.checkpoint.entries[name]
-    for piece in copy_range(entry):
-        if not is_finite(torch.frombuffer(piece, dtype=DTYPES[entry.dtype])):
-            read(source, name)  # says how many
-        yield piece
-
-
-def _is_embedding(source: Source, name: str) -> bool:
-    return name.rpartition(".")[0] == source.name(source.family.outer["stem.embedding"].name)
 
 
 # One stage ----------------------------------------------------------------------------------------
@@ -162,15 +125,6 @@ class Work:
     data: Data
 
 
-@dataclass(frozen=True)
-class Made:
-    """What a stage left: the layout it was written in, formats by stored name, what was measured."""
-
-    source: Source
-    formats: Mapping[str, Format]
-    rows: list[Row]
-
-
 def run(stage: tuple[BlockPass, ...] | ModelPass, work: Work) -> Made:
     """Every part of a stage into its journal."""
     if work.in_memory:
@@ -191,12 +145,12 @@ def walked(stage: tuple[BlockPass, ...], work: Work) -> Made:
     copy_outer(source, journal, "stem")
     first = sum(part_name(i) in journal for i in range(source.spec.num_layers))
     dtype = DTYPES[work.dtype] if needs_of(stage) else None
-    blocks = StreamedBlocks(source, journal, dtype)
+    split = splits(stage) or source.split
+    blocks = StreamedBlocks(source, journal, dtype, split)
     hidden = _hidden(work, dtype) if needs_of(stage) else []
     walk(blocks, chosen, hidden, first, work.replay, work.data.progress)
     copy_outer(source, journal, "tail")
-    rows = noted(journal, source.spec.num_layers)
-    return Made(source, {**held_formats(source), **output_formats(source, rows)}, rows)
+    return made_of(source, journal, split, held_formats(source))
 
 
 def cut(stage: Cut, work: Work) -> Made:
@@ -217,9 +171,9 @@ def cut(stage: Cut, work: Work) -> Made:
                 formats[place.stored.name] = format
         if part_name(index) not in journal:
             block = cut_block(read_block(source, old), plan, index)
-            journal.add(part_name(index), stored_arrays(target, block, index), [])
+            journal.add(part_name(index), stored_arrays(target, block, index, source.split), [])
     outer(source, target, plan, journal, "tail")
-    return Made(target, formats, rows)
+    return Made(target, formats, rows, source.split)
 
 
 def judged(stage: Cut, plan: Surgery, work: Work) -> list[Row]:
@@ -259,12 +213,19 @@ def whole(stage: tuple[BlockPass, ...] | ModelPass, work: Work) -> Made:
     roots += [(part_name(i), block, i) for i, block in enumerate(model.blocks())]
     roots += [("tail", model.network.tail, None)]
     formats: dict[str, Format] = {}
+    split = must_split([linear.format for _, linear in model.linears() if not linear.format.dense])
     journal.restart()
     for part, root, index in roots:
-        journal.add(part, stored_arrays(target, root, index), [])
-        formats |= packed_formats(target, root, index)
+        journal.add(part, stored_arrays(target, root, index, split), [])
+        formats |= packed_formats(target, root, index, split)
     write_text(path, json.dumps(notes_of(rows)))
-    return Made(target, formats, rows)
+    return Made(target, formats, rows, split)
+
+
+def copy_outer(source: Source, journal: Journal, part: str) -> None:
+    """The stem or the tail, as the source has it."""
+    if part not in journal:
+        journal.add(part, outer_arrays(source, part), [])
 
 
 def surveyed(survey: Survey, work: Work, name: str) -> Any:
@@ -273,23 +234,13 @@ def surveyed(survey: Survey, work: Work, name: str) -> Any:
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     source, progress = work.source, work.data.progress
-    if survey.gradients:
-        found = look(load_model(source.folder, "fp32"), survey, work.ids, progress)
-    else:
-        dtype = DTYPES[work.dtype] if survey.runs else None
-        hidden = first_inputs(source, work.ids, dtype) if survey.runs else []
-        blocks = StreamedBlocks(source, work.journal, dtype)
-        walk(Watched(blocks, survey, hidden), (survey,), hidden, 0, work.replay, progress)
-        found = survey.result()
-    text = json.dumps(found)
+    dtype = DTYPES[work.dtype] if survey.runs else None
+    hidden = first_inputs(source, work.ids, dtype) if survey.runs else []
+    blocks = StreamedBlocks(source, work.journal, dtype)
+    walk(Watched(blocks, survey, hidden), (survey,), hidden, 0, work.replay, progress)
+    text = json.dumps(survey.result())
     write_text(path, text)
     return json.loads(text)
-
-
-def noted(journal: Journal, layers: int) -> list[Row]:
-    """What was noted with every part."""
-    parts = ["stem", *(part_name(i) for i in range(layers)), "tail"]
-    return [Row(*row) for part in parts for row in journal.rows(part)]
 
 
 def notes_of(rows: list[Row]) -> list[list[Any]]:
@@ -320,15 +271,3 @@ def held_formats(source: Source) -> dict[str, Format]:
     places = (place for index in source.parts() for place in source.places(index))
     found = ((place.stored.name, source.format_at(place)) for place in places)
     return {name: format for name, format in found if format is not None}
-
-
-def output_formats(source: Source, rows: list[Row]) -> dict[str, Format]:
-    """stored name -> Format, from the `format` rows of the blocks."""
-    named = {row.where: parse_format(str(row.value)) for row in rows if row.what == "format"}
-    formats = {}
-    for index in range(source.spec.num_layers):
-        for place in source.places(index):
-            format = named.get(f"blocks.{index}.{place.path}")
-            if format is not None:
-                formats[place.stored.name] = format
-    return formats

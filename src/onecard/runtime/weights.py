@@ -1,7 +1,8 @@
 """A model's weights as the engine multiplies them: laid out once, kept in a file, mapped from then on.
 
 Every linear is in the kernel layout (kernels/layout.py), norms (their offset added), biases and learned
-positions are float32. The embedding is not copied: its rows are gathered from the model's own file,
+positions are float32. Formats without a kernel of their own are expanded and rounded to int8 in blocks
+of 32. The embedding is not copied: its rows are gathered from the model's own file,
 mapped. The router and the gate of shared experts are dense float32. The head is rounded to int8 in
 blocks of 32 where it is dense, unless `head` is "stored".
 
@@ -39,7 +40,7 @@ from onecard.checkpoint.shards import read_json, sha256_of
 from onecard.checkpoint.source import KINDS, MANIFEST, Place, Source, verify
 from onecard.core.device import usable_cores
 from onecard.core.errors import BadRequest
-from onecard.core.format import DTYPE_BYTES
+from onecard.core.format import DTYPE_BYTES, Integers
 from onecard.core.report import write_text
 from onecard.core.spec import KEPT_DENSE
 from onecard.kernels import cpu, layout, structs
@@ -194,9 +195,9 @@ def _matrices(source: Source, place: Place, head: Head) -> tuple[About, ...]:
     format = source.format_at(place)
     if place.path in KEPT_DENSE:
         made = [layout.dense(shape, "fp32")]
-    elif format is not None:
+    elif isinstance(format, Integers):
         made = [layout.integers(shape, format)]
-    elif place.path == "tail.head" and head == "int8":
+    elif format is not None or (place.path == "tail.head" and head == "int8"):
         made = [layout.rounded(shape, HEAD_BLOCK)]
     else:
         dtype = source.checkpoint.entries[f"{place.stored.name}.weight"].dtype
@@ -268,6 +269,9 @@ def _fill(source: Source, part: Part, about: About, out: Bytes, threads: int) ->
     try:
         if format is None:
             layout.fill_dense(matrix, source.dense(place)[1], out, threads)
+            return
+        if not isinstance(format, Integers):
+            layout.fill_dense(matrix, source.expanded(place, format), out, threads)
             return
         packed, scale, zero = source.packed(place, format)
         if matrix.bits:

@@ -184,6 +184,8 @@ bool is_float(int dtype) { return dtype == OC_FP32 || dtype == OC_FP16 || dtype 
 
 }  // namespace
 
+oc::Reach oc::reach = {8192, 12288};
+
 const oc::Class &oc::chosen_class() { return classes()[size_t(chosen().load())]; }
 
 // ------------------------------------------------------------------------------------- interface

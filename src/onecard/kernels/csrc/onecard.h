@@ -6,8 +6,8 @@
  *
  * The same kernels are compiled once per instruction-set class (`oc_isa_name`), and the best class
  * that the processor and the system allow is picked when the library is first used. In rounding, packing
- * and GPTQ all classes give the same bits; the engine's norms and attention are as exact in each, and
- * within a class their bits depend on nothing but their own row.
+ * and GPTQ all classes give the same bits; in the engine all do that have a fused multiply-add, but for
+ * attention in tiles (amx, with keys and values in bf16 or int8). Bits depend on nothing but their own row.
  */
 #ifndef ONECARD_H
 #define ONECARD_H

@@ -1,0 +1,126 @@
+"""Carrying out a recipe stage by stage: on a model in memory, or streamed from folder to folder.
+
+Both give the same bits. Streamed: each stage but the last leaves an ordinary model folder inside the
+working folder, which the next one reads and then removes. A second run of the same job goes on behind
+the last block that was finished, in the stage where it was stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from onecard.calibrate.walk import Progress
+from onecard.checkpoint.journal import Journal, remove
+from onecard.checkpoint.load import load_model, read
+from onecard.checkpoint.save import assemble, complete, config_with
+from onecard.checkpoint.source import Source, verify
+from onecard.core.errors import BadRequest
+from onecard.core.report import Report, Row, Value, environment, write_text
+from onecard.nn.model import Model
+from onecard.passes.base import Data, ModelPass, Recipe
+from onecard.passes.cut import Cut
+from onecard.passes.forecast import make_plan
+from onecard.passes.memory import run_stage
+from onecard.passes.plan import Made, Prepared
+from onecard.passes.stream import Work, notes_of, run
+
+__all__ = ["apply", "facts", "fill", "make_plan"]
+
+
+def facts() -> dict[str, Value]:
+    """What the report says of the machinery."""
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def apply(model: Model, recipe: Recipe, ids: Tensor | None) -> Report:
+    """Apply a recipe to a model in memory. `ids` [samples, length] calibrate it, if it needs any.
+
+    The object is changed: it holds what the last stage made, which may have other sizes.
+    """
+    recipe.check(model.spec)
+    if any(not linear.format.dense for _, linear in model.linears()):
+        raise BadRequest("the model is compressed already", do="start from the original model")
+    if recipe.calibrated and ids is None:
+        raise BadRequest(f"the recipe {recipe.name} needs calibration text")
+    rows: list[Row] = []
+    stages, original = recipe.stages(), kept_original(model, recipe)
+    for number, stage in enumerate(stages):
+        made, found = run_stage(model, stage, Data(ids, original))
+        model.network, model.spec, model.config = made.network, made.spec, made.config
+        rows += staged(found, number, len(stages))
+    return Report(tuple(rows), environment(recipe=recipe.name), title=recipe.name)
+
+
+def kept_original(model: Model, recipe: Recipe) -> Callable[[], Model]:
+    """The model before the recipe, for passes that learn from it: read again, or kept as it is."""
+    if not any(isinstance(p, ModelPass) and not isinstance(p, Cut) for p in recipe.passes):
+        return lambda: model
+    if model.source is not None:
+        folder = model.source
+        return lambda: load_model(folder, tokenizer=False)
+    kept = copy.deepcopy(model)
+    return lambda: kept
+
+
+def staged(rows: list[Row], number: int, count: int) -> list[Row]:
+    """Rows of a stage; where there are several, `where` says which."""
+    if count == 1:
+        return rows
+    return [replace(row, where=f"stage {number + 1}: {row.where}") for row in rows]
+
+
+def fill(job: Prepared, journal: Journal, progress: Progress) -> Made:
+    """All stages, each from the folder of the one before; the last one's parts lie in `journal`."""
+    stages, rows, source = job.recipe.stages(), list[Row](), job.source
+    if job.recipe.calibrated:  # hours of work follow: better said now
+        for name in source.checkpoint.entries:
+            read(source, name)
+    for number, stage in enumerate(stages):
+        notes = journal.folder / f"stage-{number + 1}"
+        last = number == len(stages) - 1
+        later = any(
+            (journal.folder / f"stage-{n + 1}").is_dir() for n in range(number, len(stages))
+        )
+        if not last and later:  # done before this process
+            noted = json.loads(notes.with_suffix(".rows.json").read_text(encoding="utf-8"))
+            rows += staged([Row(*note) for note in noted], number, len(stages))
+            source = Source(notes) if notes.is_dir() else source
+            continue
+        own = journal if last else Journal(notes, {**job.key(), "stage": number})
+        if number:
+            verify(source.folder)
+        done = run(stage, Work(
+            source, own, notes, job.ids, job.plan.dtype, job.plan.replay[number],
+            job.plan.in_memory[number],
+            Data(job.ids, lambda: load_model(job.source.folder, tokenizer=False),
+                 notes.with_suffix(".work"), _told(progress, number, len(stages))),
+        ))  # fmt: skip
+        rows += staged(done.rows, number, len(stages))
+        if not last:
+            weights = assemble(own.folder, own.hashes())
+            complete(
+                own.folder,
+                job.source,
+                config_with(done.source, done.formats, done.split),
+                weights,
+                {},
+            )
+            write_text(notes.with_suffix(".rows.json"), json.dumps(notes_of(done.rows)))
+            own.publish(replace=True)
+            if number:
+                remove(source.folder)
+            source = Source(notes)
+    return replace(done, rows=rows)
+
+
+def _told(progress: Progress, number: int, count: int) -> Progress:
+    """Progress that says which stage it is of."""
+    if count == 1:
+        return progress
+    return lambda done, total, what: progress(done, total, f"stage {number + 1} of {count}, {what}")
