@@ -17,7 +17,7 @@ from onecard.calibrate.losses import next_token, soft_targets
 from onecard.calibrate.train import Training, training_ids
 from onecard.checkpoint.load import load_model
 from onecard.core.errors import BadRequest, FailedWork
-from onecard.core.format import integers
+from onecard.core.format import Integers
 from onecard.kernels import reference
 from onecard.nn.model import Model
 from onecard.passes import Distil, DropLayers, Prune, Recover, recipe_of, to_yaml
@@ -111,7 +111,7 @@ def test_a_perfect_student_has_no_loss(tiny: Path, text_file: Path) -> None:
 def test_distilling_into_integers(tiny: Path, text_file: Path) -> None:
     model = load_model(tiny)
     for _, linear in model.linears():
-        linear.replace(reference.round_to_nearest(linear.matrix(), integers(3, 32)))
+        linear.replace(reference.round_to_nearest(linear.matrix(), Integers(3, 32)))
     ids, data = ids_of(model, text_file), Data(None, lambda: load_model(tiny))
     with torch.no_grad():
         said = load_model(tiny, "fp32").network(ids)

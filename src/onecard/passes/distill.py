@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from onecard.calibrate import losses
 from onecard.calibrate.forward import Seen, forward
-from onecard.calibrate.latent import grid_of, trainable
+from onecard.calibrate.grids import grid_of
+from onecard.calibrate.latent import trainable
 from onecard.calibrate.train import Course, Training, computes_bf16, train
 from onecard.core.errors import BadRequest
 from onecard.core.report import Row
@@ -212,7 +213,7 @@ def distil(
     """Train the student in place; it keeps its format."""
     loss = Distillation(student, teacher, settings.targets, settings.training)
     key = {"pass": settings.key, "targets": str(settings.targets), "rank": settings.rank}
-    with trainable(student, lambda name, linear: grid_of(linear, settings.keep_zeros), settings.rank,
+    with trainable(student, lambda name, linear: grid_of(linear.held(), settings.keep_zeros), settings.rank,
                    seed=settings.training.seed) as trainee:  # fmt: skip
         own = {f"projection.{i}": p for i, p in enumerate(loss.projections)}
         return train({**trainee.parameters, **own}, loss, ids, settings.training,

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from onecard.calibrate.data import digest
 from onecard.calibrate.forward import forward
-from onecard.calibrate.latent import Grid, grid_of, trainable
+from onecard.calibrate.grids import Grid, grid_of
+from onecard.calibrate.latent import trainable
 from onecard.calibrate.losses import hidden_states, next_token
 from onecard.calibrate.train import Course, Training, checked_ids, train
 from onecard.calibrate.walk import Progress, weight_count
@@ -64,7 +65,7 @@ class Recover(ModelPass):
         return training_bytes(spec, self.training, self.rank if self.how == "lora" else 0)
 
     def grid(self, name: str, linear: Linear) -> Grid:
-        return grid_of(linear, self.keep_zeros)
+        return grid_of(linear.held(), self.keep_zeros)
 
     def model(self, model: Model, data: Data) -> tuple[Model, list[Row]]:
         ids = learned_from(data, self.training)
