@@ -32,8 +32,8 @@ from onecard.nn.model import Model
 from onecard.passes import GPTQ, Distil, Prune, Recover, RoundToNearest
 from onecard.passes.base import Data, Pass, Recipe
 from onecard.passes.distill import Targets, distil
-from onecard.passes.job import apply
 from onecard.passes.student import inherit
+from onecard.passes.walked import apply
 from onecard.runtime.reference import TorchScorer
 
 ROOT = Path(__file__).resolve().parent.parent

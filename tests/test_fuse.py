@@ -12,7 +12,8 @@ from onecard.checkpoint.load import load_model
 from onecard.nn.layers import Normalize
 from onecard.passes import Fuse, RoundToNearest
 from onecard.passes.base import Data, Recipe
-from onecard.passes.job import Settings, apply, compress, prepare
+from onecard.passes.job import Settings, compress, prepare
+from onecard.passes.walked import apply
 
 IDS = torch.arange(3, 11)[None]
 

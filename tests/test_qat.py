@@ -20,8 +20,9 @@ from onecard.kernels import convert, reference
 from onecard.nn.model import Model
 from onecard.passes import GPTQ, QAT, Prune, Recover, RoundToNearest
 from onecard.passes.base import Recipe
-from onecard.passes.job import Settings, apply, compress, prepare
+from onecard.passes.job import Settings, compress, prepare
 from onecard.passes.qat import LearnedGrid, LevelGrid, StraightGrid
+from onecard.passes.walked import apply
 
 TRAINING = Training(40, batch=4, length=32, rate=1e-3, dtype="fp32")
 
@@ -110,7 +111,7 @@ def test_the_result_is_packed_and_closer_than_rounding(
 ) -> None:
     folder = make_llama(tmp_path / "m")
     ids = ids_of(load_model(folder), text_file)
-    qat = QAT(kind, bits=2, training=replace(TRAINING, rate=2e-3))  # type: ignore[arg-type]
+    qat = QAT(kind, bits=2, hard=0.0, training=replace(TRAINING, rate=5e-4))  # type: ignore[arg-type]
     made, rounded = load_model(folder), load_model(folder)
     report = apply(made, Recipe("q", (qat,)), ids)
     apply(
@@ -168,11 +169,13 @@ def test_order_conflicts() -> None:
             Recipe("r", passes).check(load_model("demo").spec)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"bits": 1}, {"bits": 9}, {"group": 48}, {"soft": -1.0}, {"temperature": 0.0}],
-    ids=str,
-)
+WRONG = (
+    {"bits": 1}, {"bits": 9}, {"group": 48}, {"soft": -1.0}, {"soft": 0.0, "hard": 0.0},
+    {"temperature": 0.0},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_bad_settings(wrong: dict) -> None:
     with pytest.raises(BadRequest):
         QAT(**wrong)

@@ -23,7 +23,8 @@ from onecard.nn.model import Model
 from onecard.passes import Distil, DropLayers, Prune, Recover, recipe_of, to_yaml
 from onecard.passes.base import Data, Recipe
 from onecard.passes.distill import Targets, counterpart
-from onecard.passes.job import Settings, apply, compress, prepare
+from onecard.passes.job import Settings, compress, prepare
+from onecard.passes.walked import apply
 
 GENTLE = Training(40, batch=4, length=32, rate=3e-4, dtype="fp32")
 SHORT = Training(8, batch=4, length=32, rate=2e-3, dtype="fp32")

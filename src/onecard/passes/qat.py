@@ -31,7 +31,7 @@ from onecard.calibrate.latent import trainable
 from onecard.calibrate.losses import next_token, soft_targets
 from onecard.calibrate.train import Training, computes_bf16, train
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format, Integers, Levels, Weight
+from onecard.core.format import Integers, Levels, Weight
 from onecard.core.report import Row
 from onecard.core.spec import Spec
 from onecard.kernels import reference, storage
@@ -133,11 +133,15 @@ class LevelGrid(Grid):
 
 @dataclass(frozen=True)
 class QAT(ModelPass):
-    """Settings: the kind of grid, its bits and groups, the weight of the original's words, the training."""
+    """Settings: the kind of grid, its bits and groups, what is learned, the training.
+
+    `hard` is the weight of the next token in the loss, `soft` that of what the original says of it.
+    """
 
     kind: Kind = "lsq"
     bits: int = 2
     group: int | Literal["auto"] | None = AUTO
+    hard: float = 1.0
     soft: float = 1.0
     temperature: float = 1.0
     training: Training = field(default_factory=lambda: Training(rate=1e-3))
@@ -148,18 +152,21 @@ class QAT(ModelPass):
 
     def __post_init__(self) -> None:
         self.format_of(128)
-        if self.soft < 0 or self.temperature <= 0:
-            raise BadRequest(f"qat: soft {self.soft}, temperature {self.temperature}",
-                             do="soft from 0 on, temperature above 0")  # fmt: skip
+        if min(self.soft, self.hard) < 0 or self.soft + self.hard == 0 or self.temperature <= 0:
+            raise BadRequest(
+                f"qat: hard {self.hard}, soft {self.soft}, temperature {self.temperature}",
+                do="weights from 0 on, one of them above, and a temperature above 0",
+            )
 
     @property
     def quantizes(self) -> bool:
         return True
 
-    def format_of(self, columns: int) -> Format:
+    def format_of(self, columns: int) -> Integers | Levels:
         group = 128 if self.group == AUTO else self.group
-        made: Format = Levels(self.kind, group) if self.kind in ("ternary", "binary") else Integers(
-            self.bits, group)  # fmt: skip
+        made: Integers | Levels = Integers(self.bits, group)
+        if self.kind in ("ternary", "binary"):
+            made = Levels(self.kind, group)
         return made.for_row(columns) if self.group == AUTO else made
 
     def check(self, spec: Spec) -> None:
@@ -181,14 +188,16 @@ class QAT(ModelPass):
     def model(self, model: Model, data: Data) -> tuple[Model, list[Row]]:
         ids = learned_from(data, self.training)
         teacher = None
-        if self.soft and data.original is not None:
+        if self.soft:
+            if data.original is None:
+                raise BadRequest("the original model is not here", do="set soft: 0")
             original = data.original()
             bf16 = computes_bf16(self.training.dtype, original.parameters)
             teacher = original.network.to(torch.bfloat16 if bf16 else torch.float32)
 
         def loss(batch: Tensor) -> Tensor:
             logits = forward(model.network, batch, self.training.checkpointing).logits
-            value = next_token(logits, batch)
+            value = self.hard * next_token(logits, batch)
             if teacher is None:
                 return value
             with torch.no_grad():
