@@ -225,6 +225,8 @@ def test_interrupted(tiny: Path, tmp_path: Path) -> None:
     """Ctrl-C ends it with its message; what was finished is kept."""
     out = tmp_path / "out"
     slow = WITHOUT_TORCH.replace("main(sys", """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 from onecard.passes import rounding
 real = rounding.block_arrays
 def slowly(*words):

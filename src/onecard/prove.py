@@ -9,19 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from onecard.checkpoint.text import read_text
+from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.device import available_memory
 from onecard.core.report import Report, Row
 from onecard.evaluate import Progress, Reading, evaluate
-from onecard.runtime.engine import Result, complete, prompt_ids
+from onecard.runtime.engine import Result, Runner, complete, prompt_ids
 from onecard.runtime.sample import Sampling
 
-if TYPE_CHECKING:
-    from onecard.nn.model import Model
-
-PROMPT = "The function returns"
+PROMPT, SAMPLED = "The function returns", 48
 SMALL = 100_000_000
 """Parameters up to which a proof takes seconds."""
 DOCUMENTS = Reading(documents="<|endoftext|>", limit=32)
@@ -35,13 +32,13 @@ def is_small(parameters: int, memory: int | None) -> bool:
     return parameters <= SMALL and needed < (available_memory() if memory is None else memory)
 
 
-def sample(model: Model, prompt: str = PROMPT, tokens: int = 48) -> Result:
+def sample(
+    runner: Runner, tokenizer: Tokenizer, prompt: str = PROMPT, tokens: int = SAMPLED
+) -> Result:
     """The greedy continuation of a prompt."""
-    from onecard.runtime.reference import TorchExecutor
-
-    ids = prompt_ids(model.tokenizer, prompt)
-    room = max(1, min(tokens, model.spec.max_context - len(ids)))
-    return complete(TorchExecutor(model), model.tokenizer, ids, Sampling(room, ignore_eos=True))
+    ids = prompt_ids(tokenizer, prompt)
+    room = max(1, min(tokens, runner.max_context - len(ids)))
+    return complete(runner, tokenizer, ids, Sampling(room, ignore_eos=True))
 
 
 def prove(
@@ -50,7 +47,7 @@ def prove(
 ) -> Report:  # fmt: skip
     """`report` with perplexity before and after, KL, agreement and samples."""
     from onecard.checkpoint.load import load_model
-    from onecard.runtime.reference import TorchScorer
+    from onecard.runtime.reference import TorchExecutor, TorchScorer
 
     dense, made = load_model(original), load_model(result)
     words = read_text(text, "held_out.txt")
@@ -63,7 +60,7 @@ def prove(
         Row.of("model", "kl", after.value("kl")),
         Row.of("model", "top1_agreement", after.value("top1_agreement")),
     ]
-    notes = [(f"sample: {name}", PROMPT + sample(model).text)
+    notes = [(f"sample: {name}", PROMPT + sample(TorchExecutor(model), model.tokenizer).text)
              for name, model in (("original", dense), ("compressed", made))]  # fmt: skip
     name = text.name if text else "the shipped held-out text"
     notes += [(title, f"{name}: {said}") for title, said in after.notes]

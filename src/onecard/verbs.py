@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -113,8 +115,10 @@ def info(*, refresh: Annotated[bool, Flag] = False, json: Json = False) -> None:
     refresh
         measure again instead of using the cached figures
     """
-    from onecard.kernels import cpu
+    from onecard.kernels import cpu, tune
 
+    if cpu.available():
+        tune.apply(refresh)
     show(cpu.info(refresh), json)
 
 
@@ -240,9 +244,6 @@ def compress(
     from onecard.checkpoint.text import read_text
     from onecard.passes import find_recipe
     from onecard.passes import job as jobs
-    from onecard.prove import is_small
-    from onecard.prove import prove as proof
-    from onecard.render import to_html
 
     cap = None if memory is None else parse_size(memory)
     settings = jobs.Settings(Calibration(samples, length), data, dtype, cap, force)
@@ -258,15 +259,21 @@ def compress(
         return
 
     def page(folder: Path, made: Report) -> Report:
+        from onecard.render import to_html
+
         write_text(folder / "report.html", to_html(made))
         return made
 
-    with Progress("compressing") as progress:
+    with Progress("compressing") as progress, ThreadPoolExecutor(1) as aside:
+        for later in ("onecard.render", "onecard.prove"):
+            aside.submit(import_module, later)
         found = jobs.compress(prepared, progress, page)
+        from onecard.prove import is_small
+        from onecard.prove import prove as proof
+
         if prove or (prove is None and is_small(int(found.value("parameters") or 0), cap)):
-            found = proof(model, out, found, held_out, progress)
+            found = page(out, proof(model, out, found, held_out, progress))
             write_text(out / "report.json", found.to_json())
-            write_text(out / "report.html", to_html(found))
         elif prove is None:
             say(f"its quality was not measured: onecard eval {out} --against {model}")
     show(found, json)

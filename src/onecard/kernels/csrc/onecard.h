@@ -42,6 +42,13 @@ OC_API int oc_isa_supported(int isa);    /* 1 or 0 */
 OC_API int oc_isa(void);
 OC_API int oc_isa_force(int isa);
 
+/* What a measurement of this machine found (kernels/tune.py), none of which changes a bit of any result:
+ * `prefer` makes a class the best one, unless one is forced at the moment (the class now in use, or
+ * OC_BAD_ARGUMENT); `reach` says how many bytes ahead decoding calls for weights, twice each (0 or
+ * OC_BAD_ARGUMENT). Not to be called while the engine runs. */
+OC_API int oc_isa_prefer(int isa);
+OC_API int oc_reach(int64_t near, int64_t far);
+
 /* Bytes per second that `threads` threads read from `bytes` of memory, each its own contiguous range:
  * the best of at least three sweeps within about `seconds`. */
 OC_API double oc_read_bandwidth(int64_t bytes, int threads, double seconds);
