@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import call
+from safetensors.torch import load_file
 from torch import Tensor
 
+from onecard.calibrate.data import Calibration
 from onecard.calibrate.stats import HESSIAN, NORM, Statistics
-from onecard.checkpoint.load import load_model
+from onecard.checkpoint.load import Source, load_model
+from onecard.checkpoint.save import save_model
 from onecard.core.errors import BadRequest
+from onecard.core.report import Report
 from onecard.nn.model import Model
-from onecard.passes import GPTQ, Prune, SparseGPT, recipe_of
+from onecard.passes import GPTQ, DropLayers, Prune, SparseGPT, recipe_of
 from onecard.passes.base import Recipe
 from onecard.passes.budget import (
     allocate,
@@ -24,6 +29,7 @@ from onecard.passes.budget import (
     sensitive_shares,
 )
 from onecard.passes.criteria import CRITERIA, Seen, Shape, keep_mask, second_order
+from onecard.passes.job import Settings, compress, prepare
 from onecard.passes.sparsegpt import solve
 from onecard.passes.walked import apply
 
@@ -322,3 +328,64 @@ def test_gradients_need_the_whole_model(tiny: Path, text_file: Path, tmp_path: P
     assert done == 0
     model = load_model(tmp_path / "out")
     assert len(set(zeros(model).values())) > 5
+
+
+# Stored without zeros -----------------------------------------------------------------------------
+
+
+def made(folder: Path, out: Path, text_file: Path, *passes: object) -> Source:
+    """What a recipe makes of a folder, streamed; the same as in memory."""
+    recipe = Recipe("r", passes)  # type: ignore[arg-type]
+    job = prepare(folder, out, recipe, Settings(Calibration(4, 32), text_file))
+    compress(job)
+    model = load_model(folder)
+    apply(model, recipe, job.ids)
+    memory = save_model(model, out.with_name("memory"))
+    first, second = (load_file(f / "model.safetensors") for f in (out, memory))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    return Source(out)
+
+
+@pytest.mark.parametrize("passes, name", [
+    ((Prune("wanda", 0.5, scope="row"),), "sparse0.5(bf16)"),
+    ((Prune("wanda", pattern="2:4"),), "sparse2:4(bf16)"),
+    ((SparseGPT(0.5),), "sparse0.5(bf16)"),
+    ((SparseGPT(pattern="2:4"), GPTQ(4, 64)), "sparse2:4(int4-g64)"),
+    ((Prune("l1", 0.02),), None),
+    ((Prune("l1", 0.5, stored="dense"),), None),
+    ((Prune("l1", 0.5), GPTQ(4, 64, True)), "int4-g64-zp"),
+], ids=["row", "2:4", "sparsegpt", "both", "few", "dense", "zero-point"])  # fmt: skip
+def test_zeros_are_not_stored(
+    tiny: Path, tmp_path: Path, text_file: Path, passes: tuple, name: str | None
+) -> None:
+    source = made(tiny, tmp_path / "out", text_file, *passes)
+    assert source.format_names() == ([name] if name else [])
+    report = Report.from_json((tmp_path / "out" / "report.json").read_text())
+    planned, size = report.value("output_bytes"), source.checkpoint.nbytes
+    assert size == pytest.approx(planned, rel=0.02)
+    dense = load_model(tiny)
+    model = load_model(tmp_path / "out")
+    if name is None or name.endswith("(bf16)"):
+        plain = load_model(tiny)
+        p = replace(passes[0], stored="dense")
+        apply(plain, Recipe("r", (p,)), ids_of(tmp_path / "out", text_file, tiny))
+        for (_, one), (_, two) in zip(model.linears(), plain.linears(), strict=True):
+            assert torch.equal(one.matrix(), two.matrix())
+    assert dense.parameters == model.parameters or name is not None
+
+
+def ids_of(out: Path, text_file: Path, folder: Path) -> Tensor:
+    job = prepare(folder, out.with_name("never"), Recipe("g", (GPTQ(),)),
+                  Settings(Calibration(4, 32), text_file))  # fmt: skip
+    assert job.ids is not None
+    return job.ids
+
+
+def test_a_later_stage_keeps_zeros_out(tiny: Path, tmp_path: Path, text_file: Path) -> None:
+    """Pruned, a layer dropped, then rounded: the zeros stay, and stay out of the file."""
+    source = made(tiny, tmp_path / "out", text_file, SparseGPT(pattern="2:4"),
+                  DropLayers(layers=(1,), most=None), GPTQ(4, 64))  # fmt: skip
+    assert source.format_names() == ["sparse2:4(int4-g64)"]
+    for _, linear in load_model(tmp_path / "out").linears():
+        assert ((linear.matrix() != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all()

@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from onecard.checkpoint.packed import must_split
 from onecard.core.errors import BadRequest
-from onecard.core.format import Dense, Format, Grouped
+from onecard.core.format import Dense, Format, Grouped, Integers, Sparse
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from onecard.calibrate.walk import Progress, Reached, SitePass
+    from onecard.calibrate.walk import Progress, Reached, SitePass, Whole
     from onecard.nn.model import Model
 
 
@@ -50,6 +50,10 @@ class Survey(ABC):
 
     def site(self, site: Reached) -> Iterator[Row]:
         """Look at a site; nothing is yielded and nothing changed."""
+        yield from ()
+
+    def finish(self, whole: Whole) -> Iterator[Row]:
+        """Nothing: it asks for no original to compare with."""
         yield from ()
 
     def block(self, index: int, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
@@ -131,9 +135,18 @@ class BlockPass(Pass):
     def site(self, site: Reached) -> Iterator[Row]:
         """Replace the weights of a site's linears; yield what was measured."""
 
+    def finish(self, whole: Whole) -> Iterator[Row]:
+        """Work on a block whose sites are done; only called where it needs `original`."""
+        return iter(())
+
     @abstractmethod
     def format_of(self, columns: int) -> Format | None:
         """The format it leaves a matrix of `columns` inputs in; None keeps what it found."""
+
+    @property
+    def zeros(self) -> Zeros | None:
+        """The zeros it leaves, where matrices are to be stored without them."""
+        return None
 
     def informed(self, found: Any) -> SitePass:
         """What walks when the survey has found something: the pass with its budgets."""
@@ -150,6 +163,21 @@ class BlockPass(Pass):
     def site_bytes(self, rows: int, columns: int) -> int:
         """Bytes it holds while it works on a site of linears [rows, columns] in all."""
         return 3 * 4 * rows * columns
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """What pruning leaves: about which share of a matrix is zero, or in which pattern."""
+
+    share: float
+    pattern: str | None = None
+
+    def stored(self, inner: Format, shape: tuple[int, int]) -> Format:
+        """The smaller of `inner` and `inner` without zeros."""
+        if not isinstance(inner, (Dense, Integers)) or getattr(inner, "zero_point", False):
+            return inner
+        sparse = Sparse(inner, self.share, self.pattern)
+        return sparse if sparse.bytes(shape) < inner.bytes(shape) else inner
 
 
 @dataclass(frozen=True)
@@ -246,9 +274,14 @@ def needs_of(stage: Sequence[BlockPass]) -> frozenset[str]:
     return frozenset().union(*(p.needs for p in stage))
 
 
+def zeros_of(stage: Sequence[BlockPass]) -> Zeros | None:
+    """The zeros that a stage leaves."""
+    return next((p.zeros for p in reversed(stage) if p.zeros is not None), None)
+
+
 def splits(stage: Sequence[BlockPass]) -> bool:
     """Whether fused matrices end up in parts (checkpoint.packed)."""
-    return must_split([p.format_of(128) for p in stage])
+    return zeros_of(stage) is not None or must_split([p.format_of(128) for p in stage])
 
 
 def output_format(stage: Sequence[BlockPass], columns: int) -> Format | None:
@@ -261,10 +294,12 @@ def output_bytes(stage: Sequence[BlockPass], spec: Spec, layer: LayerSpec, store
     """Exact bytes of a block's linears after a walk over a model stored in the dtype `stored`."""
     shapes = linear_shapes(spec, layer)
     touched = {name for site in sites(layer) for name in site.linears}
-    total = 0
+    total, zeros = 0, zeros_of(stage)
     for name, shape in shapes.items():
-        format = output_format(stage, shape[1]) if name in touched else None
-        total += (format or Dense(stored)).scaled(stored).bytes(shape)
+        format = (output_format(stage, shape[1]) if name in touched else None) or Dense(stored)
+        if zeros is not None and name in touched:
+            format = zeros.stored(format, shape)
+        total += format.scaled(stored).bytes(shape)
     return total
 
 

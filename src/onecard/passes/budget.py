@@ -154,7 +154,7 @@ def counted(w: Tensor, seen: Seen, settings: Budget) -> Tensor:
     return histogram(pieces(scored(w, seen, settings.criterion), settings.shape.piece))
 
 
-class Whole(Survey):
+class WholeModel(Survey):
     """What can only be seen in a whole model: gradients, and what pruning a block does to the output."""
 
     whole = True

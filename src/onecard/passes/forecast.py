@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onecard.calibrate.walk import peak_bytes, weight_count
+from onecard.calibrate.walk import compares, peak_bytes, weight_count
 from onecard.checkpoint.source import Source
 from onecard.core.device import resident, resident_peak
 from onecard.core.format import DTYPE_BYTES
@@ -104,7 +104,10 @@ def make_plan(source: Source, recipe: Recipe, settings: Settings, ids: Tensor | 
         seconds += stage_seconds(before, stage, ids, dtype, replay)
         kept = before.nbytes if number else 0
         output = after.nbytes
-        state = 0 if ids is None else ids.numel() * before.spec.hidden * DTYPE_BYTES[dtype]
+        streams = 2 if isinstance(stage, tuple) and stage and compares(stage) else 1
+        state = (
+            0 if ids is None else ids.numel() * before.spec.hidden * DTYPE_BYTES[dtype] * streams
+        )
         disk = max(disk, kept + disk_bytes(output, state))
         peaks.append(peak)
         replays.append(replay)
@@ -187,7 +190,8 @@ def stage_peak(
                              replay, site_bytes)  # fmt: skip
         if runs:
             assert ids is not None
-            state = ids.numel() * spec.hidden * element
+            streams = 2 if compares(passes) else 1
+            state = ids.numel() * spec.hidden * element * streams
             stem = before.stem * element // stored
             if surveys:  # what goes into a block is kept beside what comes out
                 walking += state

@@ -26,6 +26,7 @@ from onecard.nn.layers import Linear
 from onecard.nn.model import Model
 from onecard.nn.transformer import Block, positions_of
 from onecard.passes.base import BlockPass, Data, ModelPass, Stage, Survey, needs_of
+from onecard.passes.sparse import Keeper
 
 
 def quiet(done: int, total: int, what: str) -> None:
@@ -37,18 +38,21 @@ class ModelBlocks:
     """The blocks of a model in memory."""
 
     model: Model
+    stage: Sequence[BlockPass] = ()
 
     def __post_init__(self) -> None:
         self.spec = self.model.spec
         self.stored = NAMES[next(self.model.network.parameters()).dtype]
+        self.keeper = Keeper(self.stage, self.stored)
 
     def load(self, index: int) -> Block:
         block = self.model.network.blocks[index]
         assert isinstance(block, Block)
+        self.keeper.opened(block)
         return block
 
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
-        pass
+        self.keeper.closed(block, rows)
 
 
 class Watched:
@@ -63,6 +67,8 @@ class Watched:
 
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
         self.survey.block(index, self.before, hidden)
+        if isinstance(self.blocks, ModelBlocks):  # it goes back as it came
+            self.blocks.done(index, block, [], hidden)
         self.before = list(hidden)
 
 
@@ -137,7 +143,7 @@ def run_stage(model: Model, stage: Stage, data: Data) -> tuple[Model, list[Row]]
     for p in stage:
         chosen.append(surveyed(model, p, data) if p.surveys else p)
     hidden = inputs(model, data.ids) if needs_of(stage) else []
-    return model, walk(ModelBlocks(model), chosen, hidden, progress=data.progress)
+    return model, walk(ModelBlocks(model, stage), chosen, hidden, progress=data.progress)
 
 
 def surveyed(model: Model, p: BlockPass, data: Data) -> SitePass:

@@ -17,14 +17,14 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from onecard.calibrate.stats import HESSIAN, NORM, Statistics
-from onecard.calibrate.walk import Reached, SitePass
+from onecard.calibrate.walk import Reached, SitePass, Whole
 from onecard.core.errors import BadRequest
 from onecard.core.format import Format
 from onecard.core.report import Row
 from onecard.core.spec import Spec, linear_shapes
 from onecard.kernels.reference import from_dense
-from onecard.passes.base import BlockPass, Survey
-from onecard.passes.budget import Budget, Histograms, Whole
+from onecard.passes.base import BlockPass, Survey, Zeros
+from onecard.passes.budget import Budget, Histograms, WholeModel
 from onecard.passes.criteria import CRITERIA, Criterion, Name, Seen, Shape, keep_mask, scored
 
 
@@ -32,7 +32,7 @@ from onecard.passes.criteria import CRITERIA, Criterion, Name, Seen, Shape, keep
 class Prune(BlockPass):
     """Settings: a criterion; a share of the weights, or a pattern such as 2:4 (kept:of); the piece that
     goes as one, such as 1x8 or 4x4 (rows x columns); whether a share is taken of every row or of the
-    matrix; how much every matrix loses.
+    matrix; how much every matrix loses; whether zeros are left out or stored like other numbers.
     """
 
     criterion: Name = "l1"
@@ -42,6 +42,7 @@ class Prune(BlockPass):
     piece: str = "1x1"
     budget: Literal["uniform", "global", "sensitivity"] = "uniform"
     seed: int = 0
+    stored: Literal["sparse", "dense"] = "sparse"
 
     key: ClassVar[str] = "prune"
     title: ClassVar[str] = "pruning by score"
@@ -83,7 +84,7 @@ class Prune(BlockPass):
     def survey(self, spec: Spec) -> Survey:
         budget = Budget(self.criterion, self.share, self.shape, self.budget, self.seed)
         if self.chosen.gradients or self.budget == "sensitivity":
-            return Whole(budget)
+            return WholeModel(budget)
         return Histograms(budget)
 
     def informed(self, found: Any) -> SitePass:
@@ -91,6 +92,10 @@ class Prune(BlockPass):
 
     def format_of(self, columns: int) -> Format | None:
         return None
+
+    @property
+    def zeros(self) -> Zeros | None:
+        return Zeros(self.share, self.pattern) if self.stored == "sparse" else None
 
     def check(self, spec: Spec) -> None:
         for layer in set(spec.layers):
@@ -132,6 +137,10 @@ class Informed:
             yield Row(where, "relative_weight_error", lost_share(w, mask))
             if HESSIAN in self.needs or NORM in self.needs:
                 yield Row(where, "relative_output_error", output_share(w, mask, site.stats))
+
+    def finish(self, whole: Whole) -> Iterator[Row]:
+        """Nothing: scores need no original to compare with."""
+        yield from ()
 
 
 def lost_share(w: Tensor, mask: Tensor) -> float:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from onecard.core.format import Format
 from onecard.core.report import Row
 from onecard.core.spec import Spec, linear_shapes
 from onecard.kernels.reference import from_dense
-from onecard.passes.base import BlockPass
+from onecard.passes.base import BlockPass, Zeros
 from onecard.passes.criteria import Shape, highest, parse_pattern
 from onecard.passes.gptq import factor, output_power
 
@@ -45,13 +45,14 @@ INNER = 32
 @dataclass(frozen=True)
 class SparseGPT(BlockPass):
     """Settings: a share of the weights, or a pattern such as 2:4; columns that are masked at once;
-    damping as a share of the mean of diag(H).
+    damping as a share of the mean of diag(H); whether zeros are left out or stored like other numbers.
     """
 
     share: float = 0.5
     pattern: str | None = None
     block: int = 128
     damp: float = 0.01
+    stored: Literal["sparse", "dense"] = "sparse"
 
     key: ClassVar[str] = "sparsegpt"
     title: ClassVar[str] = "SparseGPT"
@@ -72,6 +73,10 @@ class SparseGPT(BlockPass):
 
     def format_of(self, columns: int) -> Format | None:
         return None
+
+    @property
+    def zeros(self) -> Zeros | None:
+        return Zeros(self.share, self.pattern) if self.stored == "sparse" else None
 
     def check(self, spec: Spec) -> None:
         for layer in set(spec.layers):

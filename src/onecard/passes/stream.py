@@ -9,7 +9,7 @@ begins neither again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,16 +44,19 @@ from onecard.passes.base import BlockPass, Data, ModelPass, Survey, needs_of, sp
 from onecard.passes.cut import Cut, judge, loss_of
 from onecard.passes.memory import Watched, run_stage
 from onecard.passes.plan import Made, made_of, outer_arrays, part_name
+from onecard.passes.sparse import Keeper
 
 
 class StreamedBlocks:
     """Blocks read from a folder one by one, finished ones written to the journal."""
 
     def __init__(
-        self, source: Source, journal: Journal, dtype: torch.dtype | None, split: bool = False
-    ) -> None:
+        self, source: Source, journal: Journal, dtype: torch.dtype | None, split: bool = False,
+        stage: Sequence[BlockPass] = (),
+    ) -> None:  # fmt: skip
         self.source, self.journal, self.dtype, self.split = source, journal, dtype, split
         self.spec, self.stored = source.spec, source.dtype
+        self.keeper = Keeper(stage, self.stored)
         self._aside = ThreadPoolExecutor(1)
         self._next: tuple[int, Future[Block]] | None = None
         if dtype is None:
@@ -68,9 +71,12 @@ class StreamedBlocks:
         return block
 
     def _read(self, index: int) -> Block:
-        return read_block(self.source, index, self.dtype)
+        block = read_block(self.source, index, self.dtype)
+        self.keeper.opened(block, self.dtype)
+        return block
 
     def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
+        self.keeper.closed(block, rows)
         state = {f"hidden.{i:05d}": as_array(h) for i, h in enumerate(hidden)}
         notes = [[r.where, r.what, r.value, r.unit] for r in rows]
         arrays = compressed_arrays(self.source, block, index, rows, self.split)
@@ -146,7 +152,7 @@ def walked(stage: tuple[BlockPass, ...], work: Work) -> Made:
     first = sum(part_name(i) in journal for i in range(source.spec.num_layers))
     dtype = DTYPES[work.dtype] if needs_of(stage) else None
     split = splits(stage) or source.split
-    blocks = StreamedBlocks(source, journal, dtype, split)
+    blocks = StreamedBlocks(source, journal, dtype, split, stage)
     hidden = _hidden(work, dtype) if needs_of(stage) else []
     walk(blocks, chosen, hidden, first, work.replay, work.data.progress)
     copy_outer(source, journal, "tail")
