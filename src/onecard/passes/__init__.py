@@ -23,13 +23,17 @@ from onecard.passes.base import Pass, Recipe
 if TYPE_CHECKING:
     from onecard.passes.autoround import AutoRound as AutoRound
     from onecard.passes.awq import AWQ as AWQ
+    from onecard.passes.distill import Distil as Distil
+    from onecard.passes.fuse import Fuse as Fuse
     from onecard.passes.gptq import GPTQ as GPTQ
     from onecard.passes.gptq_levels import GPTQLevels as GPTQLevels
     from onecard.passes.hqq import HQQ as HQQ
     from onecard.passes.layers import DropLayers as DropLayers
     from onecard.passes.levels import RoundToLevels as RoundToLevels
     from onecard.passes.prune import Prune as Prune
+    from onecard.passes.qat import QAT as QAT
     from onecard.passes.quantize import RoundToNearest as RoundToNearest
+    from onecard.passes.recover import Recover as Recover
     from onecard.passes.rotate import Rotate as Rotate
     from onecard.passes.scales import Scale as Scale
     from onecard.passes.scales import Smooth as Smooth
@@ -51,6 +55,10 @@ PASSES = {
     "sparsegpt": ("sparsegpt", "SparseGPT"),
     "cut": ("structure", "CutUnits"),
     "drop_layers": ("layers", "DropLayers"),
+    "recover": ("recover", "Recover"),
+    "distil": ("distill", "Distil"),
+    "qat": ("qat", "QAT"),
+    "fuse": ("fuse", "Fuse"),
 }
 """key -> file and class, imported when a recipe names it: one that only rounds does without torch."""
 
@@ -124,6 +132,20 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
      "a chain: the least influential tenth of the layers out, the rest by GPTQ in int4"),
     ("magnitude-20-gptq-int4", [{"prune": {"share": 0.2}}, {"gptq": {"bits": 4}}],
      "a chain: a fifth of the weights to zero, the damage made good while rounding to int4"),
+    ("magnitude-50-distil", [{"prune": {"share": 0.5}}, {"distil": {}}],
+     "half of the weights out, the others taught by the original: minutes for small models"),
+    ("iterative-50",
+     [{"prune": {"share": 0.25}}, {"recover": {}}, {"prune": {"share": 0.4}}, {"recover": {}},
+      {"prune": {"share": 0.5}}, {"distil": {}}],
+     "half of the weights out in three steps, trained in between: less damage than at once"),
+    ("drop-layers-25-distil-gptq-int4",
+     [{"drop_layers": {"share": 0.25, "most": None}}, {"distil": {"targets": {"hidden": 0.5}}},
+      {"gptq": {"bits": 4}}],
+     "a chain: a quarter of the layers out, the rest taught by the original, then int4"),
+    ("qat-int2", [{"qat": {"kind": "lsq", "bits": 2}}],
+     "2 bits with learned scales: needs text and time, far better than any rounding at 2 bits"),
+    ("qat-ternary", [{"qat": {"kind": "ternary"}}],
+     "-1, 0, 1 and a scale, trained as in BitNet: long training, the smallest that still speaks"),
 )  # fmt: skip
 """The shipped recipes: name, passes as a recipe file has them, what it is good for."""
 
