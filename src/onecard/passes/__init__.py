@@ -23,12 +23,18 @@ from onecard.passes.base import Pass, Recipe
 if TYPE_CHECKING:
     from onecard.passes.autoround import AutoRound as AutoRound
     from onecard.passes.awq import AWQ as AWQ
+    from onecard.passes.distill import Distil as Distil
+    from onecard.passes.fuse import Fuse as Fuse
     from onecard.passes.gptq import GPTQ as GPTQ
+    from onecard.passes.gptq_levels import GPTQLevels as GPTQLevels
     from onecard.passes.hqq import HQQ as HQQ
     from onecard.passes.layers import DropLayers as DropLayers
     from onecard.passes.levels import RoundToLevels as RoundToLevels
     from onecard.passes.prune import Prune as Prune
+    from onecard.passes.qat import QAT as QAT
     from onecard.passes.quantize import RoundToNearest as RoundToNearest
+    from onecard.passes.recover import Recover as Recover
+    from onecard.passes.rotate import Rotate as Rotate
     from onecard.passes.scales import Scale as Scale
     from onecard.passes.scales import Smooth as Smooth
     from onecard.passes.sparsegpt import SparseGPT as SparseGPT
@@ -38,15 +44,21 @@ PASSES = {
     "rtn": ("quantize", "RoundToNearest"),
     "levels": ("levels", "RoundToLevels"),
     "gptq": ("gptq", "GPTQ"),
+    "gptq-levels": ("gptq_levels", "GPTQLevels"),
     "awq": ("awq", "AWQ"),
     "autoround": ("autoround", "AutoRound"),
     "hqq": ("hqq", "HQQ"),
     "scale": ("scales", "Scale"),
+    "rotate": ("rotate", "Rotate"),
     "smooth": ("scales", "Smooth"),
     "prune": ("prune", "Prune"),
     "sparsegpt": ("sparsegpt", "SparseGPT"),
     "cut": ("structure", "CutUnits"),
     "drop_layers": ("layers", "DropLayers"),
+    "recover": ("recover", "Recover"),
+    "distil": ("distill", "Distil"),
+    "qat": ("qat", "QAT"),
+    "fuse": ("fuse", "Fuse"),
 }
 """key -> file and class, imported when a recipe names it: one that only rounds does without torch."""
 
@@ -63,6 +75,8 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
      "4.25 bits in the Open Compute layout; coarser than nf4, for machines that multiply it"),
     ("rtn-nvfp4", [{"levels": {"table": "nvfp4"}}],
      "4.5 bits, a scale of 8 bits for every 16 weights: the finer of the two fp4 layouts"),
+    ("gptq-nf4", [{"gptq-levels": {"table": "nf4"}}],
+      "rtn-nf4 with the errors made good while rounding"),
     ("gptq-int8", [{"gptq": {"bits": 8}}], "int8 with the last of its error made good"),
     ("gptq-int4", [{"gptq": {"bits": 4}}], "the usual choice: a quarter of the size, little lost"),
     ("gptq-int4-g32", [{"gptq": {"bits": 4, "group": 32}}],
@@ -85,6 +99,8 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
       "GPTQ that aims at the original's outputs; clearly better than gptq-int3 for twice its time"),
     ("gptaq-int2-g32", [{"gptq": {"bits": 2, "group": 32, "zero_point": True, "correct": 1.0,
                                   "sweeps": 2}}], "GPTQ that aims at the original's outputs"),
+    ("rotate-gptq-int4", [{"rotate": {}}, {"gptq": {"bits": 4}}],
+      "outliers spread by rotations first: for models with large activations"),
     ("hqq-int4", [{"hqq": {"bits": 4}}], "int4 without data, better than rounding, in seconds"),
     ("magnitude-50", [{"prune": {"share": 0.5}}],
      "half of the weights set to zero: a baseline that hurts language models; see its report"),
@@ -116,6 +132,20 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
      "a chain: the least influential tenth of the layers out, the rest by GPTQ in int4"),
     ("magnitude-20-gptq-int4", [{"prune": {"share": 0.2}}, {"gptq": {"bits": 4}}],
      "a chain: a fifth of the weights to zero, the damage made good while rounding to int4"),
+    ("magnitude-50-distil", [{"prune": {"share": 0.5}}, {"distil": {}}],
+     "half of the weights out, the others taught by the original: minutes for small models"),
+    ("iterative-50",
+     [{"prune": {"share": 0.25}}, {"recover": {}}, {"prune": {"share": 0.4}}, {"recover": {}},
+      {"prune": {"share": 0.5}}, {"distil": {}}],
+     "half of the weights out in three steps, trained in between: less damage than at once"),
+    ("drop-layers-25-distil-gptq-int4",
+     [{"drop_layers": {"share": 0.25, "most": None}}, {"distil": {"targets": {"hidden": 0.5}}},
+      {"gptq": {"bits": 4}}],
+     "a chain: a quarter of the layers out, the rest taught by the original, then int4"),
+    ("qat-int2", [{"qat": {"kind": "lsq", "bits": 2}}],
+     "2 bits with learned scales: needs text and time, far better than any rounding at 2 bits"),
+    ("qat-ternary", [{"qat": {"kind": "ternary"}}],
+     "-1, 0, 1 and a scale, trained as in BitNet: long training, the smallest that still speaks"),
 )  # fmt: skip
 """The shipped recipes: name, passes as a recipe file has them, what it is good for."""
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from onecard.checkpoint.packed import must_split
 from onecard.core.errors import BadRequest
-from onecard.core.format import Dense, Format, Integers, Sparse
+from onecard.core.format import Dense, Format, Grouped, Integers, Sparse
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 
@@ -303,7 +303,7 @@ def output_bytes(stage: Sequence[BlockPass], spec: Spec, layer: LayerSpec, store
     return total
 
 
-def check_groups(format: Integers, spec: Spec, explicit: bool) -> None:
+def check_groups(format: Grouped, spec: Spec, explicit: bool) -> None:
     """The group size divides every row that will be quantized."""
     if not explicit:
         return
