@@ -19,15 +19,20 @@ from onecard.core.errors import BadRequest, nearest
 from onecard.core.settings import fill
 from onecard.passes.awq import AWQ
 from onecard.passes.base import BlockPass, Recipe
+from onecard.passes.codebook import Cluster
 from onecard.passes.gptq import GPTQ
+from onecard.passes.hashing import Hash
 from onecard.passes.hqq import HQQ
 from onecard.passes.levels import RoundToLevels
+from onecard.passes.lowrank import Factorize
 from onecard.passes.prune import Prune
 from onecard.passes.quantize import RoundToNearest
+from onecard.passes.remainder import LowRankPlus
 from onecard.passes.scales import Scale, Smooth
 
 PASSES: tuple[type[BlockPass], ...] = (
     RoundToNearest, RoundToLevels, GPTQ, AWQ, HQQ, Scale, Smooth, Prune,
+    Cluster, Hash, Factorize, LowRankPlus,
 )  # fmt: skip
 
 RECIPES = (
@@ -59,6 +64,34 @@ RECIPES = (
     Recipe("magnitude-2of4", (Prune(pattern="2:4"),), "the 2:4 pattern by magnitude, a baseline"),
     Recipe("magnitude-20-gptq-int4", (Prune(share=0.2), GPTQ(bits=4)),
            "a chain: a fifth of the weights to zero, the damage made good while rounding to int4"),
+    Recipe("kmeans-4", (Cluster(bits=4),),
+           "16 values for every row, errors made good: as small as gptq-int4, closer to the original"),
+    Recipe("kmeans-3", (Cluster(bits=3),),
+           "8 values for every row, errors made good: when 4 bits do not fit, before gptq-int3"),
+    Recipe("kmeans-2", (Cluster(bits=2),),
+           "4 values for every row: about 2 bits per weight, visible loss, far less than two-bit integers"),
+    Recipe("kmeans-4-rounding", (Cluster(bits=4, weigh=False, compensate=False, rounds=0),),
+           "16 values for every row without data: below rounding to int4 in error at the same size"),
+    Recipe("pq-8x2", (Cluster(bits=8, vector=2),),
+           "pairs of weights from 256 for a whole matrix: 4 bits per weight, for matrices of even rows"),
+    Recipe("pq-8x4", (Cluster(bits=8, vector=4),),
+           "fours from 256: 2 bits per weight; visible loss, fine-tune the tables behind it"),
+    Recipe("hashed-8", (Hash(factor=8),),
+           "an eighth of the numbers, no codes: ruins a trained model by itself, a start for training one"),
+    Recipe("svd-50", (Factorize("plain", share=0.5),),
+           "two thin factors at half the bytes by the plain decomposition: a baseline, see svd-whitened-50"),
+    Recipe("svd-activation-50", (Factorize("activation", share=0.5),),
+           "the same with large inputs protected (ASVD)"),
+    Recipe("svd-whitened-50", (Factorize("whitened", share=0.5),),
+           "the factors that keep the outputs best: half the bytes and half the work; train behind it"),
+    Recipe("svd-whitened-80", (Factorize("whitened", share=0.8),),
+           "four fifths of the bytes: less is lost"),
+    Recipe("lowrank-32-gptq-int4", (LowRankPlus(rank=32, bits=4),),
+           "int4 and a correction of rank 32 in int8: closer than gptq-int4 for a little more"),
+    Recipe("lowrank-32-gptq-int3", (LowRankPlus(rank=32, bits=3),),
+           "int3 and a correction of rank 32 in int8: between gptq-int3 and gptq-int4 in size and loss"),
+    Recipe("lowrank-32-sparse-50", (LowRankPlus(rank=32, rest="sparse", bits=None, factor_bits=None),),
+           "half of the weights and a few directions: far better than half of the weights alone"),
 )  # fmt: skip
 
 

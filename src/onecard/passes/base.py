@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from onecard.calibrate.walk import Reached
 from onecard.checkpoint.packed import must_split
 from onecard.core.errors import BadRequest
-from onecard.core.format import Dense, Format, Integers
+from onecard.core.format import Dense, Format, Integers, Shape
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 
@@ -39,6 +39,10 @@ class BlockPass(ABC):
     @abstractmethod
     def format_of(self, columns: int) -> Format | None:
         """The format it leaves a matrix of `columns` inputs in; None keeps what it found."""
+
+    def format_for(self, shape: Shape) -> Format | None:
+        """The same for a matrix of `shape`; the largest it can come to, where its weights decide."""
+        return self.format_of(shape[1])
 
     @abstractmethod
     def check(self, spec: Spec) -> None:
@@ -85,9 +89,9 @@ class Recipe:
         """Whether fused matrices end up in parts (checkpoint.packed)."""
         return must_split([p.format_of(128) for p in self.passes])
 
-    def output_format(self, columns: int) -> Format | None:
-        """The format that linears with `columns` inputs end in."""
-        formats = [p.format_of(columns) for p in self.passes]
+    def output_format(self, shape: Shape) -> Format | None:
+        """The format that linears of a shape end in."""
+        formats = [p.format_for(shape) for p in self.passes]
         return next((format for format in reversed(formats) if format), None)
 
     def output_bytes(self, spec: Spec, layer: LayerSpec, stored: str) -> int:
@@ -96,7 +100,7 @@ class Recipe:
         touched = {name for site in sites(layer) for name in site.linears}
         total = 0
         for name, shape in shapes.items():
-            format = self.output_format(shape[1]) if name in touched else None
+            format = self.output_format(shape) if name in touched else None
             total += (format or Dense(stored)).scaled(stored).bytes(shape)
         return total
 
