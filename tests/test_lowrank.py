@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from onecard.checkpoint.load import load_model
 from onecard.checkpoint.save import save_model
+from onecard.checkpoint.shards import Checkpoint
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import Dense, Format, Integers, LowRank, Sparse, parse_format
 from onecard.kernels import reference, storage
@@ -54,7 +56,7 @@ def test_the_error_is_the_tail(shape: tuple[int, int]) -> None:
         assert found == pytest.approx(float(white[rank:].sum()), rel=5e-3)
         assert found <= lost(w, pair(w, None, rank), h)
         assert found <= lost(w, pair(w, metric_of(h, "activation"), rank), h)
-    assert torch.allclose(pair(w, h, 24), w, atol=2e-2)
+    assert torch.allclose(pair(w, h, min(shape)), w, atol=2e-2)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -64,7 +66,9 @@ def test_activation_is_the_decomposition_of_scaled_columns(shape: tuple[int, int
     s = h.diagonal().sqrt() ** 0.5
     u, t, v = torch.linalg.svd(w * s, full_matrices=False)
     wanted = (u[:, :6] * t[:6]) @ v[:6] / s
-    torch.testing.assert_close(pair(w, metric_of(h, "activation", 0.5), 6), wanted, atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(
+        pair(w, metric_of(h, "activation", 0.5), 6), wanted, atol=2e-3, rtol=1e-2
+    )
 
 
 def test_inputs_that_never_come() -> None:
@@ -107,19 +111,21 @@ def test_the_right_factor_follows_the_rounded_left() -> None:
             storage.held_in(right, kind)
         )
         assert lost(w, made, h) < lost(w, alone, h)
-    eight = storage.to_dense(hold_factors(w, left, right, LowRank(12, Integers(8, None, scale="fp32"))))
+    eight = storage.to_dense(
+        hold_factors(w, left, right, LowRank(12, Integers(8, None, scale="fp32")))
+    )
     assert lost(w, eight, h) < 1.02 * lost(w, left @ right, h)
 
 
 # Remainders ---------------------------------------------------------------------------------------
 
 
-def structured(seed: int = 0) -> tuple[Tensor, Tensor]:
+def structured(seed: int = 0, outliers: float = 10.0) -> tuple[Tensor, Tensor]:
     """A few strong directions, a few strong single weights, and noise; and a Hessian."""
     generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(128, 8, generator=generator) @ torch.randn(8, 128, generator=generator)
-    w += 10 * torch.randn(128, 128, generator=generator) * (
-        torch.rand(128, 128, generator=generator) < 0.03
+    w = torch.randn(128, 4, generator=generator) @ torch.randn(4, 128, generator=generator)
+    w += outliers * torch.randn(128, 128, generator=generator)
+        * (torch.rand(128, 128, generator=generator) < 0.03)
     )
     w += 0.3 * torch.randn(128, 128, generator=generator)
     return w, problem(2, 128, 600, seed)[1]
@@ -139,14 +145,14 @@ def test_sparse_plus_low_rank_is_below_each_alone() -> None:
     mask = kept(w.abs() * h.diagonal().sqrt(), Sparse(Dense("bf16"), share))
     weights = lost(w, w * mask, h)
     assert found < 0.6 * directions and found < 0.6 * weights
-    once = made_of(w, h, both, LowRankPlus(8, rest="sparse", bits=None, factor_bits=None, share=0.9, rounds=1))
+    once = made_of(w, h, both, replace(settings, rounds=1))
     assert found < lost(w, once, h)
 
 
 @pytest.mark.parametrize("rest", ["rtn", "gptq"])
 def test_quantized_plus_low_rank_is_below_each_alone(rest: str) -> None:
     """At no more bytes than finer groups, and than factors alone."""
-    w, h = structured(1)
+    w, h = structured(1, outliers=0.0)
     both = LowRank(4, Integers(8, None), Integers(3, 128))
     settings = LowRankPlus(4, rest=rest, bits=3, rounds=4)  # type: ignore[arg-type]
     found = lost(w, made_of(w, h, both, settings), h)
@@ -201,10 +207,8 @@ def test_streamed_equals_in_memory(
     wanted = "relative_weight_error" if recipe.name == "plain" else "relative_output_error"
     assert {"format", wanted} <= rows
     planned = report.value("output_bytes", "plan")
-    written = sum(f.stat().st_size for f in (tmp_path / "streamed").glob("*.safetensors"))
-    assert written - int(planned) < 20_000  # type: ignore[arg-type]  # headers
-    if recipe.name != "energy":
-        assert written >= int(planned)  # type: ignore[arg-type]
+    written = Checkpoint(tmp_path / "streamed").nbytes
+    assert written == planned or (recipe.name == "energy" and written < int(planned))  # type: ignore[arg-type]
 
 
 def test_what_does_not_pay_stays_dense(tiny: Path, tmp_path: Path) -> None:
@@ -218,7 +222,7 @@ def test_what_does_not_pay_stays_dense(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [
-    lambda: Factorize(), lambda: Factorize(rank=4, share=0.5), lambda: Factorize(rank=0),
+    Factorize, lambda: Factorize(rank=4, share=0.5), lambda: Factorize(rank=0),
     lambda: Factorize(share=1.5), lambda: Factorize(energy=0.0), lambda: Factorize(rank=4, factor_bits=9),
     lambda: LowRankPlus(0), lambda: LowRankPlus(bits=None), lambda: LowRankPlus(rounds=0),
     lambda: LowRankPlus(metric="plain"), lambda: LowRankPlus(rest="sparse", share=1.0),

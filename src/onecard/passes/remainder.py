@@ -2,11 +2,11 @@
 
     W = A B + R        A B of `rank` (lowrank.py), R rounded, by GPTQ, or sparse
 
-Both are fitted in turn, R first: R = hold(W - A B), A B = the best pair for W - R in the metric of the
-inputs. With sparse R (OATS, SLiM: the remainder keeps its largest weights, each times the root mean square
-of its input) the turns find outliers and directions apart; with integers (LQER, and SVDQuant's turn, which
-begins with the directions) the pair takes up what rounding lost. The turn with the least output error, as
-everything is stored, is kept; the first one is LQER, so that no turn is worse than it.
+Both are fitted in turn: R = hold(W - A B), then A B = the best pair for W - R in the metric of the inputs.
+The first turn rounds W itself, and the pair takes up what that lost (LQER); the second begins anew with the
+directions of W, so that less is left to round (SVDQuant), and the others go on from there. A sparse R keeps
+its largest weights, each times the root mean square of its input: the turns find outliers and directions
+apart (OATS, SLiM). The turn with the least output error, as everything is stored, wins.
 
 Rounds of GPTQ cost as much as GPTQ each. Memory: lowrank.py's, W three times, and GPTQ's.
 
@@ -137,23 +137,29 @@ class LowRankPlus(BlockPass):
 def alternate(
     w: Tensor, hessian: Tensor | None, root: Root, format: LowRank, settings: LowRankPlus
 ) -> Weight:
-    """The best of `rounds` turns for w [rows, in]."""
+    """The best of `rounds` turns for w [rows, in]: from W rounded whole, then from its own directions on."""
     best, least = None, float("inf")
     product = torch.zeros_like(w)
-    for _ in range(settings.rounds):
+    for turn in range(settings.rounds):
+        if turn == 1:
+            product = convert.to_dense(directions_of(w, root, format))
         rest = hold_rest(w - product, hessian, format, settings)
-        target = w - convert.to_dense(rest)
-        basis = decompose(target, root)
-        pair = hold_factors(target, basis.left(format.rank), basis.right(format.rank),
-                            replace(format, rest=None))  # fmt: skip
+        pair = directions_of(w - convert.to_dense(rest), root, format)
         product = convert.to_dense(pair)
-        d = target - product
+        d = w - convert.to_dense(rest) - product
         error = float(d.square().sum() if hessian is None else output_error(d, hessian).sum())
         if error < least:
-            left, right = pair.piece("left_"), pair.piece("right_")
-            best, least = storage.hold_lowrank(left, right, rest), error
+            best = storage.hold_lowrank(pair.piece("left_"), pair.piece("right_"), rest)
+            least = error
     assert best is not None
     return best
+
+
+def directions_of(w: Tensor, root: Root, format: LowRank) -> Weight:
+    """The best pair for w as it is stored."""
+    basis = decompose(w, root)
+    alone = replace(format, rest=None)
+    return hold_factors(w, basis.left(format.rank), basis.right(format.rank), alone)
 
 
 def hold_rest(w: Tensor, hessian: Tensor | None, format: LowRank, settings: LowRankPlus) -> Weight:
