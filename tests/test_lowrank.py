@@ -124,9 +124,8 @@ def structured(seed: int = 0, outliers: float = 10.0) -> tuple[Tensor, Tensor]:
     """A few strong directions, a few strong single weights, and noise; and a Hessian."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(128, 4, generator=generator) @ torch.randn(4, 128, generator=generator)
-    w += outliers * torch.randn(128, 128, generator=generator)
-        * (torch.rand(128, 128, generator=generator) < 0.03)
-    )
+    chosen = torch.rand(128, 128, generator=generator) < 0.03
+    w += outliers * chosen * torch.randn(128, 128, generator=generator)
     w += 0.3 * torch.randn(128, 128, generator=generator)
     return w, problem(2, 128, 600, seed)[1]
 
