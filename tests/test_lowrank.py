@@ -20,10 +20,11 @@ from onecard.kernels import reference, storage
 from onecard.passes import Factorize, LowRankPlus, find_recipe
 from onecard.passes.base import Recipe
 from onecard.passes.gptq import Rounding, solve
-from onecard.passes.job import Settings, apply, compress, prepare
+from onecard.passes.job import Settings, compress, prepare
 from onecard.passes.lowrank import Root, decompose, energy_rank, hold_factors, metric_of, most_rank
 from onecard.passes.remainder import alternate, kept
 from onecard.passes.sharing import output_error
+from onecard.passes.walked import apply
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 

@@ -31,8 +31,9 @@ from onecard.passes.codebook import (
 from onecard.passes.gptq import Rounding, factor
 from onecard.passes.gptq import solve as gptq
 from onecard.passes.hashing import Buckets
-from onecard.passes.job import Settings, apply, compress, prepare
+from onecard.passes.job import Settings, compress, prepare
 from onecard.passes.sharing import least_squares, output_error
+from onecard.passes.walked import apply
 
 
 def error(w: Tensor, made: Tensor, h: Tensor) -> float:
