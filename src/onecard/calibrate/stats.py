@@ -4,6 +4,7 @@
     norm      sqrt(sum x^2)     [in]
     absmax    max |x|           [in]
     mean      sum x / n         [in]
+    cross     2 Y^T X / n       [in, in]   (Y: the inputs that the uncompressed model has there)
 
 n counts tokens. Batches may come in any cut; a batch without tokens (an expert nobody was sent to)
 changes nothing. Sums are float32. Inputs in bfloat16 are multiplied as they are, with float32 sums,
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 HESSIAN, NORM, ABSMAX, MEAN = "hessian", "norm", "absmax", "mean"
+CROSS, ORIGINAL = "cross", "original"
+"""`original` is no statistic: the pass wants to see each block whole, beside the uncompressed one."""
 PANEL = 2048
 
 
@@ -31,9 +34,10 @@ class Statistics:
         self._squares = torch.zeros(size) if NORM in self.needs else None
         self._absmax = torch.zeros(size) if ABSMAX in self.needs else None
         self._sum = torch.zeros(size) if MEAN in self.needs else None
+        self._cross = torch.zeros(size, size) if CROSS in self.needs else None
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs [..., in]."""
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Add inputs [..., in], and for the cross products those of the uncompressed model."""
         x = x.detach().flatten(0, -2).cpu()
         if not x.shape[0]:
             return
@@ -47,6 +51,10 @@ class Statistics:
         if self._sum is not None:
             self._sum += x.float().sum(0)
 
+        if self._cross is not None:
+            assert original is not None
+            self._cross.addmm_(original.detach().flatten(0, -2).float().T, x.float())
+
     def divide(self, s: Tensor) -> None:
         """The statistics of the inputs divided by s [in], channel by channel."""
         if self._products is not None:
@@ -58,6 +66,9 @@ class Statistics:
             self._absmax /= s
         if self._sum is not None:
             self._sum /= s
+        if self._cross is not None:
+            self._cross /= s[:, None]
+            self._cross /= s
 
     @property
     def hessian(self) -> Tensor:
@@ -70,6 +81,12 @@ class Statistics:
             corner = h[start:end, start:end]
             corner.copy_(corner.triu() + corner.triu(1).T)
         return h
+
+    @property
+    def cross(self) -> Tensor:
+        """2 Y^T X / n; zeros when no token came."""
+        assert self._cross is not None, "no pass asked for cross products"
+        return self._cross * (2.0 / max(self.count, 1))
 
     @property
     def norm(self) -> Tensor:

@@ -19,7 +19,7 @@ from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 
 if TYPE_CHECKING:
-    from onecard.calibrate.walk import Reached
+    from onecard.calibrate.walk import Reached, Whole
 
 
 class BlockPass(ABC):
@@ -37,6 +37,10 @@ class BlockPass(ABC):
     @abstractmethod
     def site(self, site: Reached) -> Iterator[Row]:
         """Replace the weights of a site's linears; yield what was measured."""
+
+    def finish(self, whole: Whole) -> Iterator[Row]:
+        """Work on a block whose sites are done; only called where it needs `original`."""
+        return iter(())
 
     @abstractmethod
     def format_of(self, columns: int) -> Format | None:

@@ -110,11 +110,13 @@ def fill(job: Prepared, journal: Journal, progress: Any) -> None:
         return journal.write(name, arrays), rows
 
     todo = [number for number, name in enumerate(names) if name not in journal]
+    first = sorted(todo, key=lambda number: number not in (0, len(names) - 1))  # they may be large
     pool = ThreadPoolExecutor(workers)
     try:
-        for number, written in [(number, pool.submit(write, number)) for number in todo]:
+        written = {number: pool.submit(write, number) for number in first}
+        for number in todo:
             progress(max(number - 1, 0), source.spec.num_layers, names[number])
-            journal.note(names[number], *written.result())
+            journal.note(names[number], *written[number].result())
     finally:
         pool.shutdown(cancel_futures=True)
     progress(source.spec.num_layers, source.spec.num_layers, "done")

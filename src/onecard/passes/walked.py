@@ -14,7 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onecard.calibrate.walk import Progress, batches, peak_bytes, walk, weight_count
+from onecard.calibrate.walk import (
+    Progress,
+    batches,
+    compares,
+    peak_bytes,
+    walk,
+    weight_count,
+)
 from onecard.checkpoint.journal import Journal
 from onecard.checkpoint.load import as_array, read, stored_arrays
 from onecard.checkpoint.load import block as read_block
@@ -196,7 +203,8 @@ def make_plan(source: Source, recipe: Recipe, settings: Settings, ids: Tensor | 
     dtype = compute_dtype(source, settings.dtype) if recipe.needs else source.dtype
     element = DTYPE_BYTES[dtype]
     stored = DTYPE_BYTES[source.dtype]
-    state = 0 if ids is None else ids.numel() * spec.hidden * element
+    streams = 2 if compares(recipe.passes) else 1
+    state = 0 if ids is None else ids.numel() * spec.hidden * element * streams
     base = resident()
     stem = 0 if ids is None else max(
         entries[n].nbytes * element // DTYPE_BYTES[entries[n].dtype]
