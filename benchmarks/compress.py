@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -86,10 +86,21 @@ def own_seconds() -> float:
     return sum(os.times()[:4])
 
 
+def elsewhere() -> Callable[[], float]:
+    """From now on: how many cores other processes kept busy, once it is asked."""
+    began, busy, own = time.perf_counter(), busy_seconds(), own_seconds()
+
+    def cores() -> float:
+        used = busy_seconds() - busy - (own_seconds() - own)
+        return max(used, 0) / (time.perf_counter() - began)
+
+    return cores
+
+
 def rounding(model: Path, work: Path) -> dict[str, float]:
     """Round-to-nearest int4 under 2 GiB against copying, interleaved."""
     ratios, ratios_on_disk, copies, seconds, peaks = [], [], [], [], []
-    began, busy, own = time.perf_counter(), busy_seconds(), own_seconds()
+    others = elsewhere()
     for _ in range(ROUNDS):
         recycle(model, work)
         copied, copied_on_disk = copying(model, work)
@@ -104,7 +115,6 @@ def rounding(model: Path, work: Path) -> dict[str, float]:
         copies.append(copied)
         seconds.append(took)
         peaks.append(peak)
-    elsewhere = busy_seconds() - busy - (own_seconds() - own)
     return {
         "copy_seconds": statistics.median(copies),
         "rtn_seconds": statistics.median(seconds),
@@ -113,7 +123,7 @@ def rounding(model: Path, work: Path) -> dict[str, float]:
         "rtn_speed_of_copy_most": max(ratios),
         "rtn_speed_of_copy_on_disk": statistics.median(ratios_on_disk),
         "rtn_peak_bytes": max(peaks),
-        "busy_elsewhere": max(elsewhere, 0) / (time.perf_counter() - began),
+        "busy_elsewhere": others(),
     }
 
 
@@ -123,13 +133,17 @@ def second_order(model: Path, work: Path) -> dict[str, float]:
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     rows = [[(7919 * i + 104729 * s) % vocabulary for i in range(LENGTH)] for s in range(SAMPLES)]
     ids.write_text(json.dumps(rows))
+    others = elsewhere()
     took, peak = measured(
         onecard("compress", model, work / "gptq", "--recipe", "gptq-int4", "--data", ids,
                 "--memory", "3GiB")
     )  # fmt: skip
     report = json.loads((work / "gptq" / "report.json").read_text())["rows"]
     planned = next(row["value"] for row in report if row["what"] == "planned_peak_bytes")
-    return {"gptq_seconds": took, "gptq_peak_bytes": peak, "gptq_planned_bytes": planned}
+    return {
+        "gptq_seconds": took, "gptq_peak_bytes": peak, "gptq_planned_bytes": planned,
+        "gptq_busy_elsewhere": others(),
+    }  # fmt: skip
 
 
 def door() -> dict[str, float]:

@@ -250,11 +250,9 @@ def test_infinite_weights_are_named(tiny: Path) -> None:
 
 def test_formats_are_those_of_the_model() -> None:
     """Factors of a float32 model are float32."""
-    from onecard.passes.lowrank import stored_as
-
     format = LowRankPlus(8, rest="sparse", bits=None, factor_bits=None).format_for((64, 64))
     wanted: Format = LowRank(8, Dense("fp32"), Sparse(Dense("fp32"), 0.5))
-    assert stored_as(format, "fp32") == wanted
+    assert format.stored_in("fp32") == wanted
 
 
 def test_named_recipes() -> None:

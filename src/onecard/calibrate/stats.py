@@ -4,6 +4,7 @@
     norm      sqrt(sum x^2)     [in]
     absmax    max |x|           [in]
     mean      sum x / n         [in]
+    zeros     how often x = 0   [in]
     cross     2 Y^T X / n       [in, in]   (Y: the inputs that the uncompressed model has there)
 
 n counts tokens. Batches may come in any cut; a batch without tokens (an expert nobody was sent to)
@@ -19,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-HESSIAN, NORM, ABSMAX, MEAN = "hessian", "norm", "absmax", "mean"
+HESSIAN, NORM, ABSMAX, MEAN, ZEROS = "hessian", "norm", "absmax", "mean", "zeros"
 CROSS, ORIGINAL = "cross", "original"
 """`original` is no statistic: the pass wants to see each block whole, beside the uncompressed one."""
 PANEL = 2048
@@ -34,6 +35,7 @@ class Statistics:
         self._squares = torch.zeros(size) if NORM in self.needs else None
         self._absmax = torch.zeros(size) if ABSMAX in self.needs else None
         self._sum = torch.zeros(size) if MEAN in self.needs else None
+        self._zeros = torch.zeros(size) if ZEROS in self.needs else None
         self._cross = torch.zeros(size, size) if CROSS in self.needs else None
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
@@ -50,6 +52,8 @@ class Statistics:
             self._absmax = torch.maximum(self._absmax, x.abs().amax(0).float())
         if self._sum is not None:
             self._sum += x.float().sum(0)
+        if self._zeros is not None:
+            self._zeros += (x == 0).sum(0)
 
         if self._cross is not None:
             assert original is not None
@@ -104,6 +108,11 @@ class Statistics:
     def mean(self) -> Tensor:
         assert self._sum is not None, "no pass asked for means"
         return self._sum / max(self.count, 1)
+
+    @property
+    def zeros(self) -> Tensor:
+        assert self._zeros is not None, "no pass asked for zeros"
+        return self._zeros
 
 
 def _add_products(products: Tensor, x: Tensor) -> None:

@@ -196,7 +196,8 @@ def compress_block(
     kept: dict[str, Tensor] = {}
     for number, site in enumerate(sites(block.layer)):
         linears = {name: block.linear(name) for name in site.linears}
-        kinds = {name: linear.held().parts["weight"].dtype for name, linear in linears.items()}
+        kinds = {name: linear.held().parts["weight"].dtype
+                 for name, linear in linears.items() if linear.format.dense}  # fmt: skip
         stats = Statistics(next(iter(linears.values())).shape[1], needs)
         inputs: list[Tensor] = []
         for i in range(count):
@@ -214,7 +215,11 @@ def compress_block(
         for p in passes:
             rows += p.site(reached)
         for name, linear in linears.items():
-            if linear.format.dense and linear.held().parts["weight"].dtype != kinds[name]:
+            if (
+                name in kinds
+                and linear.format.dense
+                and linear.held().parts["weight"].dtype != kinds[name]
+            ):
                 linear.replace(from_dense(linear.matrix(kinds[name])))
     targets = theirs.finish()
     again = replay

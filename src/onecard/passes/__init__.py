@@ -18,22 +18,29 @@ import yaml
 
 from onecard.core.errors import BadRequest, nearest
 from onecard.core.settings import fill
-from onecard.passes.base import BlockPass, Recipe
+from onecard.passes.base import Pass, Recipe
 
 if TYPE_CHECKING:
     from onecard.passes.autoround import AutoRound as AutoRound
     from onecard.passes.awq import AWQ as AWQ
     from onecard.passes.codebook import Cluster as Cluster
+    from onecard.passes.distill import Distil as Distil
+    from onecard.passes.fuse import Fuse as Fuse
     from onecard.passes.gptq import GPTQ as GPTQ
     from onecard.passes.hashing import Hash as Hash
     from onecard.passes.hqq import HQQ as HQQ
+    from onecard.passes.layers import DropLayers as DropLayers
     from onecard.passes.levels import RoundToLevels as RoundToLevels
     from onecard.passes.lowrank import Factorize as Factorize
     from onecard.passes.prune import Prune as Prune
+    from onecard.passes.qat import QAT as QAT
     from onecard.passes.quantize import RoundToNearest as RoundToNearest
+    from onecard.passes.recover import Recover as Recover
     from onecard.passes.remainder import LowRankPlus as LowRankPlus
     from onecard.passes.scales import Scale as Scale
     from onecard.passes.scales import Smooth as Smooth
+    from onecard.passes.sparsegpt import SparseGPT as SparseGPT
+    from onecard.passes.structure import CutUnits as CutUnits
 
 PASSES = {
     "rtn": ("quantize", "RoundToNearest"),
@@ -49,6 +56,13 @@ PASSES = {
     "hash": ("hashing", "Hash"),
     "svd": ("lowrank", "Factorize"),
     "lowrank_plus": ("remainder", "LowRankPlus"),
+    "sparsegpt": ("sparsegpt", "SparseGPT"),
+    "cut": ("structure", "CutUnits"),
+    "drop_layers": ("layers", "DropLayers"),
+    "recover": ("recover", "Recover"),
+    "distil": ("distill", "Distil"),
+    "qat": ("qat", "QAT"),
+    "fuse": ("fuse", "Fuse"),
 }
 """key -> file and class, imported when a recipe names it: one that only rounds does without torch."""
 
@@ -91,6 +105,31 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
     ("magnitude-50", [{"prune": {"share": 0.5}}],
      "half of the weights set to zero: a baseline that hurts language models; see its report"),
     ("magnitude-2of4", [{"prune": {"pattern": "2:4"}}], "the 2:4 pattern by magnitude, a baseline"),
+    ("wanda-50", [{"prune": {"criterion": "wanda", "share": 0.5, "scope": "row"}}],
+     "half of the weights out by weight times input: quick, far less hurt than by magnitude"),
+    ("wanda-2of4", [{"prune": {"criterion": "wanda", "pattern": "2:4"}}],
+     "2 of every 4 weights out by weight times input, for machines that multiply that pattern"),
+    ("sparsegpt-50", [{"sparsegpt": {"share": 0.5}}],
+     "half of the weights out, the others make it good: the best half without training"),
+    ("sparsegpt-2of4", [{"sparsegpt": {"pattern": "2:4"}}],
+     "2 of every 4 weights out, the others make it good; better than wanda-2of4, slower"),
+    ("sparsegpt-50-gptq-int4", [{"sparsegpt": {"share": 0.5}}, {"gptq": {"bits": 4}}],
+     "a chain: half of the weights out, the others by GPTQ in int4"),
+    ("neurons-20", [{"cut": {"unit": "neuron", "by": "taylor", "share": 0.2, "budget": "global",
+                             "multiple": 32}}],
+     "the feed-forward neurons that the loss feels least, layers differ: plain dense matrices, faster "
+     "everywhere; needs the whole model in memory"),
+    ("heads-20", [{"cut": {"unit": "head", "by": "taylor", "share": 0.2}}],
+     "a fifth of the attention heads: less work at long context; needs the whole model in memory"),
+    ("heads-neurons-gptq-int4",
+     [{"cut": {"unit": "head", "by": "taylor", "share": 0.1}},
+      {"cut": {"unit": "neuron", "by": "taylor", "share": 0.2, "multiple": 128}},
+      {"gptq": {"bits": 4}}],
+     "a chain: a tenth of the heads and a fifth of the neurons out, the rest by GPTQ in int4"),
+    ("drop-layers-25", [{"drop_layers": {"share": 0.25}}],
+     "a quarter of the layers out: faster by that at everything; reasoning suffers first"),
+    ("drop-layers-10-gptq-int4", [{"drop_layers": {"share": 0.1}}, {"gptq": {"bits": 4}}],
+     "a chain: the least influential tenth of the layers out, the rest by GPTQ in int4"),
     ("magnitude-20-gptq-int4", [{"prune": {"share": 0.2}}, {"gptq": {"bits": 4}}],
      "a chain: a fifth of the weights to zero, the damage made good while rounding to int4"),
     ("kmeans-4", [{"kmeans": {"bits": 4}}],
@@ -122,6 +161,20 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
     ("lowrank-32-sparse-50",
      [{"lowrank_plus": {"rank": 32, "rest": "sparse", "bits": None, "factor_bits": None}}],
      "half of the weights and a few directions: less is lost than with half of the weights alone"),
+    ("magnitude-50-distil", [{"prune": {"share": 0.5}}, {"distil": {}}],
+     "half of the weights out, the others taught by the original: minutes for small models"),
+    ("iterative-50",
+     [{"prune": {"share": 0.25}}, {"recover": {}}, {"prune": {"share": 0.4}}, {"recover": {}},
+      {"prune": {"share": 0.5}}, {"distil": {}}],
+     "half of the weights out in three steps, trained in between: less damage than at once"),
+    ("drop-layers-25-distil-gptq-int4",
+     [{"drop_layers": {"share": 0.25, "most": None}}, {"distil": {"targets": {"hidden": 0.5}}},
+      {"gptq": {"bits": 4}}],
+     "a chain: a quarter of the layers out, the rest taught by the original, then int4"),
+    ("qat-int2", [{"qat": {"kind": "lsq", "bits": 2}}],
+     "2 bits with learned scales: needs text and time, far better than any rounding at 2 bits"),
+    ("qat-ternary", [{"qat": {"kind": "ternary"}}],
+     "-1, 0, 1 and a scale, trained as in BitNet: long training, the smallest that still speaks"),
 )  # fmt: skip
 """The shipped recipes: name, passes as a recipe file has them, what it is good for."""
 
@@ -185,7 +238,7 @@ def recipe_of(data: Any, where: str) -> Recipe:
     return Recipe(data.get("name", Path(where).stem), passes, data.get("good_for", ""))
 
 
-def _pass(item: Any, where: str) -> BlockPass:
+def _pass(item: Any, where: str) -> Pass:
     if isinstance(item, str):
         item = {item: {}}
     if not isinstance(item, dict) or len(item) != 1:
@@ -197,7 +250,7 @@ def _pass(item: Any, where: str) -> BlockPass:
         raise BadRequest(
             f"{where}: the settings of {key} are {settings!r}", do="a mapping is needed"
         )
-    cls: type[BlockPass] = __getattr__(PASSES[key][1])
+    cls: type[Pass] = __getattr__(PASSES[key][1])
     return fill(cls, settings or {}, f"{where}: {key}")
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from onecard.calibrate.stats import HESSIAN
 from onecard.calibrate.walk import Reached
 from onecard.core.errors import BadRequest, FailedWork
-from onecard.core.format import Dense, Format, Integers, LowRank, Shape, Sparse, Weight
+from onecard.core.format import Dense, Format, Integers, LowRank, Shape, Weight
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 from onecard.kernels import convert, storage
@@ -108,7 +108,7 @@ class Factorize(BlockPass):
         for name, linear in site.linears.items():
             where, w = f"{site.block}.{name}", linear.matrix()
             require_finite(w, where)
-            format = stored_as(self.format_for(linear.shape), site.stored)
+            format = self.format_for(linear.shape).stored_in(site.stored)
             basis = decompose(w, root)
             rank = format.rank
             if self.energy is not None:
@@ -130,15 +130,6 @@ class Factorize(BlockPass):
 def factor_format(bits: int | None, stored: str) -> Format:
     """The format of both factors."""
     return Dense(stored) if bits is None else Integers(bits, None, scale=stored)
-
-
-def stored_as(format: LowRank, dtype: str) -> LowRank:
-    """A format with its dense factors and its scales in the dtype of a model."""
-    factors = Dense(dtype) if format.factors.dense else format.factors.scaled(dtype)
-    rest = format.rest
-    if isinstance(rest, Sparse) and rest.inner.dense:
-        rest = replace(rest, inner=Dense(dtype))
-    return replace(format, factors=factors, rest=rest.scaled(dtype) if rest else None)
 
 
 def factor_bytes(rows: int, columns: int) -> int:

@@ -53,7 +53,6 @@ from onecard.passes.lowrank import (
     hold_factors,
     metric_of,
     require_finite,
-    stored_as,
 )
 from onecard.passes.sharing import output_error
 
@@ -126,7 +125,7 @@ class LowRankPlus(BlockPass):
         for name, linear in site.linears.items():
             where, w = f"{site.block}.{name}", linear.matrix()
             require_finite(w, where)
-            format = stored_as(self.format_for(linear.shape), site.stored)
+            format = self.format_for(linear.shape).stored_in(site.stored)
             linear.replace(alternate(w, hessian, root, format, self))
             yield Row(where, "format", linear.format.name)
             yield error_row(where, w, linear.matrix(), hessian)

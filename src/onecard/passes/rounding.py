@@ -35,12 +35,14 @@ from onecard.core.spec import linear_shapes, sites
 from onecard.kernels import cpu
 from onecard.passes.base import Recipe
 from onecard.passes.plan import (
+    Made,
     Plan,
     Prepared,
     Settings,
     beyond_cap,
     copied,
     disk_bytes,
+    made_of,
     outer_arrays,
     output_bytes,
     part_name,
@@ -95,7 +97,7 @@ def facts() -> dict[str, Value]:
     return {"threads": usable_cores()}
 
 
-def fill(job: Prepared, journal: Journal, progress: Any) -> None:
+def fill(job: Prepared, journal: Journal, progress: Any) -> Made:
     """Every part that the journal lacks: written by several threads, entered in order."""
     source = job.source
     names = ["stem", *(part_name(i) for i in range(source.spec.num_layers)), "tail"]
@@ -120,6 +122,7 @@ def fill(job: Prepared, journal: Journal, progress: Any) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
     progress(source.spec.num_layers, source.spec.num_layers, "done")
+    return made_of(source, journal)
 
 
 def block_arrays(
