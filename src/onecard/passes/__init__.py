@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from onecard.passes.distill import Distil as Distil
     from onecard.passes.fuse import Fuse as Fuse
     from onecard.passes.gptq import GPTQ as GPTQ
+    from onecard.passes.gptq_levels import GPTQLevels as GPTQLevels
     from onecard.passes.hashing import Hash as Hash
     from onecard.passes.hqq import HQQ as HQQ
     from onecard.passes.layers import DropLayers as DropLayers
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from onecard.passes.quantize import RoundToNearest as RoundToNearest
     from onecard.passes.recover import Recover as Recover
     from onecard.passes.remainder import LowRankPlus as LowRankPlus
+    from onecard.passes.rotate import Rotate as Rotate
     from onecard.passes.scales import Scale as Scale
     from onecard.passes.scales import Smooth as Smooth
     from onecard.passes.sparsegpt import SparseGPT as SparseGPT
@@ -46,10 +48,12 @@ PASSES = {
     "rtn": ("quantize", "RoundToNearest"),
     "levels": ("levels", "RoundToLevels"),
     "gptq": ("gptq", "GPTQ"),
+    "gptq-levels": ("gptq_levels", "GPTQLevels"),
     "awq": ("awq", "AWQ"),
     "autoround": ("autoround", "AutoRound"),
     "hqq": ("hqq", "HQQ"),
     "scale": ("scales", "Scale"),
+    "rotate": ("rotate", "Rotate"),
     "smooth": ("scales", "Smooth"),
     "prune": ("prune", "Prune"),
     "kmeans": ("codebook", "Cluster"),
@@ -79,6 +83,8 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
      "4.25 bits in the Open Compute layout; coarser than nf4, for machines that multiply it"),
     ("rtn-nvfp4", [{"levels": {"table": "nvfp4"}}],
      "4.5 bits, a scale of 8 bits for every 16 weights: the finer of the two fp4 layouts"),
+    ("gptq-nf4", [{"gptq-levels": {"table": "nf4"}}],
+      "rtn-nf4 with the errors made good while rounding"),
     ("gptq-int8", [{"gptq": {"bits": 8}}], "int8 with the last of its error made good"),
     ("gptq-int4", [{"gptq": {"bits": 4}}], "the usual choice: a quarter of the size, little lost"),
     ("gptq-int4-g32", [{"gptq": {"bits": 4, "group": 32}}],
@@ -101,6 +107,8 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
       "GPTQ that aims at the original's outputs; clearly better than gptq-int3 for twice its time"),
     ("gptaq-int2-g32", [{"gptq": {"bits": 2, "group": 32, "zero_point": True, "correct": 1.0,
                                   "sweeps": 2}}], "GPTQ that aims at the original's outputs"),
+    ("rotate-gptq-int4", [{"rotate": {}}, {"gptq": {"bits": 4}}],
+      "outliers spread by rotations first: for models with large activations"),
     ("hqq-int4", [{"hqq": {"bits": 4}}], "int4 without data, better than rounding, in seconds"),
     ("magnitude-50", [{"prune": {"share": 0.5}}],
      "half of the weights set to zero: a baseline that hurts language models; see its report"),
