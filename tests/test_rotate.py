@@ -7,18 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_llama
 from test_families import CASES, batch, random_model
+from test_walk import SETTINGS, ids_of, same
 
 from onecard.checkpoint.load import load_model
+from onecard.checkpoint.save import save_model
 from onecard.core.errors import BadRequest
 from onecard.kernels.orthogonal import hadamard, orthogonal, paley
+from onecard.passes import GPTQ, RoundToNearest
+from onecard.passes.base import Pass, Recipe
+from onecard.passes.job import compress, prepare
+from onecard.passes.plan import Settings
 from onecard.passes.rotate import (
+    Rotate,
     check_rotatable,
     rotate_block,
     rotate_stem,
     rotate_tail,
     rotation,
 )
+from onecard.passes.walked import apply
 
 PLAIN = ("llama", "llama-tied-bias", "llama3", "mistral", "qwen2", "qwen3", "phi3", "mixtral",
          "qwen2-moe", "qwen3-moe")  # fmt: skip
@@ -82,6 +91,37 @@ def test_others_are_refused_with_the_reason(case: str, tmp_path: Path) -> None:
     random_model(case).save_pretrained(tmp_path)
     with pytest.raises(BadRequest, match="norms"):
         check_rotatable(load_model(tmp_path, "fp32", tokenizer=False).spec)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("second", [(), (RoundToNearest(8),), (GPTQ(4, 64),)])
+def test_streamed_equals_in_memory(
+    tmp_path: Path, text_file: Path, tied: bool, second: tuple[Pass, ...]
+) -> None:
+    """What is saved is rotated as a whole, and answers as the original did."""
+    folder = make_llama(tmp_path / "model", tie_word_embeddings=tied)
+    recipe = Recipe("r", (Rotate(), *second))
+    compress(prepare(folder, tmp_path / "streamed", recipe, Settings(SETTINGS, text_file, "bf16")))
+    model, ids = load_model(folder), ids_of(folder, text_file)
+    apply(model, recipe, ids)
+    save_model(model, tmp_path / "memory")
+    assert same(tmp_path / "streamed", tmp_path / "memory")
+    before, after = load_model(folder, "fp32"), load_model(tmp_path / "streamed", "fp32")
+    norms = [block.norm_attention_in.weight for block in after.blocks()]  # type: ignore[union-attr]
+    assert all(bool((norm == 1).all()) for norm in norms) != tied
+    with torch.no_grad():
+        wanted = before.network(ids)
+        off = (after.network(ids) - wanted).square().mean() / wanted.square().mean()
+    assert off < (0.05 if second else 1e-3)
+
+
+def test_rotation_comes_first_and_tied_heads_are_told(tiny: Path) -> None:
+    with pytest.raises(BadRequest, match="put rotation first"):
+        Recipe("r", (RoundToNearest(4), Rotate())).check(load_model(tiny).spec)
+    with pytest.raises(BadRequest, match="tied"):
+        Rotate("always").check(load_model(tiny).spec)
+    with pytest.raises(BadRequest, match="neither"):
+        Rotate("never", values=False).check(load_model(tiny).spec)
 
 
 def test_cases_are_families() -> None:

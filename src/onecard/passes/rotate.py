@@ -19,15 +19,85 @@ Ashkboos et al., QuaRot, arXiv 2404.00456; Liu et al., SpinQuant, arXiv 2405.164
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from onecard.core.errors import BadRequest
-from onecard.core.spec import Spec
+from onecard.core.report import Row
+from onecard.core.spec import Spec, linear_shapes
 from onecard.kernels.orthogonal import orthogonal
 from onecard.kernels.reference import from_dense
 from onecard.nn.layers import Linear, Normalize
+from onecard.nn.model import Model
 from onecard.nn.transformer import Block, Stem, Tail
+from onecard.passes.base import Data, ModelPass
+
+TRIED = 128
+"""Tokens on which a rotated model is compared with what it was."""
+
+
+@dataclass(frozen=True)
+class Rotate(ModelPass):
+    """Settings: whether the stream is rotated (auto: where the model allows it and its head is its own),
+    whether values are, and the seed of the signs."""
+
+    residual: Literal["auto", "always", "never"] = "auto"
+    values: bool = True
+    seed: int = 0
+
+    key = "rotate"
+    title = "rotation"
+    paper = "Ashkboos et al., QuaRot, arXiv 2404.00456"
+
+    @property
+    def calibrated(self) -> bool:
+        return False
+
+    def check(self, spec: Spec) -> None:
+        if self.residual == "never" and not self.values:
+            raise BadRequest("rotate: neither the stream nor values are to be rotated")
+        if self.residual == "always":
+            check_rotatable(spec)
+            if spec.tied:
+                raise BadRequest("the model's head is tied to its embedding: only one of them takes "
+                                 "the last norm's scale", do="residual: auto")  # fmt: skip
+
+    def turns(self, spec: Spec) -> bool:
+        if self.residual != "auto" or spec.tied:
+            return self.residual == "always"
+        try:
+            check_rotatable(spec)
+        except BadRequest:
+            return False
+        return True
+
+    def model(self, model: Model, data: Data) -> tuple[Model, list[Row]]:
+        """The same model, rotated; with ids to try it on, how far its answers have moved by rounding."""
+        spec, network = model.spec, model.network
+        tried = None if data.ids is None else data.ids[:1, :TRIED]
+        with torch.no_grad():
+            before = None if tried is None else network(tried)
+            r = rotation(spec.hidden, self.seed) if self.turns(spec) else None
+            if r is not None:
+                rotate_stem(network.stem, r)
+                rotate_tail(network.tail, r)
+            for block in model.blocks():
+                size = block.layer.attention.head_dim
+                rotate_block(block, r, rotation(size, self.seed + 1) if self.values else None)
+            if before is None:
+                return model, []
+            moved = (network(tried).float() - before.float()).square().sum()
+        lost = float(moved / before.float().square().sum())
+        return model, [Row("model", "relative_output_error", lost)]
+
+    def model_bytes(self, spec: Spec, ids: Tensor | None) -> int:
+        widest = max(rows * columns for layer in spec.layers
+                     for rows, columns in linear_shapes(spec, layer).values())  # fmt: skip
+        outer = spec.vocab_size * spec.hidden if self.turns(spec) else 0
+        return 3 * 8 * max(widest, outer) + 16 * spec.hidden**2 + 8 * TRIED * spec.vocab_size
 
 
 def check_rotatable(spec: Spec) -> None:
