@@ -16,7 +16,8 @@ The network is onecard's own. What is chosen here:
 * The batch of step s is a function of (seed, s): documents are packed with <|endoftext|> between,
   cut into windows, and every epoch visits all windows in an order of its own. With the optimizers
   in the checkpoint, `--resume` alone continues exactly; with a longer time or more steps a finished
-  run goes on from the peak rate.
+  run goes on from the peak rate. `--start FOLDER` takes the weights of a shipped folder instead, and
+  `--first` says how many steps they have seen, so that the order of the batches goes on.
 
     python scripts/train_demo_model.py CORPUS RUN --minutes 80
 
@@ -44,7 +45,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
@@ -226,21 +227,24 @@ def optimizers(model: Transformer, settings: Settings) -> list[torch.optim.Optim
     ]
 
 
-def rate(step: int, total: int | None, settings: Settings) -> tuple[float, int]:
+def rate(step: int, first: int, total: int | None, settings: Settings) -> tuple[float, int]:
     """(factor of the peak rate, window length); total is unknown until the decay begins."""
-    warm = (step + 1) / settings.warmup
-    left = 1.0 if total is None else (total - step) / (settings.decay * total)
+    warm = (step - first + 1) / settings.warmup
+    left = 1.0 if total is None else (total - step) / (settings.decay * (total - first))
     return min(1.0, warm, left), settings.length if left > 0.5 else settings.last_length
 
 
 class Run:
     """The state of a training run, on disk and in memory."""
 
-    def __init__(self, folder: Path, model: Transformer, settings: Settings) -> None:
+    def __init__(
+        self, folder: Path, model: Transformer, settings: Settings, first: int = 0
+    ) -> None:
         self.folder, self.model, self.settings = folder, model, settings
         self.optimizers = optimizers(model, settings)
         self.peaks = [o.param_groups[0]["lr"] for o in self.optimizers]
-        self.step, self.seconds, self.smooth = 0, 0.0, 0.0
+        self.step, self.seconds, self.smooth = first, 0.0, 0.0
+        self.first = first
         self.total: int | None = None
 
     def save(self) -> None:
@@ -251,6 +255,7 @@ class Run:
             "seconds": self.seconds,
             "smooth": self.smooth,
             "total": self.total,
+            "first": self.first,
         }
         temporary = self.folder / "checkpoint.pt.part"
         torch.save(state, temporary)
@@ -261,7 +266,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.total = state["step"], state["total"]
+        self.step, self.total, self.first = state["step"], state["total"], state["first"]
         self.seconds, self.smooth = state["seconds"], state["smooth"]
         log = self.folder / "log.jsonl"
         log.touch()
@@ -280,9 +285,9 @@ class Run:
         while self.total is None or self.step < self.total:
             began = time.monotonic()
             if self.total is None and minutes and self.seconds > minutes * 60 * (1 - s.decay):
-                self.total = round(self.step / (1 - s.decay))
+                self.total = self.first + round((self.step - self.first) / (1 - s.decay))
                 self.log(total=self.total)
-            factor, length = rate(self.step, self.total, s)
+            factor, length = rate(self.step, self.first, self.total, s)
             for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
                 optimizer.param_groups[0]["lr"] = peak * factor
             loss = workers.gradient(batch_of(self.step, length, train, s))
@@ -303,16 +308,29 @@ class Run:
 # ---- what is shipped ---------------------------------------------------------------------------
 
 
-def tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's names and bfloat16 values; a tied head is not stored."""
+def stored_places(model: Transformer) -> Iterator[tuple[str, str]]:
+    """(the checkpoint's name, the network's name) of every weight; a tied head is not stored."""
     family = family_of(CONFIG)
     for index in (None, *range(model.spec.num_layers)):
         for path, stored in family.modules(model.spec, index):
             if path == "tail.head" or path.endswith(("q_norm", "k_norm")):
                 continue
-            module = model.get_submodule(path if index is None else f"blocks.{index}.{path}")
-            weight = module.get_parameter("weight")
-            yield f"{stored.name}.weight", weight.detach().to(torch.bfloat16).contiguous()
+            where = path if index is None else f"blocks.{index}.{path}"
+            yield f"{stored.name}.weight", f"{where}.weight"
+
+
+def start_from(model: Transformer, folder: Path) -> None:
+    """The weights of a shipped folder, in place."""
+    stored = load_file(folder / "model" / "model.safetensors")
+    with torch.no_grad():
+        for name, path in stored_places(model):
+            model.get_parameter(path).copy_(stored[name])
+
+
+def tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's names and bfloat16 values."""
+    for name, path in stored_places(model):
+        yield name, model.get_parameter(path).detach().to(torch.bfloat16).contiguous()
 
 
 def ship(model: Transformer, corpus: Path, run: Path, out: Path) -> None:
@@ -415,6 +433,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--start", type=Path, help="a shipped folder to begin from")
+    parser.add_argument("--first", type=int, default=0, help="the steps it has seen")
     for name, value in asdict(Settings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = parser.parse_args()
@@ -425,7 +445,9 @@ def main() -> None:
     tokenizer, train, held_out = prepare(given.corpus, given.run)
     model = Transformer(spec_of(CONFIG))
     initialize(model, settings.seed)
-    run = Run(given.run, model, settings)
+    if given.start:
+        start_from(model, given.start)
+    run = Run(given.run, model, settings, given.first)
     if given.resume:
         run.load()
     else:

@@ -12,6 +12,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["ONECARD_TUNE"] = "off"
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent

@@ -19,6 +19,7 @@ CLASSES = cpu.isas() if cpu.available() else ()
 pytestmark = pytest.mark.skipif(not CLASSES, reason="the native library is not built")
 
 DTYPES = ("fp16", "bf16", "int8")
+FUSED = tuple(isa for isa in CLASSES if isa not in ("plain", "amx"))
 
 
 def float32(dtype: str) -> bool:
@@ -309,3 +310,19 @@ def test_nonsense_is_refused() -> None:
     for name, values in nonsense.items():
         for value in values:
             assert function(*(sound | {name: value}).values()) == -1, (name, value)
+
+
+@pytest.mark.skipif(len(FUSED) < 2, reason="one class alone")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_classes_agree(dtype: str) -> None:
+    """Bit for bit: which of them a machine takes is a matter of speed."""
+    cases = (Heads(6, 2, 64), Heads(4, 4, 40, window=70), Heads(8, 1, 96, cap=5.0))
+    for heads, (length, past) in itertools.product(cases, ((600, 0), (530, 529), (290, 250))):
+        request = draw(heads, length, spread=3.0)
+        found = []
+        for isa in FUSED:
+            cpu.force_isa(isa)
+            found.append(alone(heads, dtype, request, past))
+        cpu.force_isa(None)
+        for other in found[1:]:
+            assert same(found[0], other), (heads, length, past)

@@ -195,7 +195,7 @@ def test_a_measurement_is_kept(tmp_path: Path, measured: list[Device]) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\0\xff", '{"KEY": 3}', '{"KEY": {}}'])
 def test_a_damaged_cache_is_ignored(tmp_path: Path, measured: list[Device], text: str) -> None:
     file = tmp_path / "onecard" / "device.json"
-    key = cpu._key(cpu_facts())
+    key = cpu.machine_key(cpu_facts())
     imitate(tmp_path, {"onecard/device.json": text.replace('"KEY"', json.dumps(key))})
     assert cpu.probe().peaks == FAKE.peaks and len(measured) == 1
     assert json.loads(file.read_text())[key]["name"] == "imagined"

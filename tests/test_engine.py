@@ -32,6 +32,7 @@ from onecard.runtime.scheduler import Engine, Limits
 from onecard.runtime.steps import Draw, Feed
 
 CLASSES = cpu.isas() if cpu.available() else ()
+FUSED = tuple(isa for isa in CLASSES if isa not in ("plain", "amx"))
 pytestmark = pytest.mark.skipif(not CLASSES, reason="the native library is not built")
 
 BAD_ARGUMENT, NO_MEMORY = -1, -2
@@ -279,6 +280,23 @@ def test_all_logits_and_an_id_in_one_call(folders: dict[str, Path], model: str) 
         np.testing.assert_array_equal(fed.logits, expected.logits)
         first = first or fed.ids
         assert fed.ids == first and len(first) == 3
+
+
+@pytest.mark.skipif(len(FUSED) < 2, reason="one class alone")
+def test_fused_classes_agree(folders: dict[str, Path], model: str) -> None:
+    """Bit for bit, in the whole network: which of them a machine takes is a matter of speed."""
+    found = []
+    for isa in FUSED:
+        cpu.force_isa(isa)
+        stepper = opened(folders[model], 2)
+        feed = drawing(stepper, some_ids(20, stepper.vocab_size), 3)
+        (fed,) = stepper.step([replace(feed, want="all")], 3, GO)
+        found.append(fed)
+        stepper.close()
+    cpu.force_isa(None)
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.logits.view(np.uint32), found[0].logits.view(np.uint32))
+        assert other.ids == found[0].ids
 
 
 def test_cancel_is_read_between_ids(folders: dict[str, Path]) -> None:

@@ -79,7 +79,7 @@ main(sys.argv[1:])
     (("eval", "demo", "--limit", "1", "--json"), "perplexity"),
     (("bench", "demo", "--prompt", "8", "--decode", "4", "--batch", "1", "--repeat", "1"), "decode"),
     (("run", "demo", "x", "--engine", "reference"), "needs torch"),
-    (("recipes",), "needs torch"),
+    (("recipes",), "gptq-int4"), (("recipes", "magnitude-20-gptq-int4"), "needs torch"),
 ], ids=lambda words: words[0])  # fmt: skip
 def test_torch_free_verbs(words: tuple[str, ...], said: str) -> None:
     """What runs and inspects works where torch cannot be imported; what needs it says so."""

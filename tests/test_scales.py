@@ -25,9 +25,10 @@ from onecard.passes.awq import clip_grid
 from onecard.passes.base import Recipe
 from onecard.passes.gptq import Rounding, solve
 from onecard.passes.hqq import fit_grid
-from onecard.passes.job import ModelBlocks, Settings, apply, compress, prepare
+from onecard.passes.job import Settings, compress, prepare
 from onecard.passes.scales import output_error as traced
 from onecard.passes.scales import rounded, search_scale, smooth_scale
+from onecard.passes.walked import ModelBlocks, apply
 
 
 class Stretch:

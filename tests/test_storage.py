@@ -278,7 +278,7 @@ def test_mixed_folders_load_and_run(
 @pytest.mark.parametrize("table", ["nf4", "mxfp4", "nvfp4", "ternary", "fp8-row", "fp8-block"])
 @pytest.mark.parametrize("kind", ["llama", "phi3"])
 def test_streamed_and_in_memory_are_the_same(kind: str, table: str, tmp_path: Path) -> None:
-    from onecard.passes.job import apply
+    from onecard.passes.walked import apply
 
     folder = family(kind, tmp_path / "model")
     recipe = recipe_of({"passes": [{"levels": {"table": table}}]}, "r")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from onecard.calibrate.latent import FreeGrid, IntegerGrid, LatentLinear, grid_of, trainable
+from onecard.calibrate.grids import FreeGrid, IntegerGrid, grid_of
+from onecard.calibrate.latent import LatentLinear, trainable
 from onecard.calibrate.losses import next_token
 from onecard.calibrate.train import STATE, Training, batch_of, checked_ids, train, training_ids
 from onecard.checkpoint.load import load_model
@@ -228,7 +229,7 @@ def test_sparse_integers_keep_their_zeros() -> None:
     linear = linear_of(w)
     linear.replace(reference.round_to_nearest(w, Integers(4, 32)))
     zeros = linear.matrix() == 0
-    grid = grid_of(linear, zeros=True)
+    grid = grid_of(linear.held(), zeros=True)
     moved = linear.matrix() + 0.3
     assert torch.equal(grid(moved) == 0, (grid(moved) == 0) | zeros)
     assert torch.equal(reference.to_dense(grid.store(moved)), grid(moved))

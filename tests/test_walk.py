@@ -22,7 +22,8 @@ from onecard.core.report import Report
 from onecard.core.spec import sites
 from onecard.passes import GPTQ, Prune, RoundToNearest
 from onecard.passes.base import Recipe
-from onecard.passes.job import ModelBlocks, Settings, apply, compress, prepare
+from onecard.passes.job import Settings, compress, prepare
+from onecard.passes.walked import ModelBlocks, apply
 
 SETTINGS = Calibration(6, 48)
 

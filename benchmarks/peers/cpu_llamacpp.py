@@ -68,7 +68,18 @@ def build() -> None:
     if not sources.exists():
         part = PREFIX / "source.part"
         shutil.rmtree(part, ignore_errors=True)
-        run([*pip, "download", "--quiet", "--no-deps", "--no-binary=:all:", "-d", part, PACKAGE])
+        run(
+            [
+                *pip,
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--no-binary=llama-cpp-python",
+                "-d",
+                part,
+                PACKAGE,
+            ]
+        )
         shutil.unpack_archive(next(part.glob("*.tar.gz")), part)
         mend(part)
         part.rename(sources)

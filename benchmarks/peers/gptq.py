@@ -14,8 +14,11 @@ Peers run with their own defaults, only the weights' bits and group are set, eac
     whole       the whole process, start to exit, loading and saving included
     peak        resident memory of that process at its largest, mapped pages of the checkpoint included
 
-The ratio is a peer's `seconds` over our `whole`, the reading that is worst for us. Perplexity is read
-by transformers in llm-compressor's environment, from windows of `--length` tokens that do not overlap.
+We and a peer take turns, A B A B; a ratio is a peer's `seconds` over our `whole` just before, the reading
+that is worst for us, and its median is shown with the least and the most. Perplexity is read by
+transformers in the environment that runs this, from windows of `--length` tokens that do not overlap. A
+peer that cannot be installed is left out, and that is said. `--check` ends with an error where a peer
+takes less than three times our time, or all peers have a lower perplexity.
 Nothing heavy is imported here, because a child's peak starts from its parent's. Logs of every run stay
 under `--work`; the numbers go to results/gptq-*.json as a report."""
 
@@ -31,7 +34,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,22 +51,22 @@ class Peer:
     pins: tuple[str, ...]
     script: str
     dense: bool = (
-        False  # the evaluator cannot read its folders: the script writes a dense one beside
+        False  # its folders cannot be read elsewhere: the script writes a dense one beside
     )
 
 
-LLMCOMPRESSOR = Peer(
-    "llmcompressor",
-    ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "transformers==5.17.0"),
-    "gptq_llmcompressor.py",
-)
 PEERS = (
-    LLMCOMPRESSOR,
+    Peer(
+        "llmcompressor",
+        ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "transformers==5.17.0"),
+        "gptq_llmcompressor.py",
+    ),
     Peer(
         "gptqmodel", ("gptqmodel==7.6.0", "transformers==5.23.0"), "gptq_gptqmodel.py", dense=True
     ),
 )
 OURS = "onecard"
+FASTER = 3.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Result:
     whole: float
     peak: int
     used: str
+    ratios: list[float] = field(default_factory=list)  # of a peer: its seconds over ours, by turns
     perplexity: float | None = None
     nats: float | None = None
 
@@ -187,9 +191,9 @@ def dense_folder(out: Path) -> Path:
 
 
 def score(folder: Path, windows: Path, asked: argparse.Namespace) -> dict[str, float]:
-    python = environment(LLMCOMPRESSOR, asked.work)
     log = asked.work / "runs" / f"score-{folder.name}.log"
-    return run([python, HERE / "perplexity.py", "score", folder, windows], log, asked.threads).said
+    command: list[str | Path] = [sys.executable, HERE / "perplexity.py", "score", folder, windows]
+    return run(command, log, asked.threads).said
 
 
 # ---- token ids ---------------------------------------------------------------------------------
@@ -197,9 +201,8 @@ def score(folder: Path, windows: Path, asked: argparse.Namespace) -> dict[str, f
 
 def cut(source: Path, out: Path, samples: int | None, asked: argparse.Namespace) -> Path:
     """Windows of token ids, out of text or of ids in .json or .npy."""
-    python = environment(LLMCOMPRESSOR, asked.work)
-    command: list[str | Path] = [python, HERE / "perplexity.py", "tokens", asked.model, source, out]
-    command += ["--length", str(asked.length)]
+    script: list[str | Path] = [sys.executable, HERE / "perplexity.py"]
+    command = [*script, "tokens", asked.model, source, out, "--length", str(asked.length)]
     if samples:
         command += ["--samples", str(samples)]
     found = run(command, out.with_suffix(".log"), asked.threads).said
@@ -235,49 +238,93 @@ def compare(asked: argparse.Namespace) -> tuple[float | None, list[Result]]:
         tokens = cut(given, ids, asked.samples, asked) if given else random_ids(ids, asked)
         windows, dense = None, None
 
-    known = {peer.name: peer for peer in PEERS}
-    for name in asked.methods:
-        if name in known:
-            environment(known[name], asked.work)
+    peers = [peer for peer in PEERS if peer.name in asked.methods and installs(peer, asked.work)]
+    if not peers and set(asked.methods) != {OURS}:
+        sys.exit("none of the peers could be installed")
     results = []
     for bits in asked.bits:
-        repeats: dict[str, list[Result]] = {name: [] for name in asked.methods}
-        for _ in range(asked.repeats):
-            for name in asked.methods:  # in turn, so that a slow quarter of an hour hits all alike
-                out = runs / f"{asked.verb}-{name}-int{bits}"
-                for old in (out, dense_folder(out)):
-                    shutil.rmtree(old, ignore_errors=True)
-                print(f"{name}, {bits} bits ...", file=sys.stderr)
-                one = (
-                    run_peer(known[name], bits, tokens, out, asked)
-                    if name in known
-                    else run_ours(bits, tokens, out, asked)
-                )
-                repeats[name].append(one)
-        for name, all_runs in repeats.items():
-            best = all_runs[0]
-            best.seconds = statistics.median(r.seconds for r in all_runs)
-            best.whole = statistics.median(r.whole for r in all_runs)
-            best.peak = max(r.peak for r in all_runs)
+        found = by_turns(peers, bits, tokens, asked)
+        for name, runs_of in found.items():
+            one = runs_of[0]
+            one.seconds = statistics.median(r.seconds for r in runs_of)
+            one.whole = statistics.median(r.whole for r in runs_of)
+            one.peak = max(r.peak for r in runs_of)
+            one.ratios = [ratio for r in runs_of for ratio in r.ratios]
             if windows:
-                out = runs / f"{asked.verb}-{name}-int{bits}"
-                folder = dense_folder(out) if name in known and known[name].dense else out
-                found = score(folder, windows, asked)
-                best.perplexity, best.nats = found["perplexity"], found["nats_per_token"]
-            results.append(best)
+                out = folder_of(name, bits, asked)
+                dense_one = dense_folder(out)
+                scored = score(dense_one if dense_one.is_dir() else out, windows, asked)
+                one.perplexity, one.nats = scored["perplexity"], scored["nats_per_token"]
+            results.append(one)
     return dense, results
+
+
+def installs(peer: Peer, work: Path) -> bool:
+    """Whether a peer's environment is there or can be made."""
+    try:
+        environment(peer, work)
+    except subprocess.CalledProcessError as error:
+        print(f"{peer.name} is left out, it cannot be installed: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def by_turns(
+    peers: list[Peer], bits: int, tokens: Path, asked: argparse.Namespace
+) -> dict[str, list[Result]]:
+    """method -> its runs: ours, a peer, ours, the next peer ..., so that a slow time hits both of a pair."""
+    found: dict[str, list[Result]] = {}
+
+    def ready(name: str) -> Path:
+        out = folder_of(name, bits, asked)
+        for old in (out, dense_folder(out)):
+            shutil.rmtree(old, ignore_errors=True)
+        print(f"{name}, {bits} bits ...", file=sys.stderr)
+        return out
+
+    for _ in range(asked.repeats):
+        for peer in peers or [None]:
+            ours = None
+            if OURS in asked.methods:
+                ours = run_ours(bits, tokens, ready(OURS), asked)
+                found.setdefault(OURS, []).append(ours)
+            if peer is not None:
+                theirs = run_peer(peer, bits, tokens, ready(peer.name), asked)
+                theirs.ratios = [theirs.seconds / ours.whole] if ours else []
+                found.setdefault(peer.name, []).append(theirs)
+    return found
+
+
+def folder_of(name: str, bits: int, asked: argparse.Namespace) -> Path:
+    return Path(asked.work) / "runs" / f"{asked.verb}-{name}-int{bits}"
+
+
+def missed(results: list[Result]) -> list[str]:
+    """What the project promises and these runs did not show."""
+    found = []
+    for ours in (r for r in results if r.method == OURS):
+        peers = [r for r in results if r.method != OURS and r.bits == ours.bits]
+        slow = [r for r in peers if r.ratios and statistics.median(r.ratios) < FASTER]
+        found += [f"{r.method}, {r.bits} bits: less than {FASTER:g} times our time" for r in slow]
+        scored = [r.perplexity for r in peers if r.perplexity is not None]
+        if ours.perplexity is not None and scored and ours.perplexity > max(scored):
+            found.append(
+                f"{ours.bits} bits: perplexity {ours.perplexity:.4f}, peers {max(scored):.4f}"
+            )
+    return found
 
 
 # ---- what is shown -----------------------------------------------------------------------------
 
 
 def table(dense: float | None, results: list[Result]) -> str:
-    ours = {r.bits: r.whole for r in results if r.method == OURS}
     lines = [("method", "bits", "perplexity", "seconds", "whole", "peak MiB", "peer/ours")]
     if dense:
         lines.append(("dense", "", f"{dense:.4f}", "", "", "", ""))
     for r in results:
-        ratio = f"{r.seconds / ours[r.bits]:.1f}x" if r.bits in ours and r.method != OURS else ""
+        ratio = ""
+        if r.ratios:
+            ratio = f"{statistics.median(r.ratios):.1f} ({min(r.ratios):.1f}-{max(r.ratios):.1f})"
         shown = f"{r.perplexity:.4f}" if r.perplexity else ""
         peak = f"{r.peak / 2**20:.0f}"
         lines.append(
@@ -315,6 +362,8 @@ def report(dense: float | None, results: list[Result], asked: argparse.Namespace
         row(where, "seconds", r.seconds, "s")
         row(where, "whole_seconds", r.whole, "s")
         row(where, "peak_memory_bytes", r.peak, "B")
+        for what, of in (("", statistics.median), ("_least", min), ("_most", max)):
+            row(where, f"times_ours{what}", of(r.ratios) if r.ratios else None, "")
     return {
         "rows": rows,
         "environment": {
@@ -357,9 +406,10 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128, help="0 for one group per row")
     parser.add_argument("--samples", type=int, help="default: 128 for quality, 16 for speed")
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=1, help="medians are shown")
+    parser.add_argument("--repeats", type=int, help="default: 1 for quality, 2 for speed")
+    parser.add_argument("--check", action="store_true", help="fail where a promise is not kept")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--results", type=Path, default=HERE.parent / "results")
+    parser.add_argument("--results", type=Path, default=HERE.parent.parent / "results")
     asked = parser.parse_args()
     quality = asked.verb == "quality"
     if quality and not asked.text:
@@ -370,7 +420,8 @@ def main() -> None:
         )
     asked.bits = asked.bits or ([4, 3] if quality else [4])
     asked.samples = asked.samples or (128 if quality else 16)
-    asked.work = asked.work.absolute()
+    asked.repeats = asked.repeats or (1 if quality else 2)
+    asked.model, asked.work = asked.model.absolute(), asked.work.absolute()
 
     dense, results = compare(asked)
     print(table(dense, results))
@@ -378,6 +429,8 @@ def main() -> None:
     path = asked.results / f"gptq-{asked.verb}.json"
     path.write_text(json.dumps(report(dense, results, asked), indent=2) + "\n")
     print(f"written: {path}")
+    if asked.check and (problems := missed(results)):
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

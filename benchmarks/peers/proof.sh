@@ -1,6 +1,7 @@
 #!/bin/sh
-# GPTQ against its peers: quality on the shipped model, speed on the 1.1 B shape. Environments, checkpoint
-# and logs go to $WORK (default: build/peers); tables are printed and kept in results/.
+# GPTQ against its peers, in turns: quality on the shipped model, speed on the 1.1 B shape; most of an hour
+# on two cores. Environments, checkpoint and logs go to $WORK (default: build/peers); tables are printed
+# and kept in results/.
 set -eu
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
@@ -10,5 +11,5 @@ mkdir -p "$WORK"
     "$PYTHON" benchmarks/make_llama.py "$WORK/llama-1.1b" --shape 1.1b
 "$PYTHON" benchmarks/peers/gptq.py quality --model src/onecard/shipped/model \
     --text src/onecard/shipped/held_out.txt --calibration src/onecard/shipped/calibration.txt \
-    --work "$WORK"
-"$PYTHON" benchmarks/peers/gptq.py speed --model "$WORK/llama-1.1b" --work "$WORK" --bits 4
+    --work "$WORK" --check
+"$PYTHON" benchmarks/peers/gptq.py speed --model "$WORK/llama-1.1b" --work "$WORK" --bits 4 --check

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Recipe": "onecard.passes.base",
     "Report": "onecard.core.report",
-    "apply": "onecard.passes.job",
+    "apply": "onecard.passes.walked",
     "compress": "onecard.passes.job",
     "evaluate": "onecard.evaluate",
     "find_recipe": "onecard.passes",

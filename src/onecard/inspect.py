@@ -9,6 +9,7 @@ from onecard.checkpoint.hub import find_model
 from onecard.checkpoint.packed import Schemes
 from onecard.checkpoint.shards import Checkpoint, read_json
 from onecard.core.errors import BadRequest
+from onecard.core.fusions import fusions
 from onecard.core.report import Report, Row, environment
 from onecard.core.spec import Spec
 from onecard.nn.families import family_of
@@ -24,8 +25,11 @@ PARTS = (
 )
 
 
-def inspect_model(model: str, context: int = 2048, batch: int = 1) -> Report:
-    """Bytes by part, formats, parameters and the KV cache for `context` tokens of `batch` sequences."""
+def inspect_model(model: str, context: int = 2048, batch: int = 1, fused: bool = False) -> Report:
+    """Bytes by part, formats, parameters and the KV cache for `context` tokens of `batch` sequences.
+
+    `fused` lists what the native engine does in one go instead.
+    """
     if context < 1 or batch < 1:
         raise BadRequest(f"a context of {context} for {batch} sequences was asked for")
     folder = find_model(model)
@@ -34,6 +38,11 @@ def inspect_model(model: str, context: int = 2048, batch: int = 1) -> Report:
     config = read_json(folder / "config.json")
     family = family_of(config)
     spec = family.spec(config)
+    if fused:
+        return Report(
+            tuple(Row(where, " + ".join(f.parts), f"{f.how} ({f.by})") for where, f in fusions(spec)),
+            environment(), f"{folder.name}: what the native engine does in one go",
+        )  # fmt: skip
     checkpoint = Checkpoint(folder)
     if not checkpoint.entries:
         raise BadRequest(f"{folder} holds no model", seen="there are no tensors in its files")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -33,6 +35,7 @@ app = App(
     "report; --debug shows the traceback of an error.",
     version=__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # cli.py says what it means
 )
 
 Json = Annotated[
@@ -73,13 +76,23 @@ def info(*, refresh: Annotated[bool, Flag] = False, json: Json = False) -> None:
     refresh
         measure again instead of using the cached figures
     """
-    from onecard.kernels import cpu
+    from onecard.kernels import cpu, tune
 
+    if cpu.available():
+        tune.apply(refresh)
     show(cpu.info(refresh), json)
 
 
 @app.command
-def inspect(model: Name, /, *, context: int = 2048, batch: int = 1, json: Json = False) -> None:
+def inspect(
+    model: Name,
+    /,
+    *,
+    context: int = 2048,
+    batch: int = 1,
+    fusions: Annotated[bool, Flag] = False,
+    json: Json = False,
+) -> None:
     """Show what a model is made of: bytes by part, formats, KV cache. Reads headers only.
 
     Parameters
@@ -88,10 +101,12 @@ def inspect(model: Name, /, *, context: int = 2048, batch: int = 1, json: Json =
         tokens of context for the KV cache
     batch
         sequences at once for the KV cache
+    fusions
+        list what the native engine does in one go instead
     """
     from onecard.inspect import inspect_model
 
-    show(inspect_model(model, context, batch), json)
+    show(inspect_model(model, context, batch, fusions), json)
 
 
 @app.command
@@ -104,13 +119,14 @@ def recipes(name: str | None = None, /, *, json: Json = False) -> None:
         print this recipe as YAML, to start one of your own from
     """
     from onecard.core.report import Row
-    from onecard.passes import RECIPES, find_recipe, to_yaml
+    from onecard.passes import SHIPPED, find_recipe, to_yaml
 
     if name is not None and not json:
         print(to_yaml(find_recipe(name)), end="")
         return
-    chosen = RECIPES if name is None else (find_recipe(name),)
-    show(Report(tuple(Row(r.name, "good_for", r.good_for) for r in chosen), title="Recipes"), json)
+    chosen = [find_recipe(name)] if name is not None else []
+    lines = [(r.name, r.good_for) for r in chosen] or [(n, good_for) for n, _, good_for in SHIPPED]
+    show(Report(tuple(Row(n, "good_for", what) for n, what in lines), title="Recipes"), json)
 
 
 @app.command
@@ -189,9 +205,6 @@ def compress(
     from onecard.checkpoint.text import read_text
     from onecard.passes import find_recipe
     from onecard.passes import job as jobs
-    from onecard.prove import is_small
-    from onecard.prove import prove as proof
-    from onecard.render import to_html
 
     cap = None if memory is None else parse_size(memory)
     settings = jobs.Settings(Calibration(samples, length), data, dtype, cap, force)
@@ -207,15 +220,21 @@ def compress(
         return
 
     def page(folder: Path, made: Report) -> Report:
+        from onecard.render import to_html
+
         write_text(folder / "report.html", to_html(made))
         return made
 
-    with Progress("compressing") as progress:
+    with Progress("compressing") as progress, ThreadPoolExecutor(1) as aside:
+        for later in ("onecard.render", "onecard.prove"):
+            aside.submit(import_module, later)
         found = jobs.compress(prepared, progress, page)
+        from onecard.prove import is_small
+        from onecard.prove import prove as proof
+
         if prove or (prove is None and is_small(int(found.value("parameters") or 0), cap)):
-            found = proof(model, out, found, held_out, progress)
+            found = page(out, proof(model, out, found, held_out, progress))
             write_text(out / "report.json", found.to_json())
-            write_text(out / "report.html", to_html(found))
         elif prove is None:
             say(f"its quality was not measured: onecard eval {out} --against {model}")
     show(found, json)

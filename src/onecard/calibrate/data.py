@@ -16,14 +16,14 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, BinaryIO
 
 from onecard.checkpoint.text import check_vocabulary, read_text
 from onecard.checkpoint.tokenizer import LARGEST_TEXT, Tokenizer
 from onecard.core.errors import BadRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALL, LARGEST = 1 << 20, 1 << 30
 """Bytes of a calibration text up to which it is tokenized whole; beyond which it is refused."""
@@ -60,9 +60,15 @@ def calibration_ids(
         rows = _sliced(tokenizer, path, settings)
     else:
         rows = _windows(tokenizer.encode(read_text(path)), settings)
+    return _tensor(rows, vocab_size)
+
+
+def _tensor(rows: list[list[int]], vocab_size: int) -> Tensor:
+    import torch
+
     for row in rows:
         check_vocabulary(row, vocab_size)
-    return torch.tensor(rows)
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def _windows(ids: list[int], settings: Calibration) -> list[list[int]]:
@@ -164,8 +170,7 @@ def _given(path: Path, vocab_size: int) -> Tensor:
     for row in rows:
         if not all(type(id) is int and id >= 0 for id in row):  # a bool is an int to isinstance
             raise BadRequest(wrong, seen="an id is not a whole number from 0 on")
-        check_vocabulary(row, vocab_size)
-    return torch.tensor(rows, dtype=torch.int64)
+    return _tensor(rows, vocab_size)
 
 
 def digest(ids: Tensor | None) -> str:

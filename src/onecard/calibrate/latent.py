@@ -1,13 +1,10 @@
 """Training what is stored: a latent float32 weight, and a grid that makes of it what multiplies.
 
     forward    y = x grid(W)^T + b         W, or W + s B A where a low-rank change is trained instead
-    backward   the gradient of grid(W) is taken for that of W (straight-through, arXiv 1308.3432), cut off
-               where a grid ends
 
-A grid also says how its result is stored, so what was trained is exactly what is saved: zeros of a pruned
-matrix are multiplied away before and after, integers stay on the scales they came with. Norms, biases,
-embeddings and routers train as they are. `Trainee` puts latent linears in the place of a model's linears
-and, at the end, stored weights back.
+A grid (calibrate/grids.py) also says how its result is stored, so a model keeps its masks and formats while
+it learns. Norms, biases, embeddings and routers train as they are. `Trainee` puts latent linears in the
+place of a model's linears and, at the end, stored weights back.
 """
 
 from __future__ import annotations
@@ -20,95 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onecard.core.format import Integers, Weight
-from onecard.kernels import reference
+from onecard.calibrate.grids import Grid, grid_of
 from onecard.nn.layers import Linear
 from onecard.nn.model import Model
-
-
-class Grid(nn.Module):
-    """What a latent matrix [out, in] becomes. Its own parameters, if any, are learned with it."""
-
-    def forward(self, w: Tensor) -> Tensor:
-        """The matrix that multiplies, float32, with a gradient to w."""
-        raise NotImplementedError
-
-    def store(self, w: Tensor) -> Weight:
-        """`forward(w)` as it is stored."""
-        raise NotImplementedError
-
-    def settle(self, w: Tensor) -> None:
-        """Keep w in its range, behind an update."""
-
-
-class FreeGrid(Grid):
-    """Any number where the stored matrix is not zero; stored in the dtype it had."""
-
-    keep: Tensor | None
-
-    def __init__(self, stored: Tensor) -> None:
-        super().__init__()
-        self.dtype = stored.dtype
-        keep = stored != 0
-        self.register_buffer("keep", None if bool(keep.all()) else keep)
-
-    def forward(self, w: Tensor) -> Tensor:
-        return w if self.keep is None else w * self.keep
-
-    def store(self, w: Tensor) -> Weight:
-        return reference.from_dense(self(w).to(self.dtype))
-
-
-class IntegerGrid(Grid):
-    """The integer grid a matrix is stored on: scales and zero points [out, groups] stay.
-
-    Below and above the grid the gradient is zero. `zeros`: weights that are zero stay so.
-    """
-
-    keep: Tensor | None
-    scale: Tensor
-    zero: Tensor
-
-    def __init__(self, held: Weight, zeros: bool = False) -> None:
-        super().__init__()
-        assert isinstance(held.format, Integers)
-        self.format = held.format
-        q, scale, zero = reference.codes(held)
-        self.register_buffer("scale", scale[..., None])
-        self.register_buffer("zero", zero[..., None])
-        keep = reference.grouped(q.float(), self.format) != self.zero
-        self.register_buffer("keep", keep.flatten(1) if zeros else None)
-
-    def codes(self, w: Tensor) -> Tensor:
-        """Integers [out, groups, size], as floats, with the straight-through gradient."""
-        low, high = self.format.levels
-        t = reference.grouped(w, self.format) / self.scale + self.zero
-        return straight(torch.round(t), t).clamp(low, high)
-
-    def forward(self, w: Tensor) -> Tensor:
-        values = ((self.codes(w) - self.zero) * self.scale).flatten(1)
-        return values if self.keep is None else values * self.keep
-
-    def store(self, w: Tensor) -> Weight:
-        q = self.codes(w)
-        if self.keep is not None:
-            kept = reference.grouped(self.keep, self.format)
-            q = torch.where(kept, q, self.zero)
-        return reference.hold(q.flatten(1), self.scale[..., 0], self.zero[..., 0], self.format)
-
-
-def straight(value: Tensor, through: Tensor) -> Tensor:
-    """`value` with the gradient of `through`."""
-    return through + (value - through).detach()
-
-
-def grid_of(linear: Linear, zeros: bool = False) -> Grid:
-    """The grid of a linear as it is stored."""
-    held = linear.held()
-    return FreeGrid(held.parts["weight"]) if linear.format.dense else IntegerGrid(held, zeros)
-
-
-# Linears and the model around them ----------------------------------------------------------------
 
 
 class LatentLinear(nn.Module):
@@ -123,10 +34,12 @@ class LatentLinear(nn.Module):
 
     def __init__(self, linear: Linear, grid: Grid, rank: int, seed: int) -> None:
         super().__init__()
-        self.shape, self.grid, self.rank = linear.shape, grid, rank
-        w = linear.matrix().clone()
-        self.bias = linear.bias
-        if rank:
+        self.shape, self.grid, self.bias = linear.shape, grid, linear.bias
+        self.rank = rank if grid.latent else 0
+        w = linear.matrix().clone() if grid.latent else torch.empty(0)
+        if not grid.latent:
+            self.register_buffer("base", w)
+        elif rank:
             generator = torch.Generator().manual_seed(seed)
             bound = 1 / math.sqrt(w.shape[1])
             a = torch.empty(rank, w.shape[1]).uniform_(-bound, bound, generator=generator)
@@ -136,8 +49,10 @@ class LatentLinear(nn.Module):
             self.latent = nn.Parameter(w)
 
     def matrix(self) -> Tensor:
-        """The latent matrix [out, in]."""
-        return self.base + 2.0 * self.b @ self.a if self.rank else self.latent
+        """The latent matrix [out, in]; nothing where the grid has its own."""
+        if self.rank:
+            return self.base + 2.0 * self.b @ self.a
+        return self.latent if self.grid.latent else self.base
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -149,7 +64,7 @@ class LatentLinear(nn.Module):
 class Trainee:
     """A model that can be trained: latent linears in it, everything float32.
 
-    `rank`: only low-rank changes of the linears are trained; `outer=False`: only the linears, whole.
+    `rank`: only low-rank changes of the linears are trained. `within`: only what lies under this path.
     """
 
     def __init__(
@@ -157,23 +72,23 @@ class Trainee:
         model: Model,
         grid: Callable[[str, Linear], Grid],
         rank: int = 0,
-        outer: bool = True,
+        within: str = "",
         seed: int = 0,
     ) -> None:
         self.network = model.network
         self.linears: dict[str, LatentLinear] = {}
         self.places: dict[str, Linear] = {}
-        found = list(model.linears())
+        found = [(name, linear) for name, linear in model.linears() if name.startswith(within)]
         inside = {id(p) for _, linear in found for p in linear.parameters(recurse=False)}
-        self.dtypes = {p: p.dtype for p in self.network.parameters()}
+        self.dtypes: dict[nn.Parameter, torch.dtype] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         for name, p in self.network.named_parameters():
-            bias = name.endswith("bias")
-            if id(p) in inside and not bias:
+            if not name.startswith(within) or (id(p) in inside and not name.endswith("bias")):
                 continue
+            self.dtypes[p] = p.dtype
             p.data = p.data.float()
-            p.requires_grad_(outer and not rank)
-            if p.requires_grad:
+            if not rank:
+                p.requires_grad_(True)
                 self.parameters[name] = p
         for number, (name, linear) in enumerate(found):
             made = LatentLinear(linear, grid(name, linear), rank, seed + number)
@@ -190,7 +105,7 @@ class Trainee:
     def settle(self) -> None:
         """Behind an update: latents go back into their range."""
         for linear in self.linears.values():
-            if not linear.rank:
+            if linear.grid.latent and not linear.rank:
                 linear.grid.settle(linear.latent.data)
 
     @torch.no_grad()
@@ -208,13 +123,13 @@ class Trainee:
 @contextmanager
 def trainable(
     model: Model,
-    grid: Callable[[str, Linear], Grid] = lambda name, linear: grid_of(linear),
+    grid: Callable[[str, Linear], Grid] = lambda name, linear: grid_of(linear.held()),
     rank: int = 0,
-    outer: bool = True,
+    within: str = "",
     seed: int = 0,
 ) -> Iterator[Trainee]:
     """A model made trainable; it holds stored weights again behind the block, also after a failure."""
-    trainee = Trainee(model, grid, rank, outer, seed)
+    trainee = Trainee(model, grid, rank, within, seed)
     try:
         yield trainee
     finally:

@@ -37,6 +37,7 @@ from onecard.calibrate.data import Calibration, calibration_ids, digest
 from onecard.calibrate.walk import Progress
 from onecard.checkpoint.load import as_array
 from onecard.checkpoint.shards import fresh, pread, read_header, write_file
+from onecard.checkpoint.text import check_vocabulary, read_text
 from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.report import Row
@@ -117,12 +118,35 @@ class Course:
 
 
 def training_ids(
-    tokenizer: Tokenizer | None, path: Path | None, settings: Training, vocab_size: int
+    tokenizer: Tokenizer | None,
+    path: Path | None,
+    settings: Training,
+    vocab_size: int,
+    documents: str | None = None,
 ) -> Tensor:
-    """All windows [n, length] of a text that the training can use. BadRequest where they are too few."""
+    """All windows [n, length] of a text that the training can use. BadRequest where they are too few.
+
+    `documents` separates the documents of a text: each is stripped and begins with BOS, as models have
+    learned it, and windows are cut from them one after the other.
+    """
     wanted = 1 << 16 if settings.minutes is not None else settings.steps * settings.batch
-    samples = Calibration(min(max(wanted, 1), 1 << 16), settings.length)
-    return checked_ids(calibration_ids(tokenizer, path, samples, vocab_size), settings)
+    wanted = min(max(wanted, settings.batch), 1 << 16)
+    given = path is not None and path.suffix == ".json"
+    if documents is None or tokenizer is None or given:
+        ids = calibration_ids(tokenizer, path, Calibration(wanted, settings.length), vocab_size)
+        return checked_ids(ids, settings)
+    if not documents:
+        raise BadRequest("documents cannot be separated by nothing")
+    first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    row: list[int] = []
+    for text in read_text(path).split(documents):
+        if text.strip():
+            row += first + tokenizer.encode(text.strip())
+    check_vocabulary(row, vocab_size)
+    count = len(row) // settings.length
+    return checked_ids(
+        torch.tensor(row[: count * settings.length]).view(-1, settings.length), settings
+    )
 
 
 def checked_ids(ids: Tensor, settings: Training) -> Tensor:

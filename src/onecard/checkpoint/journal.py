@@ -27,7 +27,7 @@ LONGEST_NAME = 200
 
 
 class Journal:
-    """The working folder of one job; at most one process holds it."""
+    """The working folder of one job; at most one process holds it, until it is left as a context."""
 
     def __init__(self, out: Path, key: Key, force: bool = False) -> None:
         self.out, self.folder = out, partial_of(out)
@@ -39,8 +39,19 @@ class Journal:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._lock.close()
             raise BadRequest(f"another process is working on {out}") from error
-        self._recover(force)
+        try:
+            self._recover(force)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._lock.close()
 
     def _recover(self, force: bool) -> None:
         """Keep the lines whose parts are whole; start anew where the job is another one."""
@@ -92,11 +103,22 @@ class Journal:
         state: Mapping[str, Array] | None = None,
     ) -> None:
         """Write a part, and the state that the next one starts from, then say so in one line."""
-        line = {"part": part, "rows": rows, "state": None, "state_sha256": None}
+        kept = None
         if state is not None:
-            line["state"] = f"state-{part}"
-            line["state_sha256"] = write_file(self.folder / f"state-{part}.safetensors", state)
-        line["sha256"] = write_file(self.folder / f"{part}.safetensors", arrays)
+            name = f"state-{part}"
+            kept = (name, write_file(self.folder / f"{name}.safetensors", state))
+        self.note(part, self.write(part, arrays), rows, kept)
+
+    def write(self, part: str, arrays: Mapping[str, Array]) -> str:
+        """The file of a part; returns its sha256. It counts once it is noted. For any thread."""
+        return write_file(self.folder / f"{part}.safetensors", arrays)
+
+    def note(
+        self, part: str, sha256: str, rows: list[list[Any]], state: tuple[str, str] | None = None
+    ) -> None:
+        """Enter a written part; `state` is the name and sha256 of what the next one starts from."""
+        name, digest = state or (None, None)
+        line = {"part": part, "rows": rows, "state": name, "state_sha256": digest, "sha256": sha256}
         with (self.folder / "journal.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         old = self.lines[-1].get("state") if self.lines else None

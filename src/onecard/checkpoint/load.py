@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from onecard.checkpoint.finite import damaged
 from onecard.checkpoint.shards import Array
 from onecard.checkpoint.source import Place, Source, verify
 from onecard.core.errors import BadRequest
@@ -44,11 +45,7 @@ def read(source: Source, name: str) -> Tensor:
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     tensor = torch.frombuffer(data.data, dtype=DTYPES[entry.dtype]).view(entry.shape)
     if not is_finite(tensor):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise BadRequest(
-            f"{name} holds {bad} values that are NaN or infinite",
-            do="the checkpoint is damaged or was trained into overflow: fetch it again",
-        )
+        raise damaged(name, int((~torch.isfinite(tensor)).sum()))
     return tensor
 
 

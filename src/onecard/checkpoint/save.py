@@ -13,19 +13,17 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from onecard import __version__
 from onecard.checkpoint.journal import check_target, partial_of
-from onecard.checkpoint.load import modules, stored_arrays
 from onecard.checkpoint.packed import must_split, quantization_config
 from onecard.checkpoint.shards import (
     copy_range,
     header_of,
     read_header,
     sha256_of,
+    sum_of,
     write_chunks,
     write_file,
 )
@@ -33,8 +31,11 @@ from onecard.checkpoint.source import MANIFEST, Source
 from onecard.core.errors import BadRequest
 from onecard.core.format import Format
 from onecard.core.report import write_text
-from onecard.nn.layers import Linear
-from onecard.nn.model import Model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from onecard.nn.model import Model
 
 SINGLE_FILE = 256 << 20
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -92,9 +93,9 @@ def complete(
 
 
 def source_hashes(source: Source) -> dict[str, str]:
-    """sha256 of the source's weights and config."""
-    files = [*source.checkpoint.files, source.folder / "config.json"]
-    return {file.name: sha256_of(file) for file in files}
+    """What the source held: the sum of each weight file, the sha256 of its config."""
+    weights = {file.name: sum_of(file) for file in source.checkpoint.files}
+    return {**weights, "config.json": sha256_of(source.folder / "config.json")}
 
 
 def config_with(source: Source, formats: Mapping[str, Format], split: bool) -> dict[str, Any]:
@@ -124,6 +125,8 @@ def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = N
 
     OUT appears by rename when it is complete. Raises BadRequest when it is not empty.
     """
+    from onecard.checkpoint.load import stored_arrays
+
     if model.source is None:
         raise BadRequest("the model has no source folder to take names and tokenizer from")
     source, out = Source(model.source), Path(out)
@@ -154,6 +157,9 @@ def packed_formats(
     source: Source, root: nn.Module, index: int | None, split: bool
 ) -> dict[str, Format]:
     """stored name -> Format of the packed modules of a part of the network."""
+    from onecard.checkpoint.load import modules
+    from onecard.nn.layers import Linear
+
     return {
         place.stored.name: module.format
         for _, module, place in modules(source, root, index, split)

@@ -17,6 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from numpy.typing import NDArray
 
 from onecard.core.errors import BadRequest
 from onecard.core.format import DTYPE_BYTES
+from onecard.kernels import cpu
+from onecard.kernels.layout import checksum
 
 Bytes = NDArray[np.uint8]
 HEADER_LIMIT = 100 << 20
@@ -33,6 +36,8 @@ SAFETENSORS = {
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "fp8",
 }  # fmt: skip
 CODES = {name: code for code, name in SAFETENSORS.items()}
+PIECE = 1 << 20
+"""Bytes of a tensor that are read at once where it is only passed on: they stay in a core's cache."""
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -163,15 +168,19 @@ class Buffers:
 
 def pread(path: Path, offset: int, data: Bytes) -> Bytes:
     """Fills `data` from `offset` on; a short file is an error, never a short answer."""
-    view, done, count = data.data, 0, data.size
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
-        while done < count:
-            got = file.readinto(view[done:])
-            if not got:
-                raise _broken(path, f"it ends {count - done} bytes early")
-            done += got
+        _read_into(file, data, path)
     return data
+
+
+def _read_into(file: FileIO, data: Bytes, path: Path) -> None:
+    view, done = data.data, 0
+    while done < data.size:
+        got = file.readinto(view[done:])
+        if not got:
+            raise _broken(path, f"it ends {data.size - done} bytes early")
+        done += got
 
 
 def _files(folder: Path) -> list[Path]:
@@ -286,11 +295,29 @@ def write_chunks(path: Path, chunks: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def copy_range(entry: Entry, chunk: int = 8 << 20) -> Iterable[Bytes]:
+def copy_range(entry: Entry, chunk: int = PIECE) -> Iterator[Bytes]:
     """The bytes of a tensor in pieces, for copying without holding it; each takes the last's place."""
     data = fresh(min(chunk, entry.nbytes))
-    for offset in range(entry.begin, entry.end, chunk):
-        yield pread(entry.path, offset, data[: entry.end - offset])
+    with entry.path.open("rb", buffering=0) as file:
+        file.seek(entry.begin)
+        for done in range(0, entry.nbytes, chunk):
+            piece = data[: entry.nbytes - done]
+            _read_into(file, piece, entry.path)
+            yield piece
+
+
+def sum_of(path: Path) -> str:
+    """A 64-bit sum of a file's bytes at about the speed of reading them; sha256 without the library.
+
+    It is the sum (kernels.layout.checksum) of the sums of its pieces. Of two files that differ it tells
+    all but one pair in 2^64, unless somebody made them to be mistaken for each other.
+    """
+    if not cpu.available():
+        return sha256_of(path)
+    size = path.stat().st_size
+    pieces = copy_range(Entry(path, "uint8", (size,), 0, size))
+    sums = np.array([checksum(piece, 1) for piece in pieces], "<u8")
+    return f"sum64:{checksum(sums.view(np.uint8), 1):016x}"
 
 
 def sha256_of(path: Path) -> str:

@@ -76,8 +76,15 @@ def fill(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _check(hint: Any, value: Any, where: str) -> Any:
-    """`value` as `hint`: bool, int, float, str, a Literal, a union or a tuple of these."""
+    """`value` as `hint`: bool, int, float, str, a Literal, a union or a tuple of these, or settings.
+
+    YAML reads 1e-4 as text (it wants 1.0e-4): where a number is needed it is one.
+    """
     origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise BadRequest(f"{where} is {value!r}", do="a mapping of settings is needed")
+        return fill(hint, value, where)
     if origin is typing.Literal:
         if value in typing.get_args(hint):
             return value
@@ -100,6 +107,8 @@ def _check(hint: Any, value: Any, where: str) -> Any:
             raise BadRequest(f"{where} is {value!r}", do="a list is needed")
         return tuple(_check(typing.get_args(hint)[0], item, where) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is float and isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE]-?\d+", value):
         value = float(value)
     if isinstance(value, bool) is not (hint is bool) or not isinstance(value, hint):
         raise BadRequest(f"{where} is {value!r}", do=f"a value of type {hint.__name__} is needed")

@@ -57,11 +57,11 @@ def library() -> ctypes.CDLL:
     try:
         native = ctypes.CDLL(str(path))
         found = native.oc_abi()
+        if found != ABI:
+            raise _no_library(f"{path} has interface {found}, this package needs {ABI}")
+        return _with_prototypes(native)
     except (OSError, AttributeError) as error:
         raise _no_library(f"{path} does not load: {error}") from error
-    if found != ABI:
-        raise _no_library(f"{path} has interface {found}, this package needs {ABI}")
-    return _with_prototypes(native)
 
 
 def isas() -> tuple[str, ...]:
@@ -88,8 +88,18 @@ def force_isa(name: str | None) -> None:
             f"this machine does not run the instruction-set class {name!r}",
             do=nearest(name, isas()),
         )
+    native.oc_isa_force(_isa_index(name))
+
+
+def prefer_isa(name: str) -> None:
+    """Makes one of `isas` the best, which is in use where none is forced."""
+    library().oc_isa_prefer(_isa_index(name))
+
+
+def _isa_index(name: str) -> int:
+    native = library()
     names = [native.oc_isa_name(i).decode() for i in range(native.oc_isa_count())]
-    native.oc_isa_force(names.index(name))
+    return names.index(name)
 
 
 def _library_path() -> Path:
@@ -122,6 +132,8 @@ def _with_prototypes(native: ctypes.CDLL) -> ctypes.CDLL:
         "oc_isa_supported": (c_int, [c_int]),
         "oc_isa": (c_int, []),
         "oc_isa_force": (c_int, [c_int]),
+        "oc_isa_prefer": (c_int, [c_int]),
+        "oc_reach": (c_int, [c_int64, c_int64]),
         "oc_read_bandwidth": (c_double, [c_int64, c_int, c_double]),
         "oc_peak": (c_double, [c_int, c_int, c_double]),
         "oc_peak_unit": (ctypes.c_char_p, [c_int]),
@@ -264,12 +276,12 @@ def probe(refresh: bool = False) -> Device:
     The first call takes a few seconds and reads at most a quarter of the free memory.
     """
     facts = cpu_facts()
-    stored = {} if refresh else _stored()
+    stored = {} if refresh else remembered(_FILE)
     with suppress(KeyError, TypeError, BadRequest):
-        return with_memory_now(Device.from_dict(stored[_key(facts)]))
+        return with_memory_now(Device.from_dict(stored[machine_key(facts)]))
     library()
     device = _measured_elsewhere()
-    _store(_key(facts), device)
+    remember(_FILE, machine_key(facts), device.to_dict())
     return device
 
 
@@ -304,28 +316,41 @@ def _speed(value: float, what: str) -> float:
 
 def _measured_elsewhere() -> Device:
     """`measure` in a child process; see the top of this file."""
+    try:
+        return Device.from_dict(elsewhere("onecard.kernels.cpu", 300))
+    except BadRequest as error:
+        raise FailedWork("this CPU could not be measured", seen=str(error)) from error
+
+
+def elsewhere(module: str, seconds: float) -> Any:
+    """The JSON that a module prints when it is run, in a process of its own. Raises FailedWork."""
     source = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
     try:
         child = subprocess.run(
-            [sys.executable, "-m", "onecard.kernels.cpu"],
+            [sys.executable, "-m", module],
             env=os.environ | {"PYTHONPATH": paths},
-            capture_output=True, text=True, timeout=300, check=True,
+            capture_output=True, text=True, timeout=seconds, check=True,
         )  # fmt: skip
-        return Device.from_dict(json.loads(child.stdout))
+        return json.loads(child.stdout)
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
         raise FailedWork("this CPU could not be measured", seen=last) from error
-    except (OSError, ValueError, subprocess.TimeoutExpired, BadRequest) as error:
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise FailedWork("this CPU could not be measured", seen=str(error)) from error
 
 
-def _cache_file() -> Path:
+# What was measured is kept in small files of the user's cache folder ------------------------------
+
+_FILE = "device.json"
+
+
+def _cache_file(name: str) -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "onecard" / "device.json"
+    return (Path(base) if base else Path.home() / ".cache") / "onecard" / name
 
 
-def _key(facts: Device) -> str:
+def machine_key(facts: Device) -> str:
     """What a measurement depends on; a home folder may be shared between machines."""
     try:
         version = metadata.version("onecard")
@@ -334,22 +359,24 @@ def _key(facts: Device) -> str:
     return f"{facts.name}, {facts.cores} cores, {' '.join(facts.features)}, onecard {version}"
 
 
-def _stored() -> dict[str, Any]:
-    """Every device in the cache file; nothing if there is none or it was damaged."""
+def remembered(name: str) -> dict[str, Any]:
+    """Everything in a file; nothing if there is none or it was damaged."""
     try:
-        stored = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, ValueError):
+        stored = json.loads(_cache_file(name).read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, ValueError, RecursionError):
         return {}
     return stored if isinstance(stored, dict) else {}
 
 
-def _store(key: str, device: Device) -> None:
-    """Keeps a device for the next time, where the cache folder lets us."""
-    text = json.dumps(_stored() | {key: device.to_dict()}, indent=1)
+def remember(name: str, key: str, value: Any) -> bool:
+    """Keeps a value for the next time, where the cache folder lets us; returns whether it did."""
+    text = json.dumps(remembered(name) | {key: value}, indent=1)
     with suppress(OSError, RuntimeError):
-        path = _cache_file()
+        path = _cache_file(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
+        return True
+    return False
 
 
 # Cards, and the report of it all ----------------------------------------------------------------

@@ -10,56 +10,79 @@ A recipe file is YAML: `passes:` with a list of one-key mappings, a pass and its
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from onecard.core.errors import BadRequest, nearest
 from onecard.core.settings import fill
-from onecard.passes.awq import AWQ
 from onecard.passes.base import BlockPass, Recipe
-from onecard.passes.gptq import GPTQ
-from onecard.passes.hqq import HQQ
-from onecard.passes.levels import RoundToLevels
-from onecard.passes.prune import Prune
-from onecard.passes.quantize import RoundToNearest
-from onecard.passes.scales import Scale, Smooth
 
-PASSES: tuple[type[BlockPass], ...] = (
-    RoundToNearest, RoundToLevels, GPTQ, AWQ, HQQ, Scale, Smooth, Prune,
-)  # fmt: skip
+if TYPE_CHECKING:
+    from onecard.passes.awq import AWQ as AWQ
+    from onecard.passes.gptq import GPTQ as GPTQ
+    from onecard.passes.hqq import HQQ as HQQ
+    from onecard.passes.levels import RoundToLevels as RoundToLevels
+    from onecard.passes.prune import Prune as Prune
+    from onecard.passes.quantize import RoundToNearest as RoundToNearest
+    from onecard.passes.scales import Scale as Scale
+    from onecard.passes.scales import Smooth as Smooth
 
-RECIPES = (
-    Recipe("rtn-int8", (RoundToNearest(bits=8),),
-           "half the size of bf16, practically the same answers, seconds, no data"),
-    Recipe("rtn-int4", (RoundToNearest(bits=4),),
-           "a quarter of the size in seconds, no data; gptq-int4 is better when there is time"),
-    Recipe("rtn-fp8", (RoundToLevels("fp8-row"),),
-           "floats of 8 bits: half the size of bf16, for machines that multiply fp8; no data"),
-    Recipe("rtn-nf4", (RoundToLevels("nf4"),),
-           "4 bits whose levels follow a normal distribution: closer than rtn-int4, no data"),
-    Recipe("rtn-mxfp4", (RoundToLevels("mxfp4"),),
-           "4.25 bits in the Open Compute layout; coarser than nf4, for machines that multiply it"),
-    Recipe("rtn-nvfp4", (RoundToLevels("nvfp4"),),
-           "4.5 bits, a scale of 8 bits for every 16 weights: the finer of the two fp4 layouts"),
-    Recipe("gptq-int8", (GPTQ(bits=8),), "int8 with the last of its error made good"),
-    Recipe("gptq-int4", (GPTQ(bits=4),), "the usual choice: a quarter of the size, little lost"),
-    Recipe("gptq-int4-g32", (GPTQ(bits=4, group=32),), "4.5 bits per weight, closer to the original"),
-    Recipe("gptq-int3", (GPTQ(bits=3),), "when 4 bits do not fit: visible loss, far less than rounding"),
-    Recipe("gptq-int2-g32", (GPTQ(bits=2, group=32, zero_point=True),),
-           "the smallest integers; expect damage, measure it"),
-    Recipe("awq-int4", (AWQ(bits=4),), "int4 by scales and clipping; less is changed than by GPTQ"),
-    Recipe("awq-int3", (AWQ(bits=3),), "int3 by scales and clipping"),
-    Recipe("awq-gptq-int4", (Scale(bits=4), GPTQ(bits=4)), "AWQ's scales, then GPTQ"),
-    Recipe("awq-gptq-int3", (Scale(bits=3), GPTQ(bits=3)), "AWQ's scales, then GPTQ"),
-    Recipe("hqq-int4", (HQQ(bits=4),), "int4 without data, better than rounding, in seconds"),
-    Recipe("magnitude-50", (Prune(share=0.5),),
-           "half of the weights set to zero: a baseline that hurts language models; see its report"),
-    Recipe("magnitude-2of4", (Prune(pattern="2:4"),), "the 2:4 pattern by magnitude, a baseline"),
-    Recipe("magnitude-20-gptq-int4", (Prune(share=0.2), GPTQ(bits=4)),
-           "a chain: a fifth of the weights to zero, the damage made good while rounding to int4"),
+PASSES = {
+    "rtn": ("quantize", "RoundToNearest"),
+    "levels": ("levels", "RoundToLevels"),
+    "gptq": ("gptq", "GPTQ"),
+    "awq": ("awq", "AWQ"),
+    "hqq": ("hqq", "HQQ"),
+    "scale": ("scales", "Scale"),
+    "smooth": ("scales", "Smooth"),
+    "prune": ("prune", "Prune"),
+}
+"""key -> file and class, imported when a recipe names it: one that only rounds does without torch."""
+
+SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
+    ("rtn-int8", [{"rtn": {"bits": 8}}],
+     "half the size of bf16, practically the same answers, seconds, no data"),
+    ("rtn-int4", [{"rtn": {"bits": 4}}],
+     "a quarter of the size in seconds, no data; gptq-int4 is better when there is time"),
+    ("rtn-fp8", [{"levels": {"table": "fp8-row"}}],
+     "floats of 8 bits: half the size of bf16, for machines that multiply fp8; no data"),
+    ("rtn-nf4", [{"levels": {"table": "nf4"}}],
+     "4 bits whose levels follow a normal distribution: closer than rtn-int4, no data"),
+    ("rtn-mxfp4", [{"levels": {"table": "mxfp4"}}],
+     "4.25 bits in the Open Compute layout; coarser than nf4, for machines that multiply it"),
+    ("rtn-nvfp4", [{"levels": {"table": "nvfp4"}}],
+     "4.5 bits, a scale of 8 bits for every 16 weights: the finer of the two fp4 layouts"),
+    ("gptq-int8", [{"gptq": {"bits": 8}}], "int8 with the last of its error made good"),
+    ("gptq-int4", [{"gptq": {"bits": 4}}], "the usual choice: a quarter of the size, little lost"),
+    ("gptq-int4-g32", [{"gptq": {"bits": 4, "group": 32}}],
+     "4.5 bits per weight, closer to the original"),
+    ("gptq-int3", [{"gptq": {"bits": 3}}],
+     "when 4 bits do not fit: visible loss, far less than rounding"),
+    ("gptq-int2-g32", [{"gptq": {"bits": 2, "group": 32, "zero_point": True}}],
+     "the smallest integers; expect damage, measure it"),
+    ("awq-int4", [{"awq": {"bits": 4}}],
+     "int4 by scales and clipping; less is changed than by GPTQ"),
+    ("awq-int3", [{"awq": {"bits": 3}}], "int3 by scales and clipping"),
+    ("awq-gptq-int4", [{"scale": {"bits": 4}}, {"gptq": {"bits": 4}}], "AWQ's scales, then GPTQ"),
+    ("awq-gptq-int3", [{"scale": {"bits": 3}}, {"gptq": {"bits": 3}}], "AWQ's scales, then GPTQ"),
+    ("hqq-int4", [{"hqq": {"bits": 4}}], "int4 without data, better than rounding, in seconds"),
+    ("magnitude-50", [{"prune": {"share": 0.5}}],
+     "half of the weights set to zero: a baseline that hurts language models; see its report"),
+    ("magnitude-2of4", [{"prune": {"pattern": "2:4"}}], "the 2:4 pattern by magnitude, a baseline"),
+    ("magnitude-20-gptq-int4", [{"prune": {"share": 0.2}}, {"gptq": {"bits": 4}}],
+     "a chain: a fifth of the weights to zero, the damage made good while rounding to int4"),
 )  # fmt: skip
+"""The shipped recipes: name, passes as a recipe file has them, what it is good for."""
+
+
+def __getattr__(name: str) -> Any:
+    for file, cls in PASSES.values():
+        if cls == name:
+            return getattr(importlib.import_module(f"onecard.passes.{file}"), cls)
+    raise AttributeError(f"onecard.passes has no {name!r}")
 
 
 def find_recipe(name: str) -> Recipe:
@@ -67,12 +90,13 @@ def find_recipe(name: str) -> Recipe:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return read_recipe(path)
-    for recipe in RECIPES:
-        if recipe.name == name:
-            return recipe
-    known = [recipe.name for recipe in RECIPES]
+    for known, passes, good_for in SHIPPED:
+        if known == name:
+            return recipe_of({"name": name, "passes": passes, "good_for": good_for}, name)
     raise BadRequest(
-        f"there is no recipe {name!r}", nearest(name, known), "or give a file that ends in .yaml"
+        f"there is no recipe {name!r}",
+        nearest(name, [known for known, _, _ in SHIPPED]),
+        "or give a file that ends in .yaml",
     )
 
 
@@ -114,19 +138,19 @@ def recipe_of(data: Any, where: str) -> Recipe:
 
 
 def _pass(item: Any, where: str) -> BlockPass:
-    known = {cls.key: cls for cls in PASSES}
     if isinstance(item, str):
         item = {item: {}}
     if not isinstance(item, dict) or len(item) != 1:
         raise BadRequest(f"{where} is not one name with its settings", do="- gptq: {bits: 4}")
     key, settings = next(iter(item.items()))
-    if key not in known:
-        raise BadRequest(f"{where} is {key!r}", do=nearest(str(key), known))
+    if key not in PASSES:
+        raise BadRequest(f"{where} is {key!r}", do=nearest(str(key), PASSES))
     if not isinstance(settings or {}, dict):
         raise BadRequest(
             f"{where}: the settings of {key} are {settings!r}", do="a mapping is needed"
         )
-    return fill(known[key], settings or {}, f"{where}: {key}")
+    cls: type[BlockPass] = __getattr__(PASSES[key][1])
+    return fill(cls, settings or {}, f"{where}: {key}")
 
 
 def to_yaml(recipe: Recipe) -> str:

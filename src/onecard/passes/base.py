@@ -10,14 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from onecard.calibrate.walk import Reached
 from onecard.checkpoint.packed import must_split
 from onecard.core.errors import BadRequest
 from onecard.core.format import Dense, Format, Integers
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
+
+if TYPE_CHECKING:
+    from onecard.calibrate.walk import Reached
 
 
 class BlockPass(ABC):

@@ -2,25 +2,27 @@
 
     q = clamp(round(w / scale) + zero),   scale from the group's largest magnitude or its range
 
-The grid is kernels.reference.grid. It is the baseline of every quantizer, and enough at 8 bits.
+The grid is kernels.reference.grid. It is the baseline of every quantizer, and enough at 8 bits. torch is
+imported where a matrix is given in it: a recipe of nothing but rounding goes without (rounding.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from onecard.calibrate.walk import Reached
 from onecard.core.errors import FailedWork
 from onecard.core.format import Integers, Weight
 from onecard.core.report import Row
 from onecard.core.spec import Spec
-from onecard.kernels import convert
+from onecard.kernels import cpu
 from onecard.passes.base import BlockPass, check_groups
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from onecard.calibrate.walk import Reached
 
 AUTO: Literal["auto"] = "auto"
 
@@ -67,11 +69,13 @@ class RoundToNearest(BlockPass):
             yield Row(f"{site.block}.{name}", "format", format.name)
 
     def site_bytes(self, rows: int, columns: int) -> int:
-        return 0 if convert.native() else 20 * rows * columns
+        return 0 if cpu.available() else 20 * rows * columns
 
 
 def round_weight(w: Tensor, format: Integers, where: str = "a weight") -> Weight:
     """`reference.round_to_nearest`, natively where possible. FailedWork on overflow."""
+    from onecard.kernels import convert
+
     try:
         weight = convert.round_to_nearest(w, format)
     except FailedWork as error:
@@ -82,8 +86,12 @@ def round_weight(w: Tensor, format: Integers, where: str = "a weight") -> Weight
 
 def require_finite_scale(scale: Tensor, format: Integers, where: str) -> None:
     """FailedWork where a scale overflows its dtype, or came from weights that are no numbers."""
-    if not bool(torch.isfinite(scale.aminmax()[1])):
-        raise FailedWork(
-            f"{where}: a scale is not finite",
-            do=f"the weights are NaN, infinite, or too large for {format.scale} scales",
-        )
+    if not bool(scale.amax().isfinite()):
+        raise scale_overflow(format, where)
+
+
+def scale_overflow(format: Integers, where: str) -> FailedWork:
+    return FailedWork(
+        f"{where}: a scale is not finite",
+        do=f"the weights are NaN, infinite, or too large for {format.scale} scales",
+    )

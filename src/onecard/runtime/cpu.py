@@ -18,7 +18,7 @@ from onecard.checkpoint.source import Source
 from onecard.core.device import usable_cores
 from onecard.core.errors import BadRequest, FailedWork, nearest
 from onecard.core.spec import FeedForward, LayerSpec, Rope
-from onecard.kernels import cpu, rope, structs
+from onecard.kernels import cpu, rope, structs, tune
 from onecard.runtime.sample import Logprobs
 from onecard.runtime.steps import Draw, Fed, Feed, Ids
 from onecard.runtime.weights import HEADS, Head, open_weights
@@ -70,6 +70,7 @@ class CpuStepper:
     def __init__(self, folder: str | Path | Source, settings: CpuSettings = CpuSettings()) -> None:
         source = folder if isinstance(folder, Source) else Source(folder)
         self.spec, self.settings = source.spec, settings
+        tune.settle()
         self.threads = settings.threads or usable_cores()
         self.cache = settings.cache or usual_cache()
         self.vocab_size = self.spec.vocab_size

@@ -77,9 +77,9 @@ template <class T, bool tiles>
 inline float weigh(float *s, const Scales &scales, int begin, int end, int from, int to, float m) {
   constexpr bool scaled = sizeof(typename T::Stored) == 1;
   const int first = from / page, last = (to - 1) / page;
-  floats sum = {};
 #if defined(OC_TILES)
   if constexpr (tiles) {
+    floats sum = {};
     uint16_t *const out = reinterpret_cast<uint16_t *>(s);
     for (int p = begin; p < first; p++) memset(out + p * page, 0, 2 * page);
     for (int p = first; p <= last; p++) {
@@ -97,16 +97,20 @@ inline float weigh(float *s, const Scales &scales, int begin, int end, int from,
     return fold_sum(sum);
   }
 #endif
+  constexpr int lanes = 16 / width;  // in every class
+  floats sum[lanes] = {};
   for (int p = begin; p < first; p++) memset(s + p * page, 0, 4 * page);
   for (int p = first; p <= last; p++)
     for (int i = 0; i < page; i += width) {
       float *const x = s + p * page + i;
       const floats weight = exp2(load(x) - m);
-      sum += weight;
+      sum[i / width % lanes] += weight;
       give(x, scaled ? weight * load(scales.of_page[p] + page + i) : weight);
     }
   for (int p = last + 1; p < end; p++) memset(s + p * page, 0, 4 * page);
-  return fold_sum(sum);
+  for (int half = lanes / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) sum[i] += sum[i + half];
+  return fold_sum(sum[0]);
 }
 
 // What some rows have seen so far, or in one segment: sum and acc stand for sum 2^m and acc 2^m. The arrays

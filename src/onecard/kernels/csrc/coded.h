@@ -19,8 +19,6 @@ namespace {
 using oc::Input;
 using oc::Quantized;
 
-constexpr int64_t ahead_near = 8192, ahead_far = 12288;  // bytes that are called for before they are needed
-
 template <class Codec>
 constexpr int32_t zero_of_codec = 1 << (Codec::width - 1);
 

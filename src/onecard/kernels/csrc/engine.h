@@ -39,6 +39,12 @@ struct Input {
   const Quantized *quantized;
 };
 
+// How far ahead few rows call for weights, in bytes (native.cpp).
+struct Reach {
+  int64_t near, far;
+};
+extern Reach reach;
+
 // matmul.cpp
 struct Matmul {
   // y[m][16 t + r] for the tiles t of [begin, end), without bias; y has stride floats per row, and room

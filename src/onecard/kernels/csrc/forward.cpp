@@ -265,14 +265,16 @@ struct oc_engine {
   std::vector<Span> spans;
   std::vector<int32_t> row_id, row_position, row_feed;
   std::vector<int64_t> wanted;  // rows whose logits are needed
-  std::vector<std::atomic<int64_t>> counters;
+  int64_t phases;
+  std::vector<std::atomic<int64_t>> counters;  // [1 + threads][phases]: everybody's, and of a thread's own run
 
   oc_engine(const oc_model &model, const oc_engine_settings &settings)
       : m(model), set(settings), c(chosen_class()), pool(settings.threads) {
     measure();
     Carver carver;
     carve(carver);
-    counters = std::vector<std::atomic<int64_t>>(size_t(most_counters()));
+    phases = count_phases();
+    counters = std::vector<std::atomic<int64_t>>(size_t(phases * (settings.threads + 1)));
     arena = Memory(carver.bytes());
     carver.start(arena.at());
     carve(carver);
@@ -297,8 +299,8 @@ struct oc_engine {
     active.reserve(size_t(set.rows));
   }
 
-  // Phases of a pass whose work is taken as it comes.
-  int64_t most_counters() const {
+  // Phases of a pass whose work is taken as it comes, at most.
+  int64_t count_phases() const {
     int64_t count = 16 + 4 * (set.rows / logits_rows + 1);
     for (int i = 0; i < m.layers; i++) count += 16 + 4 * (m.layer[i].experts + 1);
     return count;
@@ -421,15 +423,24 @@ class Walk {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
   }
 
-  // work(begin, end) on tiles: with few rows one run, as memory likes it read.
+  // work(begin, end) on tiles. With few rows a thread has one run, as memory likes it read; of the last
+  // quarter of a run, those who are done take their part.
   template <class Work>
   void tiles(int64_t count, int64_t rows, const Work &work) {
     if (rows > few_rows) {
       const Pieces pieces(count, c_.matmul->panel_tiles, threads_);
       return as_they_come(pieces.count(), [&](int64_t i) { work(pieces.begin(i), pieces.begin(i + 1)); });
     }
-    const int64_t begin = count * t_ / threads_, end = count * (t_ + 1) / threads_;
-    if (begin < end) work(begin, end);
+    const int phase = phase_++;
+    for (int n = 0; n < threads_; n++) {
+      const int t = (t_ + n) % threads_;
+      const int64_t begin = count * t / threads_, end = count * (t + 1) / threads_;
+      const int64_t rest = threads_ == 1 ? end : end - (end - begin) / 4, step = std::max<int64_t>(1, (end - begin) / 64);
+      if (n == 0 && begin < rest) work(begin, rest);
+      auto &next = e_.counters[size_t((t + 1) * e_.phases + phase)];
+      for (int64_t at; (at = rest + step * next.fetch_add(1, std::memory_order_relaxed)) < end;)
+        work(at, std::min(end, at + step));
+    }
   }
 
   static int64_t tiles_of(const oc_matrix &w) { return padded(w.rows) / 16; }
@@ -615,7 +626,7 @@ class Walk {
                   {&l.k, e_.qkv + e_.k_at, e_.qkv_stride},
                   {&l.v, e_.qkv + e_.v_at, e_.qkv_stride}});
     barrier();
-    rows(rows_, [&](int64_t r) { place(l, pages, r); });
+    rows(2 * rows_, [&](int64_t i) { place(l, pages, i / 2, i % 2 == 0); });
     barrier();
     const int64_t count = int64_t(e_.spans.size());
     const Work work = c_.attention->work(l, e_.spans.data(), count, threads_);
@@ -634,19 +645,19 @@ class Walk {
     barrier();
   }
 
-  // Norms and turns the heads of one row, and stores its keys and values.
-  void place(const oc_layer &l, const Pages &pages, int64_t r) {
+  // Norms and turns the query heads of one row, or its key heads, and stores keys and values.
+  void place(const oc_layer &l, const Pages &pages, int64_t r, bool queries) {
     float *const q = e_.qkv + r * e_.qkv_stride, *const k = q + e_.k_at, *const v = q + e_.v_at;
-    for (int i = 0; l.q_norm.weight && i < l.heads; i++)
-      c_.rows->norm(l.q_norm, q + i * l.head_dim, l.head_dim, q + i * l.head_dim);
-    for (int i = 0; l.k_norm.weight && i < l.kv_heads; i++)
-      c_.rows->norm(l.k_norm, k + i * l.head_dim, l.head_dim, k + i * l.head_dim);
+    float *const x = queries ? q : k;
+    const int heads = queries ? l.heads : l.kv_heads;
+    const oc_norm &norm = queries ? l.q_norm : l.k_norm;
+    for (int i = 0; norm.weight && i < heads; i++)
+      c_.rows->norm(norm, x + i * l.head_dim, l.head_dim, x + i * l.head_dim);
     if (l.rope >= 0) {
       const int64_t at = (l.rope * up_to(e_.set.rows, row_multiple) + r) * e_.sizes.half;
-      const int half = m_.rope[l.rope].half;
-      c_.rows->rotate(q, l.heads, l.head_dim, half, e_.cos + at, e_.sin + at);
-      c_.rows->rotate(k, l.kv_heads, l.head_dim, half, e_.cos + at, e_.sin + at);
+      c_.rows->rotate(x, heads, l.head_dim, m_.rope[l.rope].half, e_.cos + at, e_.sin + at);
     }
+    if (queries) return;
     const Span &span = e_.spans[size_t(e_.row_feed[size_t(r)])];
     c_.attention->store(pages, span.table, e_.row_position[size_t(r)], k, v);
   }
@@ -842,7 +853,7 @@ class Walk {
   const int64_t rows_;
   Own &own_;
   Rounded shared_, shared_low_[most_factored];
-  int64_t phase_ = 0;
+  int phase_ = 0;
 };
 
 bool goes_on(const oc_feed &f) {

@@ -29,44 +29,65 @@ using oc::Quantized;
 // ---------------------------------------------------------------------------------------- few rows
 
 constexpr int few_most = Lanes::count == 16 ? 8 : 4;
-constexpr int64_t ahead = 2048;  // bytes that are called for: the processor's own looking ahead ends with a page
 
-// `rows` rows from `first` on, times one tile, into y[row][16]. Products of neighbouring quads go to
-// sums of their own, so that none waits for the one before it.
-template <int bits, int rows>
+// What is called for while a block is multiplied, so many bytes before it is needed; what lies around the
+// codes comes along. Twice, because a processor that has enough to fetch may drop a call.
+struct Calls {
+  const uint8_t *near, *far;
+  int64_t step;  // of a block
+
+  Calls(const Geometry &g, const uint8_t *tile)
+      : near(tile + oc::reach.near), far(tile + oc::reach.far), step(g.tile / g.blocks) {}
+  inline void line(int i) const {
+    __builtin_prefetch(near + 64 * i);
+    __builtin_prefetch(far + 64 * i);
+  }
+  inline void next() { near += step, far += step; }
+};
+
+// `rows` rows from `first` on, times one tile, into y[row][16]. With one or two rows, products of neighbouring
+// quads go to sums of their own, so that none waits for the one before it, and a block is one piece of code:
+// a loop's end that is guessed wrong costs as much as half a block.
+template <int bits, int block, int rows>
 void few_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const Quantized &a,
               int64_t first, float *y, int64_t stride) {
-  constexpr int chains = rows == 1 ? 4 : rows == 2 ? 2 : 1;
+  constexpr int chains = rows <= 2 ? 2 : 1, quads = block / 4, at_once = rows <= 2 ? quads : 4;
+  constexpr int lines = block * bits * 2 / 64;
   for (int part = 0; part < parts; part++) {
     Floats sum[rows];
     for (int m = 0; m < rows; m++) sum[m] = Lanes::floats(0.0f);
-    for (int64_t b = 0; b < g.blocks; b++) {
-      const uint8_t *const codes = tile + g.codes + b * g.block_codes;
-      const int8_t *const q = a.at(first, b * w.block);
+    const uint8_t *codes = tile + g.codes;
+    Calls calls(g, tile);
+    for (int64_t b = 0; b < g.blocks; b++, codes += g.block_codes, calls.next()) {
+      const int8_t *const q = a.at(first, b * block);
       Ints dots[chains][rows];
-      for (auto &chain : dots)
-        for (auto &dot : chain) dot = Lanes::ints(0);
-      for (int64_t i = 0; i < g.block_codes; i += 64) __builtin_prefetch(codes + ahead + i);
-      for (int k = 0; k < w.block; k += 16)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-          const Bytes u = quad_of<bits>(codes, w.block, k / 4 + j, part);
-          const int8_t *const quad = q + k / 64 * oc::Quantized::chunk + k % 64 + 4 * j;
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; m++) {
+        const int32_t total = a.sum[(first + m) * a.blocks + b];
+        dots[0][m] = begin_of<bits>(w, g, tile, b, part, total);
+        for (int c = 1; c < chains; c++) dots[c][m] = Lanes::ints(0);
+      }
+      calls.line(lines);
+#pragma GCC unroll 1
+      for (int i = 0; i < quads; i += at_once)
+#pragma GCC unroll 32
+        for (int j = 0; j < at_once; j++) {
+          const int k = i + j;
+          if (k * lines % quads < lines) calls.line(k * lines / quads);
+          const Bytes u = quad_of<bits>(codes, block, k, part);
+          const int8_t *const quad = q + k / 16 * Quantized::chunk + k % 16 * 4;
 #pragma GCC unroll 8
           for (int m = 0; m < rows; m++) {
             Ints &dot = dots[j % chains][m];
             dot = Lanes::template dot_code<bits>(dot, u, quad + 64 * m);
           }
         }
-      const Ints zero = zero_of<bits>(w, g, tile, b, part);
       const Floats scale = scale_of(w, g, tile, b, part);
 #pragma GCC unroll 8
       for (int m = 0; m < rows; m++) {
         Ints dot = dots[0][m];
         for (int c = 1; c < chains; c++) dot = Lanes::add(dot, dots[c][m]);
-        const int64_t at = (first + m) * a.blocks + b;
-        dot = Lanes::sub(dot, Lanes::mul(zero, Lanes::ints(a.sum[at])));
-        const Floats factor = Lanes::mul(scale, Lanes::floats(a.scale[at]));
+        const Floats factor = Lanes::mul(scale, Lanes::floats(a.scale[(first + m) * a.blocks + b]));
         sum[m] = Lanes::fma(Lanes::floats(dot), factor, sum[m]);
       }
     }
@@ -77,19 +98,27 @@ void few_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const 
 typedef void FewRows(const oc_matrix &, const Geometry &, const uint8_t *, const Quantized &, int64_t,
                      float *, int64_t);
 
-template <int bits>
+template <int bits, int block>
 void few(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const Quantized &a, int64_t rows,
          float *y, int64_t stride) {
   static constexpr FewRows *kernels[] = {
-      few_rows<bits, 1>, few_rows<bits, 2>, few_rows<bits, 3>, few_rows<bits, 4>,
+      few_rows<bits, block, 1>, few_rows<bits, block, 2>, few_rows<bits, block, 3>, few_rows<bits, block, 4>,
 #if defined(__AVX512BW__)
-      few_rows<bits, 5>, few_rows<bits, 6>, few_rows<bits, 7>, few_rows<bits, 8>,
+      few_rows<bits, block, 5>, few_rows<bits, block, 6>, few_rows<bits, block, 7>, few_rows<bits, block, 8>,
 #endif
   };
   for (int64_t first = 0; first < rows; first += few_most) {
     const int64_t count = rows - first < few_most ? rows - first : few_most;
     kernels[count - 1](w, g, tile, a, first, y + first * stride, stride);
   }
+}
+
+template <int bits>
+void few(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const Quantized &a, int64_t rows,
+         float *y, int64_t stride) {
+  if (w.block == 128) few<bits, 128>(w, g, tile, a, rows, y, stride);
+  if (w.block == 64) few<bits, 64>(w, g, tile, a, rows, y, stride);
+  if (w.block == 32) few<bits, 32>(w, g, tile, a, rows, y, stride);
 }
 
 // --------------------------------------------------------------------------------------- float rows

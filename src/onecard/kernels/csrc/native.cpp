@@ -113,7 +113,11 @@ const std::vector<Class> &classes() {
 
 bool known(int isa) { return isa >= 0 && isa < int(classes().size()); }
 
+std::atomic<int> preferred{-1};
+std::atomic<bool> forced{false};
+
 int best_class() {
+  if (preferred >= 0) return preferred;
   int best = int(classes().size()) - 1;
   while (!classes()[size_t(best)].supported) best--;
   return best;
@@ -184,6 +188,8 @@ bool is_float(int dtype) { return dtype == OC_FP32 || dtype == OC_FP16 || dtype 
 
 }  // namespace
 
+oc::Reach oc::reach = {8192, 12288};
+
 const oc::Class &oc::chosen_class() { return classes()[size_t(chosen().load())]; }
 
 // ------------------------------------------------------------------------------------- interface
@@ -201,8 +207,23 @@ int oc_isa(void) { return chosen(); }
 int oc_isa_force(int isa) {
   const int wanted = isa == -1 ? best_class() : isa;
   if (!oc_isa_supported(wanted)) return OC_BAD_ARGUMENT;
+  forced = isa != -1;
   chosen() = wanted;
   return wanted;
+}
+
+int oc_isa_prefer(int isa) {
+  if (!oc_isa_supported(isa)) return OC_BAD_ARGUMENT;
+  preferred = isa;
+  if (!forced) chosen() = isa;
+  return chosen();
+}
+
+int oc_reach(int64_t near, int64_t far) {
+  constexpr int64_t most = 1 << 20;
+  if (near < 0 || near > most || far < 0 || far > most) return OC_BAD_ARGUMENT;
+  oc::reach = {near, far};
+  return 0;
 }
 
 double oc_read_bandwidth(int64_t bytes, int threads, double seconds) {

@@ -6,8 +6,8 @@
  *
  * The same kernels are compiled once per instruction-set class (`oc_isa_name`), and the best class
  * that the processor and the system allow is picked when the library is first used. In rounding, packing
- * and GPTQ all classes give the same bits; the engine's norms and attention are as exact in each, and
- * within a class their bits depend on nothing but their own row.
+ * and GPTQ all classes give the same bits; in the engine all do that have a fused multiply-add, but for
+ * attention in tiles (amx, with keys and values in bf16 or int8). Bits depend on nothing but their own row.
  */
 #ifndef ONECARD_H
 #define ONECARD_H
@@ -41,6 +41,13 @@ OC_API const char *oc_isa_name(int isa); /* NULL outside the table */
 OC_API int oc_isa_supported(int isa);    /* 1 or 0 */
 OC_API int oc_isa(void);
 OC_API int oc_isa_force(int isa);
+
+/* What a measurement of this machine found (kernels/tune.py), none of which changes a bit of any result:
+ * `prefer` makes a class the best one, unless one is forced at the moment (the class now in use, or
+ * OC_BAD_ARGUMENT); `reach` says how many bytes ahead decoding calls for weights, twice each (0 or
+ * OC_BAD_ARGUMENT). Not to be called while the engine runs. */
+OC_API int oc_isa_prefer(int isa);
+OC_API int oc_reach(int64_t near, int64_t far);
 
 /* Bytes per second that `threads` threads read from `bytes` of memory, each its own contiguous range:
  * the best of at least three sweeps within about `seconds`. */

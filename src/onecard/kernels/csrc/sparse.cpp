@@ -59,8 +59,8 @@ class Expanded {
   inline void call_ahead(int) const {
 #pragma GCC unroll 8
     for (int i = 0; i < bits / 2 + 1; i++) {
-      __builtin_prefetch(values_ + ahead_near + 64 * i);
-      __builtin_prefetch(values_ + ahead_far + 64 * i);
+      __builtin_prefetch(values_ + oc::reach.near + 64 * i);
+      __builtin_prefetch(values_ + oc::reach.far + 64 * i);
     }
   }
   inline Bytes quad(int i) {

@@ -93,8 +93,8 @@ class Looked {
     const uint8_t *const at = codes_ + 2 * bits * k;
 #pragma GCC unroll 8
     for (int i = 0; i < bits; i++) {
-      __builtin_prefetch(at + ahead_near + 64 * i);
-      __builtin_prefetch(at + ahead_far + 64 * i);
+      __builtin_prefetch(at + oc::reach.near + 64 * i);
+      __builtin_prefetch(at + oc::reach.far + 64 * i);
     }
   }
   inline Bytes quad(int i) const {

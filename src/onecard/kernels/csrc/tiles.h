@@ -66,6 +66,15 @@ inline Ints zero_of(const oc_matrix &w, const Geometry &g, const uint8_t *tile, 
   return Lanes::sub(zero, Lanes::ints(read));
 }
 
+// What the sum of a block begins at, if the sum of its inputs is `total`: -zero * total. (Without a sign: the sum
+// of a row with NaN may be anything.)
+template <int bits>
+inline Ints begin_of(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int64_t b, int part, int32_t total) {
+  constexpr uint32_t read = bits == 8 && Lanes::signed_bytes ? 128 : 0;
+  if (w.zero_point) return Lanes::mul(zero_of<bits>(w, g, tile, b, part), Lanes::ints(int32_t(0u - uint32_t(total))));
+  return Lanes::ints(int32_t((read - (1u << (bits - 1))) * uint32_t(total)));
+}
+
 inline Floats scale_of(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int64_t b, int part) {
   return Lanes::read(tile + b * g.scale_line + part * (g.scale_line / parts), w.dtype);
 }

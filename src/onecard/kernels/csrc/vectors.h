@@ -111,11 +111,12 @@ inline float fold_max(floats x) {
 inline floats exp2(floats t) {
   constexpr float least = -100;
 #if defined(__AVX512F__)
-  const floats part = _mm512_reduce_ps(t, 0x01);  // t - floor(t)
+  const floats part = t - _mm512_roundscale_ps(t, 0x01);  // (vreduceps rounds in its own way)
 #else
   const floats low = t < least ? splat(least) : t;
-  const floats shifted = (low - 0.5f) + magic;
-  const floats part = low - (shifted - magic);
+  const floats near = (low + magic) - magic;
+  const floats down = near - floats_of((words)(near > low) & (words)splat(1));
+  const floats part = low - down;
 #endif
   floats y = splat(0x1.e974fcp-10f);
   y = fma(y, part, splat(0x1.277854p-7f));
@@ -126,7 +127,7 @@ inline floats exp2(floats t) {
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, splat(least), _CMP_NLT_UQ), y, t);
 #else
-  const words scaled = (words)y + ((words)shifted << 23);
+  const words scaled = (words)y + ((words)(down + magic) << 23);
   return floats_of((scaled & ~(words)(t < least)) | (words)(t != t));
 #endif
 }

@@ -1,0 +1,149 @@
+"""A job before it starts: settings, what it will take, and what its result is made of.
+
+A result is written in parts: the stem, a part per block, the tail. What is not changed is copied, byte
+by byte, and looked through for NaN on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from onecard import __version__
+from onecard.calibrate.data import Calibration, digest
+from onecard.checkpoint.finite import count_not_finite, damaged, is_finite
+from onecard.checkpoint.journal import fingerprint
+from onecard.checkpoint.save import SINGLE_FILE
+from onecard.checkpoint.shards import Array, Bytes, copy_range
+from onecard.checkpoint.source import Source
+from onecard.core.errors import BadRequest
+from onecard.core.format import DTYPE_BYTES
+from onecard.core.report import Row
+from onecard.core.settings import format_size
+from onecard.core.spec import linear_shapes
+from onecard.passes.base import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SMALL_FILES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to go about it. `dtype` is what blocks are run in while calibrating."""
+
+    calibration: Calibration = field(default_factory=Calibration)
+    data: Path | None = None
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    memory: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will take, known before it starts. Bytes and seconds.
+
+    `dtype` is what blocks are run in. So does the number of `threads` decide the result where they are:
+    the native kernels give the same bits for any, but torch's matrix products cut their sums by it (the
+    shipped model by gptq-int4 differs between one thread and two). It is 0 where none is run.
+    """
+
+    peak: int
+    disk: int
+    output: int
+    seconds: float
+    dtype: str
+    replay: bool = False
+    threads: int = 0
+
+    def rows(self) -> tuple[Row, ...]:
+        return (
+            Row("plan", "planned_peak_bytes", self.peak, "B"),
+            Row("plan", "disk_bytes", self.disk, "B"),
+            Row("plan", "output_bytes", self.output, "B"),
+            Row("plan", "seconds", round(self.seconds, 1), "s"),
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that was checked: everything it needs, nothing done yet."""
+
+    source: Source
+    out: Path
+    recipe: Recipe
+    settings: Settings
+    ids: Tensor | None
+    plan: Plan
+
+    def key(self) -> dict[str, Any]:
+        """What decides the result: another key is another job."""
+        return {
+            "onecard": __version__,
+            "source": fingerprint(self.source.checkpoint),
+            "config": self.source.config,
+            "recipe": self.recipe.settings(),
+            "calibration": digest(self.ids),
+            "dtype": self.plan.dtype,
+            "threads": self.plan.threads,
+        }
+
+
+def output_bytes(source: Source, recipe: Recipe) -> int:
+    """Bytes of all tensors of the result."""
+    spec, stored = source.spec, DTYPE_BYTES[source.dtype]
+    total = source.checkpoint.nbytes
+    for layer in spec.layers:
+        before = sum(rows * columns for rows, columns in linear_shapes(spec, layer).values())
+        total += recipe.output_bytes(spec, layer, source.dtype) - before * stored
+    return total
+
+
+def disk_bytes(output: int, state: int = 0) -> int:
+    """The most that lies on the disk at once; `state` is what a block hands to the next."""
+    copies = 2 if output <= SINGLE_FILE else 1  # parts are joined while they are still there
+    return copies * output + 2 * state + SMALL_FILES
+
+
+def beyond_cap(
+    source: Source, recipe: Recipe, cap: int, least: int, base: int, do: str = "raise --memory"
+) -> BadRequest:
+    """The error about a memory cap that cannot be kept; `base` is what the process takes already."""
+    return BadRequest(
+        f"{recipe.name} on {source.folder.name} does not fit into {format_size(cap)}",
+        f"the smallest cap that works is {format_size(least)}"
+        f" ({format_size(base)} of it is the running process)",
+        do,
+    )
+
+
+# Parts --------------------------------------------------------------------------------------------
+
+
+def part_name(index: int) -> str:
+    return f"block-{index:05d}"
+
+
+def outer_arrays(source: Source, part: str) -> dict[str, Array]:
+    """The stem or the tail, as the source has it."""
+    modules = {p.stored.name for p in source.places(None) if p.path.startswith(f"{part}.")}
+    if part == "tail" and source.spec.tied:
+        modules.discard(source.name(source.family.outer["stem.embedding"].name))
+    names = (n for n in source.checkpoint.entries if n.rpartition(".")[0] in modules)
+    return {name: copied(source, name) for name in names}
+
+
+def copied(source: Source, name: str) -> Array:
+    """A tensor that is copied. BadRequest, when its bytes are taken, where one is NaN or infinite."""
+    entry = source.checkpoint.entries[name]
+
+    def pieces() -> Iterator[Bytes]:
+        for piece in copy_range(entry):
+            if not is_finite(entry.dtype, piece):
+                raise damaged(name, count_not_finite(source.checkpoint, name))
+            yield piece
+
+    return entry.dtype, entry.shape, pieces()
