@@ -50,7 +50,7 @@ def test_products_of_two(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return fed_logits(CpuStepper(Source(folder), settings), ids.tolist(), cut)
 
     exact = logits((20,), 2, ("all",))
-    room = 0.02 if "nf4" in name else 2e-3  # what a table's entries lose, and fp16 keys and values
+    room = 0.1 if "nf4" in name else 2e-3  # what a table's entries lose, and fp16 keys and values
     assert np.abs(exact - wanted).max() < room * spread
     first = logits((20,), 1)
     assert np.abs(first - wanted).max() < 0.2 * spread

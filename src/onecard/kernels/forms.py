@@ -37,6 +37,9 @@ from onecard.kernels.structs import SPARSE, TABLE, Matrix
 from onecard.kernels.structs import TABLES as OWN_TABLES
 
 ROUNDED_BLOCK = 32
+TERNARY = np.array(
+    [1, 2, 3, 2], np.uint8
+)  # code to integer of 2 bits; the fourth code stands for zero
 ZERO = 128  # what a byte of a table stands above its number
 
 
@@ -81,7 +84,7 @@ def fill(
     elif isinstance(format, Dense):
         layout.fill_dense(matrix, np.ascontiguousarray(parts["weight"][rows]), out, threads)
     elif isinstance(format, Levels) and format.table == "ternary":
-        codes = unpack(parts["weight_packed"][rows], 2, columns) + np.uint8(1)
+        codes = TERNARY[unpack(parts["weight_packed"][rows], 2, columns)]
         inner = Integers(2, format.group, scale=format.scale)
         scale = np.ascontiguousarray(parts["weight_scale"][rows])
         layout.fill_integers(matrix, packed(codes, 2, threads), scale, None, inner, out, threads)

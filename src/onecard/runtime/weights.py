@@ -189,7 +189,7 @@ def _planned(source: Source, head: Head) -> Iterator[Part]:
             name = place.path if index is None else f"blocks.{index}.{place.path}"
             kind = place.module.kind
             format = source.format_at(place) if kind == "linear" else None
-            if isinstance(format, LowRank):
+            if isinstance(format, LowRank) and place.path not in KEPT_DENSE:
                 for piece, (own, size) in format.pieces(
                     (place.total, place.module.shape[1])
                 ).items():

@@ -638,7 +638,7 @@ class Walk {
       as_they_come(work.merges, [&](int64_t merge) { c_.attention->merge(job, merge); });
       barrier();
     }
-    const Prepared out = prepare(nullptr, e_.attended, e_.attended_stride, rows_, l.o.columns, {&l.o});
+    const Prepared out = prepare(nullptr, e_.attended, e_.attended_stride, rows_, int64_t(l.heads) * l.head_dim, {&l.o});
     product(l.o, out, e_.branch, e_.hidden_stride, [&](int64_t r, int64_t begin, int64_t end) {
       if (l.order == OC_PRE) c_.rows->add(branch(r) + begin, 1.0f, end - begin, hidden(r) + begin);
     });

@@ -326,15 +326,16 @@ int64_t lay_table(const oc_matrix &m, const Looked &in, int64_t begin, int64_t e
 
 // -------------------------------------------------------------------------------------------- sparse
 
-// A line of four columns, as 64 bytes.
-void line_of(const oc_matrix &m, const uint8_t *codes, int64_t quad, uint8_t line[64]) {
+// A line of four columns, as 64 bytes; a missing row is zero.
+void line_of(const oc_matrix &m, const uint8_t *codes, int64_t rows, int64_t quad, uint8_t line[64]) {
   memcpy(line, codes + 64 * (m.bits == 8 ? quad : quad / 2), 64);
   if (m.bits == 4)
     for (int i = 0; i < 64; i++) line[i] = quad & 1 ? line[i] >> 4 : line[i] & 15;
+  if (rows < tile_rows) memset(line + 4 * rows, 1 << (m.bits - 1), size_t(4 * (tile_rows - rows)));
 }
 
 // The stream of a tile and its marks. Returns where it ends; only counted if `out` is NULL.
-uint64_t lay_stream(const oc_matrix &m, const uint8_t *codes, uint8_t *marks, uint8_t *out) {
+uint64_t lay_stream(const oc_matrix &m, const uint8_t *codes, int64_t rows, uint8_t *marks, uint8_t *out) {
   const uint8_t zero = uint8_t(1 << (m.bits - 1));
   const int64_t quads = m.block / 4, blocks = (m.columns + m.block - 1) / m.block;
   uint64_t at = 0;
@@ -348,7 +349,7 @@ uint64_t lay_stream(const oc_matrix &m, const uint8_t *codes, uint8_t *marks, ui
     for (int64_t i = 0; i < quads; i++, masks += 8) {
       uint8_t line[64], kept[65] = {};
       uint64_t mask = 0, count = 0;
-      line_of(m, codes, b * quads + i, line);
+      line_of(m, codes, rows, b * quads + i, line);
       for (int n = 0; n < 64; n++) {
         mask |= uint64_t(line[n] != zero) << n;
         kept[count] = line[n];
@@ -447,7 +448,7 @@ int64_t oc_layout_sparse(const oc_matrix *matrix, const void *integers, int thre
   std::vector<uint64_t> begins(static_cast<size_t>(s.tiles) + 1);
   in_tiles(m, threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin / tile_rows; t * tile_rows < end; t++)
-      begins[size_t(t) + 1] = lay_stream(m, from + t * dense.bytes + dense.codes, nullptr, nullptr);
+      begins[size_t(t) + 1] = lay_stream(m, from + t * dense.bytes + dense.codes, m.rows - t * tile_rows, nullptr, nullptr);
     return 0;
   });
   begins[0] = uint64_t(s.first);
@@ -464,7 +465,7 @@ int64_t oc_layout_sparse(const oc_matrix *matrix, const void *integers, int thre
       uint8_t *const tile = to + begins[size_t(t)];
       const uint8_t *const codes = from + t * dense.bytes;
       memcpy(tile, codes, size_t(dense.zeros));
-      lay_stream(m, codes + dense.codes, tile + s.marks, tile + s.codes);
+      lay_stream(m, codes + dense.codes, m.rows - t * tile_rows, tile + s.marks, tile + s.codes);
     }
     return 0;
   });
