@@ -99,11 +99,11 @@ def fill(
         if format.per_row:
             table = table[rows]
         codes = np.ascontiguousarray(unpack(parts["weight_packed"][rows], format.bits, columns))
-        unit = _rounded_to(np.abs(table).max(1, keepdims=True) / np.float32(127), "bf16", up=True)
-        step = floats(unit, "bf16")
-        entries = np.rint(table / np.where(step > 0, step, 1)).astype(np.int16) + ZERO
-        scale = np.ascontiguousarray(np.broadcast_to(unit, (len(codes), 1)))
-        layout.fill_table(matrix, codes, scale, entries.astype(np.uint8), out, threads)
+        step = _rounded_to(np.abs(table).max(1, keepdims=True) / np.float32(127), "bf16", up=True)
+        size = floats(step, "bf16")
+        steps = np.rint(table / np.where(size > 0, size, np.float32(1))) + ZERO
+        scale = np.ascontiguousarray(np.broadcast_to(step, (len(codes), 1)))
+        layout.fill_table(matrix, codes, scale, steps.astype(np.uint8), out, threads)
     elif isinstance(format, Sparse):
         _fill_sparse(matrix, parts, rows, stored, format, out, threads)
     else:
