@@ -23,6 +23,7 @@ bench: $(VENV)/.installed
 proofs: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m slow
 	$(BIN)/python benchmarks/compress.py --check
+	$(BIN)/python benchmarks/training.py --check
 	PYTHON=$(abspath $(BIN)/python) sh benchmarks/peers/proof.sh
 
 gpu: $(VENV)/.installed

@@ -18,13 +18,16 @@ import torch
 from test_families import CASES, random_model
 
 from onecard.checkpoint.load import load_model
+from onecard.checkpoint.save import save_model
 from onecard.checkpoint.source import Source
 from onecard.core.format import Integers
 from onecard.core.spec import Rope
 from onecard.kernels import cpu, layout, reference, rope, structs
+from onecard.nn.graph import groups, surgery
 from onecard.nn.layers import Linear
 from onecard.nn.transformer import Transformer
 from onecard.passes.base import Recipe
+from onecard.passes.cut import cut_model
 from onecard.passes.job import Settings, compress, prepare
 from onecard.passes.quantize import RoundToNearest
 from onecard.runtime.cpu import PAGE, CpuSettings, CpuStepper
@@ -174,6 +177,28 @@ def test_head_bias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuStepper, "_described", biased)
     found = fed_logits(CpuStepper(tmp_path, EXACT), ids, [7, 5])
     np.testing.assert_array_equal(found, fed_logits(plain, ids, [12]) + bias)
+
+
+@pytest.mark.parametrize(
+    "case", ["llama", "gemma2", "gpt2", "neox", "opt-post", "phi3", "qwen2-moe"]
+)
+def test_layers_that_differ(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other heads, key/value heads and neurons in every layer: cut, saved, run by the engine."""
+    random_model(case).save_pretrained(tmp_path / "whole")
+    model = load_model(tmp_path / "whole", "fp32", tokenizer=False)
+    for kind in ("kv_group", "neuron"):
+        kept = [
+            {group.name: torch.arange(max(1, group.count - 1 - i)) for group in groups(layer, kind)}
+            for i, layer in enumerate(model.spec.layers)
+        ]
+        model = cut_model(model, surgery(model.spec, range(len(kept)), kept, kind))
+    assert len(set(model.spec.layers)) == len(model.spec.layers)
+    stepper = CpuStepper(save_model(model, tmp_path / "cut"), EXACT)
+    ids = some_ids(20, stepper.vocab_size)
+    whole = fed_logits(stepper, ids, [20])
+    assert distance(whole, network_logits(model.network, ids)) < FP16
+    np.testing.assert_array_equal(fed_logits(stepper, ids, [1] * 20), whole)
+    stepper.close()
 
 
 @pytest.mark.parametrize("cache, bound", [("fp16", 2e-3), ("bf16", 1.5e-2), ("int8", 4e-2)])

@@ -5,6 +5,7 @@ For each: a padded batch, with and without a cache, and saved by us, loaded by t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,13 @@ from torch import Tensor
 from onecard.checkpoint.load import Source, load_model
 from onecard.checkpoint.save import save_model
 from onecard.core.errors import BadRequest
+from onecard.core.spec import Spec, block_modules
 from onecard.nn.families import FAMILIES, spec_of
+from onecard.nn.graph import Kind, entries, groups, hidden_sides, require_hidden, surgery
+from onecard.nn.layers import Normalize
+from onecard.nn.model import Model
 from onecard.nn.transformer import Cache
+from onecard.passes.cut import cut_model
 
 SMALL = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 2,
          "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -156,6 +162,132 @@ def test_saved_loads_in_transformers(peer, tmp_path) -> None:
     again = type(model).from_pretrained(out, dtype=torch.float32).eval()
     difference = their_logits(again, ids, valid) - their_logits(model, ids, valid)
     assert difference[valid].abs().max() < 1e-5
+
+
+KEPT = {"head": 4, "kv_group": 1, "neuron": 30}
+
+
+def less(spec: Spec, kind: Kind) -> list[dict[str, Tensor]]:
+    """Which units stay in every layer: other ones in each, and fewer in the first than in the last."""
+    generator, rows = torch.Generator().manual_seed(2), []
+    for index, layer in enumerate(spec.layers):
+        row = {}
+        for group in groups(layer, kind):
+            count = min(KEPT[kind] + (index if kind == "neuron" else 0), group.count - 1)
+            if kind == "head" and group.runs > 1:
+                shared = group.count // group.runs
+                picked = torch.cat([g * shared + torch.randperm(shared, generator=generator)[:2]
+                                    for g in range(group.runs)])  # fmt: skip
+            else:
+                picked = torch.randperm(group.count, generator=generator)[: max(1, count)]
+            row[group.name] = picked.sort().values
+        rows.append(row)
+    return rows
+
+
+def masked(model: Model, kept: list[dict[str, Tensor]], kind: Kind) -> Model:
+    """Nobody reads the units that go: the columns that read them are zero."""
+    for block, row in zip(model.blocks(), kept, strict=True):
+        for group in groups(block.layer, kind):
+            gone = torch.ones(group.count, dtype=torch.bool)
+            gone[row[group.name]] = False
+            for side in group.readers:
+                at = entries(gone.nonzero().flatten(), side.size)
+                linear = block.linear(side.path)
+                assert linear.weight is not None
+                linear.weight.data[:, at] = 0
+    return model
+
+
+@pytest.mark.parametrize("kind", ["head", "kv_group", "neuron"])
+def test_cutting_equals_masking(peer, kind: Kind, tmp_path) -> None:
+    """The model with parts masked gives what the model without them gives; it is saved and loads."""
+    _, folder = peer
+    ids, valid = batch()
+    model = load_model(folder, "fp32", tokenizer=False)
+    kept = less(model.spec, kind)
+    plan = surgery(model.spec, range(model.spec.num_layers), kept, kind)
+    with torch.no_grad():
+        wanted = masked(load_model(folder, "fp32", tokenizer=False), kept, kind).network(ids, valid)
+        whole = model.network(ids, valid)
+        cut = cut_model(model, plan)
+        assert (cut.network(ids, valid) - wanted)[valid].abs().max() < 1e-5
+        assert (whole - wanted)[valid].abs().max() > 1e-3
+        assert cut.parameters < model.parameters
+        again = load_model(save_model(cut, tmp_path / "out"), "fp32", tokenizer=False)
+        assert again.spec == plan.spec
+        assert torch.equal(again.network(ids, valid), cut.network(ids, valid))
+
+
+def test_cutting_the_width_equals_masking(peer, tmp_path) -> None:
+    """Numbers of the residual stream that nobody writes; the norms are told of how many are left."""
+    _, folder = peer
+    ids, valid = batch()
+    model = load_model(folder, "fp32", tokenizer=False)
+    if model.spec.norm.kind != "rms" or model.spec.embed_scale != 1.0:
+        with pytest.raises(BadRequest, match="width"):
+            require_hidden(model.spec)
+        return
+    require_hidden(model.spec)
+    stay = torch.tensor([i for i in range(48) if i % 6])
+    gone = torch.tensor([i for i in range(48) if i % 6 == 0])
+    other = load_model(folder, "fp32", tokenizer=False)
+    other.network.stem.embedding.weight.data[:, gone] = 0
+    for block in other.blocks():
+        for side in hidden_sides(block_modules(other.spec, block.layer)):
+            module = block.get_submodule(side.path)
+            if side.axis == 0:
+                for tensor in module.parameters(recurse=False):
+                    tensor.data[gone] = 0
+    layers = model.spec.num_layers
+    plan = surgery(model.spec, range(layers), [{}] * layers, hidden=stay)
+    with torch.no_grad():
+        cut = cut_model(model, plan)
+        for network in (cut.network, other.network):
+            for module in network.modules():
+                if isinstance(module, Normalize):  # what is added to a mean square is not scaled
+                    module.norm = replace(module.norm, eps=0.0)
+        wanted = other.network(ids, valid)
+        assert (cut.network(ids, valid) - wanted)[valid].abs().max() < 2e-5
+        cut = cut_model(model, plan)
+        again = load_model(save_model(cut, tmp_path / "out"), "fp32", tokenizer=False)
+        assert again.spec == plan.spec
+        assert torch.equal(again.network(ids, valid), cut.network(ids, valid))
+
+
+def test_equal_cuts_load_in_transformers(peer, tmp_path) -> None:
+    """Layers that stay alike, and fewer of them, are what transformers knows."""
+    model, folder = peer
+    ids, valid = batch()
+    ours = load_model(folder, "fp32", tokenizer=False)
+    stay = torch.arange(20)
+    rows = [{group.name: stay for group in groups(layer, "neuron")} for layer in ours.spec.layers]
+    same = len({layer.feed_forward.experts is None for layer in ours.spec.layers}) == 1
+    plan = surgery(ours.spec, range(ours.spec.num_layers), rows, "neuron")
+    cut = cut_model(ours, plan)
+    out = save_model(cut, tmp_path / "out")
+    assert same or "per_layer_config" not in Source(out).config
+    again = type(model).from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        difference = their_logits(again, ids, valid) - cut.network(ids, valid)
+    assert difference[valid].abs().max() < 1e-4
+
+
+def test_fewer_layers_load(peer, tmp_path) -> None:
+    model, folder = peer
+    ids, valid = batch()
+    ours = load_model(folder, "fp32", tokenizer=False)
+    plan = surgery(ours.spec, [1], [{}])
+    if "inverse" in str(ours.config) and ours.config.get("scale_attn_by_inverse_layer_idx"):
+        with pytest.raises(BadRequest, match="cannot say"):
+            cut_model(ours, plan)
+        return
+    cut = cut_model(ours, plan)
+    out = save_model(cut, tmp_path / "out")
+    again = type(model).from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        difference = their_logits(again, ids, valid) - cut.network(ids, valid)
+    assert difference[valid].abs().max() < 1e-4
 
 
 def test_names_cover_the_checkpoint(peer) -> None:

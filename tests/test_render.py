@@ -204,7 +204,7 @@ def test_an_answer_may_be_given() -> None:
         ("file_bytes", 1536, "1.50 KiB"), ("disk_bytes", 10**400, str(10**400)),
         ("perplexity", None, "n/a"), ("perplexity", float("inf"), "n/a"),
         ("perplexity", 5, "5.000"),
-        ("kl", 0.02134, "0.0213 nat"), ("bits_per_weight", 4.25, "4.25 bit"),
+        ("kl", 0.02134, "0.0213 nat"), ("bits_per_weight", 4.25, "4.25"),
         ("relative_output_error", 0.0001234, "0.0123 %"), ("sparsity", 0.5, "50.00 %"),
         ("prompt_tokens_per_second", 1234.5, "1,234 tok/s"), ("seconds", 0.0021, "2.1 ms"),
         ("seconds", 99.97, "100.0 s"), ("seconds", 7261, "2 h 1 min"),

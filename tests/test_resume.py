@@ -181,7 +181,7 @@ def _stop_after_blocks(
     tiny: Path, text_file: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Run the job until two blocks are journaled."""
-    from onecard.passes.walked import StreamedBlocks
+    from onecard.passes.stream import StreamedBlocks
 
     real = StreamedBlocks.done
 

@@ -26,9 +26,10 @@ from onecard.passes.base import Recipe
 from onecard.passes.gptq import Rounding, solve
 from onecard.passes.hqq import fit_grid
 from onecard.passes.job import Settings, compress, prepare
+from onecard.passes.memory import ModelBlocks
 from onecard.passes.scales import output_error as traced
 from onecard.passes.scales import rounded, search_scale, smooth_scale
-from onecard.passes.walked import ModelBlocks, apply
+from onecard.passes.walked import apply
 
 
 class Stretch:

@@ -23,7 +23,8 @@ from onecard.core.spec import sites
 from onecard.passes import GPTQ, Prune, RoundToNearest
 from onecard.passes.base import Recipe
 from onecard.passes.job import Settings, compress, prepare
-from onecard.passes.walked import ModelBlocks, apply
+from onecard.passes.memory import ModelBlocks
+from onecard.passes.walked import apply
 
 SETTINGS = Calibration(6, 48)
 

@@ -61,7 +61,46 @@ class Choice:
     seed: Annotated[int | None, Parameter(help="the same seed gives the same text")] = None
 
 
-LIKELY = Choice()
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Pace:
+    """How a student is trained."""
+
+    steps: Annotated[int, Parameter(help="updates")] = 1000
+    minutes: Annotated[float | None, Parameter(help="train that long instead")] = None
+    batch: Annotated[int, Parameter(help="windows per update")] = 8
+    length: Annotated[int, Parameter(help="tokens per window")] = 256
+    accumulate: Annotated[int, Parameter(help="pieces a batch is taken in, to save memory")] = 1
+    rate: Annotated[float, Parameter(help="learning rate")] = 3e-4
+    warmup: Annotated[float, Parameter(help="share of the training in which the rate rises")] = 0.05
+    decay: Annotated[float, Parameter(help="share of it in which the rate falls to zero")] = 0.5
+    optimizer: Annotated[Literal["adamw", "muon"], Parameter(help="muon takes the matrices")] = (
+        "adamw"
+    )
+    weight_decay: Annotated[float, Parameter(help="of matrices")] = 0.0
+    clip: Annotated[float, Parameter(help="largest norm of a gradient")] = 1.0
+    seed: Annotated[int, Parameter(help="the same seed gives the same student")] = 0
+    checkpointing: Annotated[bool, Parameter(negative="", help="less memory, more time")] = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Learned:
+    """What a student learns from its teacher: weights in the loss."""
+
+    soft: Annotated[float, Parameter(help="what the teacher says of the next token")] = 1.0
+    hard: Annotated[float, Parameter(help="the next token itself")] = 0.0
+    hidden: Annotated[float, Parameter(help="hidden states")] = 0.0
+    attention: Annotated[float, Parameter(help="attention of the last layer")] = 0.0
+    relations: Annotated[float, Parameter(help="relations of queries, keys, values there")] = 0.0
+    relational: Annotated[float, Parameter(help="distances and angles between positions")] = 0.0
+    temperature: Annotated[float, Parameter(help="softens what both say")] = 1.0
+    direction: Annotated[
+        Literal["forward", "reverse"], Parameter(help="of the KL: cover all, or keep to the best")
+    ] = "forward"
+
+
+LIKELY, STEADY, SOFT = Choice(), Pace(), Learned()
 
 
 # The machine and what lies on disk ---------------------------------------------------------------
@@ -237,6 +276,101 @@ def compress(
             write_text(out / "report.json", found.to_json())
         elif prove is None:
             say(f"its quality was not measured: onecard eval {out} --against {model}")
+    show(found, json)
+    say(f"model: {out}\nreport: {out / 'report.html'}")
+
+
+@app.command
+def distill(
+    teacher: Name,
+    student: Annotated[
+        str, Parameter(help="a model to go on from, or the config.json of a new one")
+    ],
+    out: Path,
+    /,
+    *,
+    data: Path | None = None,
+    documents: str | None = None,
+    start: Literal["teacher", "fresh"] = "teacher",
+    rank: int = 0,
+    keep_zeros: Annotated[bool, Flag] = False,
+    learned: Learned = SOFT,
+    pace: Pace = STEADY,
+    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    memory: str | None = None,
+    dry_run: Annotated[bool, Flag] = False,
+    resume: Annotated[bool, Flag] = False,
+    force: Annotated[bool, Flag] = False,
+    prove: bool | None = None,
+    held_out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Teach STUDENT what TEACHER says, into the folder OUT. Run it again to go on after an interruption.
+
+    Parameters
+    ----------
+    out
+        the folder to write; it appears when everything is done
+    data
+        text to learn on (UTF-8), or a .json list of lists of token ids; without it, shipped text
+    documents
+        cut the text at this separator; each document begins with the model's begin token
+    start
+        what a new student begins with: parts of the teacher, or random weights
+    rank
+        train a change of this rank in every linear and merge it (0: train every weight)
+    keep_zeros
+        zeros among packed integers stay zero
+    dtype
+        what is multiplied in
+    memory
+        cap for the whole process, 3GiB say; refused at once where it cannot be kept
+    dry_run
+        print the plan and stop
+    resume
+        go on from unfinished work also with other settings; where OUT is finished already, say so
+    force
+        replace OUT, and throw away unfinished work
+    prove
+        measure quality against the teacher and show samples; by itself for small models only
+    held_out
+        text to prove it on; without it, the shipped held-out text
+    """
+    from onecard.calibrate.train import Training
+    from onecard.checkpoint.text import read_text
+    from onecard.passes import student as students
+    from onecard.passes.distill import Distil, Targets
+    from onecard.prove import is_small
+    from onecard.prove import prove as proof
+    from onecard.render import to_html
+
+    cap = None if memory is None else parse_size(memory)
+    training = Training(**asdict(pace), dtype=dtype)
+    settings = Distil(Targets(**asdict(learned)), rank, keep_zeros, training)
+
+    def prepared(force: bool) -> students.Job:
+        return students.prepare_distillation(
+            teacher, student, out, settings, data, documents, start, cap, force
+        )
+
+    if resume and students.is_taught(out) and students.is_taught(out, prepared(True)):
+        say(f"{out} is finished")
+        show(Report.from_json((out / "report.json").read_text(encoding="utf-8")), json)
+        return
+    if held_out is not None:
+        read_text(held_out)
+    job = prepared(force)
+    if dry_run:
+        show(Report(job.plan(), title="Plan, nothing was done"), json)
+        return
+    with Progress("distilling") as progress:
+        found = students.teach(job, resume, progress)
+        if prove or (prove is None and is_small(int(found.value("parameters") or 0), cap)):
+            found = proof(teacher, out, found, held_out, progress)
+            write_text(out / "report.json", found.to_json())
+        elif prove is None:
+            say(f"its quality was not measured: onecard eval {out} --against {teacher}")
+    write_text(out / "report.html", to_html(found))
     show(found, json)
     say(f"model: {out}\nreport: {out / 'report.html'}")
 

@@ -4,6 +4,8 @@
     norm      sqrt(sum x^2)     [in]
     absmax    max |x|           [in]
     mean      sum x / n         [in]
+    zeros     how often x = 0   [in]
+    cross     2 Y^T X / n       [in, in]   (Y: the inputs that the uncompressed model has there)
 
 n counts tokens. Batches may come in any cut; a batch without tokens (an expert nobody was sent to)
 changes nothing. Sums are float32. Inputs in bfloat16 are multiplied as they are, with float32 sums,
@@ -18,7 +20,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-HESSIAN, NORM, ABSMAX, MEAN = "hessian", "norm", "absmax", "mean"
+HESSIAN, NORM, ABSMAX, MEAN, ZEROS = "hessian", "norm", "absmax", "mean", "zeros"
+CROSS, ORIGINAL = "cross", "original"
+"""`original` is no statistic: the pass wants to see each block whole, beside the uncompressed one."""
 PANEL = 2048
 
 
@@ -31,9 +35,11 @@ class Statistics:
         self._squares = torch.zeros(size) if NORM in self.needs else None
         self._absmax = torch.zeros(size) if ABSMAX in self.needs else None
         self._sum = torch.zeros(size) if MEAN in self.needs else None
+        self._zeros = torch.zeros(size) if ZEROS in self.needs else None
+        self._cross = torch.zeros(size, size) if CROSS in self.needs else None
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs [..., in]."""
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Add inputs [..., in], and for the cross products those of the uncompressed model."""
         x = x.detach().flatten(0, -2).cpu()
         if not x.shape[0]:
             return
@@ -46,6 +52,12 @@ class Statistics:
             self._absmax = torch.maximum(self._absmax, x.abs().amax(0).float())
         if self._sum is not None:
             self._sum += x.float().sum(0)
+        if self._zeros is not None:
+            self._zeros += (x == 0).sum(0)
+
+        if self._cross is not None:
+            assert original is not None
+            self._cross.addmm_(original.detach().flatten(0, -2).float().T, x.float())
 
     def divide(self, s: Tensor) -> None:
         """The statistics of the inputs divided by s [in], channel by channel."""
@@ -58,6 +70,9 @@ class Statistics:
             self._absmax /= s
         if self._sum is not None:
             self._sum /= s
+        if self._cross is not None:
+            self._cross /= s[:, None]
+            self._cross /= s
 
     @property
     def hessian(self) -> Tensor:
@@ -70,6 +85,12 @@ class Statistics:
             corner = h[start:end, start:end]
             corner.copy_(corner.triu() + corner.triu(1).T)
         return h
+
+    @property
+    def cross(self) -> Tensor:
+        """2 Y^T X / n; zeros when no token came."""
+        assert self._cross is not None, "no pass asked for cross products"
+        return self._cross * (2.0 / max(self.count, 1))
 
     @property
     def norm(self) -> Tensor:
@@ -87,6 +108,11 @@ class Statistics:
     def mean(self) -> Tensor:
         assert self._sum is not None, "no pass asked for means"
         return self._sum / max(self.count, 1)
+
+    @property
+    def zeros(self) -> Tensor:
+        assert self._zeros is not None, "no pass asked for zeros"
+        return self._zeros
 
 
 def _add_products(products: Tensor, x: Tensor) -> None:

@@ -9,20 +9,24 @@ Memory alive at once: one block, its batches' hidden states and whatever a suspe
 token, one site's statistics and what a pass needs for it (`peak_bytes` adds these up). With
 `replay=True` no block stays suspended: each site re-runs the block from its inputs, which keeps only
 the hidden states, for about twice the time and the same numbers.
+
+A pass that compares with the uncompressed model (needs `cross` or `original`) has it run alongside: a
+copy of the block on hidden states of its own, which the walk keeps behind the others.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from onecard.calibrate import fold
-from onecard.calibrate.stats import HESSIAN, Statistics
+from onecard.calibrate.stats import CROSS, HESSIAN, ORIGINAL, Statistics
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, producer, sites
 from onecard.kernels.reference import from_dense
@@ -47,6 +51,7 @@ class Reached:
 
     `stored` is the dtype the model is stored in, which may not be the one it is run in. `made` is what
     its inputs come from, where their channels can be scaled; `inputs` are those of suspended blocks.
+    What a pass puts into `kept` it finds again when the block is `Whole`.
     """
 
     block: str
@@ -56,6 +61,7 @@ class Reached:
     stored: str = "fp32"
     made: Made | None = None
     inputs: Sequence[Tensor] = ()
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     def exact(self, s: Tensor) -> Tensor:
         """The divisors next to s [channels of `made`] that lose nothing."""
@@ -79,13 +85,32 @@ class Reached:
         return Row(f"{self.block}.{self.made.path}", "rescaled", float(s.max() / s.min()))
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A block whose sites are all done, what it was, its inputs, and what the original made of its own.
+
+    `hidden` are the inputs as the compressed blocks before have left them, `targets` the outputs of the
+    uncompressed model, both [B, T, hidden] for each batch.
+    """
+
+    block: Block
+    original: Block
+    hidden: Sequence[Tensor]
+    contexts: Sequence[Context]
+    targets: Sequence[Tensor]
+    kept: dict[str, Tensor]
+    stored: str
+
+
 class SitePass(Protocol):
-    """What the walk needs of a pass."""
+    """What the walk needs of a pass; `finish` is only called where it needs `original`."""
 
     @property
     def needs(self) -> frozenset[str]: ...
 
     def site(self, site: Reached) -> Iterator[Row]: ...
+
+    def finish(self, whole: Whole) -> Iterator[Row]: ...
 
 
 class Blocks(Protocol):
@@ -121,10 +146,13 @@ def walk(
 ) -> list[Row]:
     """Apply `passes` to every block from `first` on; `hidden` [B, T, hidden] are its inputs.
 
-    Without a need for statistics `hidden` may be empty, and no block is run.
+    Without a need for statistics `hidden` may be empty, and no block is run. Where a pass compares with
+    the original model, `hidden` from a later block on are those of both, as `blocks.done` got them.
     """
     rows: list[Row] = []
     count = blocks.spec.num_layers
+    if compares(passes) and first == 0:
+        hidden = hidden * 2
     for index in range(first, count):
         progress(index, count, f"block {index}")
         block = blocks.load(index)
@@ -137,6 +165,11 @@ def walk(
     return rows
 
 
+def compares(passes: Sequence[SitePass]) -> bool:
+    """Whether the uncompressed model has to run alongside."""
+    return bool(needs_of(passes) & {CROSS, ORIGINAL})
+
+
 def compress_block(
     blocks: Blocks,
     block: Block,
@@ -147,35 +180,81 @@ def compress_block(
 ) -> list[Tensor]:
     """Bring one block through all passes; returns its outputs, the inputs of the next block."""
     needs = needs_of(passes)
+    count = len(hidden)
+    original, theirs = block, Originals((), ())
+    if compares(passes):
+        count //= 2
+        original = copy.deepcopy(block)
+        theirs = Originals.of(
+            original, hidden[count:], [_context(blocks.spec, h) for h in hidden[count:]]
+        )
+    hidden = hidden[:count]
     contexts = [_context(blocks.spec, h) for h in hidden]
     runs: list[Sites] = (
         [] if replay else [block.stages(h, c) for h, c in zip(hidden, contexts, strict=True)]
     )
+    kept: dict[str, Tensor] = {}
     for number, site in enumerate(sites(block.layer)):
         linears = {name: block.linear(name) for name in site.linears}
-        kinds = {name: linear.held().parts["weight"].dtype for name, linear in linears.items()}
+        kinds = {name: linear.held().parts["weight"].dtype
+                 for name, linear in linears.items() if linear.format.dense}  # fmt: skip
         stats = Statistics(next(iter(linears.values())).shape[1], needs)
         inputs: list[Tensor] = []
-        for i in range(len(hidden)):
+        for i in range(count):
             run = _advanced(block, hidden[i], contexts[i], number) if replay else runs[i]
             name, x = next(run)
             assert name == site.name, f"the block reached {name}, expected {site.name}"
             if needs:
-                stats.add(x)
+                stats.add(x, theirs.input(i, site.name, x))
             if not replay:
                 inputs.append(x)
-            if i % 8 == 7 or i == len(hidden) - 1:
+            if i % 8 == 7 or i == count - 1:
                 give_back()
         reached = Reached(f"blocks.{block.index}", site.name, linears, stats, blocks.stored,
-                          _made(block, site.name, stats.size), inputs)  # fmt: skip
+                          _made(block, site.name, stats.size), inputs, kept)  # fmt: skip
         for p in passes:
             rows += p.site(reached)
         for name, linear in linears.items():
-            if linear.format.dense and linear.held().parts["weight"].dtype != kinds[name]:
+            if (
+                name in kinds
+                and linear.format.dense
+                and linear.held().parts["weight"].dtype != kinds[name]
+            ):
                 linear.replace(from_dense(linear.matrix(kinds[name])))
-    if replay:
-        return [block(h, c) for h, c in zip(hidden, contexts, strict=True)]
-    return [_finish(run) for run in runs]
+    targets = theirs.finish()
+    again = replay
+    for p in passes:
+        if ORIGINAL in p.needs:
+            whole = Whole(block, original, hidden, contexts, targets, kept, blocks.stored)
+            rows += p.finish(whole)
+            again = True
+    if again:
+        return [block(h, c) for h, c in zip(hidden, contexts, strict=True)] + targets
+    return [_finish(run) for run in runs] + targets
+
+
+@dataclass(frozen=True)
+class Originals:
+    """The uncompressed block on its own inputs, suspended at the same site as the compressed one."""
+
+    runs: Sequence[Sites]
+    routed: Sequence[str]
+
+    @classmethod
+    def of(cls, block: Block, hidden: Sequence[Tensor], contexts: Sequence[Context]) -> Originals:
+        experts = [s.name for s in sites(block.layer) if ".expert" in s.name]
+        return cls([block.stages(h, c) for h, c in zip(hidden, contexts, strict=True)], experts)
+
+    def input(self, batch: int, site: str, x: Tensor) -> Tensor | None:
+        """Its input [..., in]; that of the compressed one where other tokens may have been sent."""
+        if not self.runs:
+            return None
+        name, theirs = next(self.runs[batch])
+        assert name == site
+        return x if site in self.routed else theirs
+
+    def finish(self) -> list[Tensor]:
+        return [_finish(run) for run in self.runs]
 
 
 def _made(block: Block, site: str, columns: int) -> Made | None:
@@ -239,7 +318,7 @@ def peak_bytes(
     worst = 0
     for layer in set(spec.layers):
         shapes = linear_shapes(spec, layer)
-        block = weight_count(spec, layer) * element
+        block = weight_count(spec, layer) * element * (2 if needs & {CROSS, ORIGINAL} else 1)
         running = batch * 4 * (layer.feed_forward.width + spec.hidden) * 4
         rope = 4 * layer.attention.rope.dims if layer.attention.rope else 0  # cos and sin, float32
         for site in sites(layer):
@@ -247,6 +326,9 @@ def peak_bytes(
             columns = shapes[site.linears[0]][1]
             held = _suspended(spec, layer, site.name) if not replay else 2 * spec.hidden
             stats = columns * columns * 4 if HESSIAN in needs else 4 * columns
+            if needs & {CROSS, ORIGINAL}:
+                held += _suspended(spec, layer, site.name)
+                stats += columns * columns * 4 * (CROSS in needs)
             working = max(site_bytes(rows, columns), running)
             worst = max(worst, block + stats + tokens * (held * element + rope) + working)
     return worst

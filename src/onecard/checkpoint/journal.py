@@ -57,6 +57,7 @@ class Journal:
         """Keep the lines whose parts are whole; start anew where the job is another one."""
         path = self.folder / "journal.jsonl"
         lines = _whole_lines(path)
+        same = bool(lines) and lines[0] == {"key": self.key}
         if lines and lines[0] != {"key": self.key}:
             if not force:
                 differing = sorted(
@@ -77,8 +78,8 @@ class Journal:
         kept = {f"{line['part']}.safetensors" for line in self.lines} | {"lock"}
         kept |= {f"{line['state']}.safetensors" for line in self.lines[-1:] if line.get("state")}
         for file in self.folder.iterdir():
-            if file.name not in kept:
-                file.unlink()
+            if file.name not in kept and not (same and is_stage(file)):
+                remove(file)
         text = "".join(json.dumps(line) + "\n" for line in ({"key": self.key}, *self.lines))
         temporary = self.folder / "journal.part"
         temporary.write_text(text)
@@ -138,6 +139,13 @@ class Journal:
             )
         return file
 
+    def restart(self) -> None:
+        """Forget all parts: they are made anew."""
+        for line in self.lines:
+            (self.folder / f"{line['part']}.safetensors").unlink(missing_ok=True)
+        self.lines = []
+        (self.folder / "journal.jsonl").write_text(json.dumps({"key": self.key}) + "\n")
+
     def discard(self) -> None:
         """Leave nothing behind: the request turned out to be impossible."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -146,8 +154,9 @@ class Journal:
         """The completed folder gets its final name, in one step."""
         for name in ("journal.jsonl", "lock"):
             (self.folder / name).unlink(missing_ok=True)
-        for file in self.folder.glob("state-*"):
-            file.unlink()
+        for file in self.folder.iterdir():
+            if file.name.startswith("state-") or is_stage(file):
+                remove(file)
         old = self.out.with_name(f".{self.out.name}.replaced")
         if self.out.is_dir() and any(self.out.iterdir()):
             if not replace:
@@ -158,6 +167,19 @@ class Journal:
             os.replace(self.out, old)
         os.replace(self.folder, self.out)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def is_stage(file: Path) -> bool:
+    """What belongs to a stage of the job: its result, its own working folder, its notes."""
+    return file.name.startswith(("stage-", ".stage-"))
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with everything in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def partial_of(out: Path) -> Path:
@@ -205,7 +227,7 @@ def check_space(out: Path, needed: int) -> None:
     while not parent.exists():
         parent = parent.parent
     done = (
-        sum(f.stat().st_size for f in partial_of(out).glob("*")) if partial_of(out).is_dir() else 0
+        sum(f.stat().st_size for f in partial_of(out).rglob("*")) if partial_of(out).is_dir() else 0
     )
     free = shutil.disk_usage(parent).free + done
     if needed > free:

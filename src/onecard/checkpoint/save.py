@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onecard import __version__
-from onecard.checkpoint.journal import check_target, partial_of
+from onecard.checkpoint.journal import check_target, is_stage, partial_of
 from onecard.checkpoint.packed import must_split, quantization_config
 from onecard.checkpoint.shards import (
     copy_range,
@@ -86,7 +86,8 @@ def complete(
     for name in CARRIED:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
-    small = (f for f in folder.iterdir() if f.suffix in (".json", ".yaml") and f.name != MANIFEST)
+    small = (f for f in folder.iterdir() if f.suffix in (".json", ".yaml") and f.name != MANIFEST
+             and not is_stage(f))  # fmt: skip
     files = {**weights, **{f.name: sha256_of(f) for f in small}}
     manifest = {"onecard": __version__, "files": dict(sorted(files.items())), **made}
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
@@ -129,7 +130,7 @@ def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = N
 
     if model.source is None:
         raise BadRequest("the model has no source folder to take names and tokenizer from")
-    source, out = Source(model.source), Path(out)
+    source, out = Source(model.source).shaped(model.spec), Path(out)
     check_target(out, source.folder, force=False)
     folder = partial_of(out)
     shutil.rmtree(folder, ignore_errors=True)

@@ -8,6 +8,7 @@ words are expanded by `expanded` alone; bf16 numbers are uint16 in NumPy, fp8 nu
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -83,6 +84,11 @@ class Source:
     def compressed(self) -> bool:
         return bool(self.format_names())
 
+    @property
+    def split(self) -> bool:
+        """The parts of fused matrices lie each alone here."""
+        return self.schemes is not None and self.schemes.split
+
     def format_names(self) -> list[str]:
         """Names of the packed formats in the folder."""
         found = (self.format_at(place) for index in self.parts() for place in self.places(index))
@@ -90,6 +96,14 @@ class Source:
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.folder)
+
+    def shaped(self, spec: Spec) -> Source:
+        """This layout for a model of other sizes: its names and places, for writing."""
+        if spec == self.spec:
+            return self
+        other = copy.copy(self)
+        other.config, other.spec = self.family.config(self.config, spec), spec
+        return other
 
     # names
 
@@ -126,7 +140,7 @@ class Source:
 
         `split`: as in a folder whose fused matrices lie in parts (None: as in this one).
         """
-        alone = (self.schemes is not None and self.schemes.split) if split is None else split
+        alone = self.split if split is None else split
         spec = self.spec
         modules = outer_modules(spec) if index is None else block_modules(spec, spec.layers[index])
         heads = 0 if index is None else spec.layers[index].attention.num_heads

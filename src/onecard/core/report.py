@@ -2,7 +2,7 @@
 
 A row says where (the model, a layer, a phase), what (a fixed name), the value in SI base units, and
 what it was before. A report is rows plus the environment they were measured in, and a short story of
-what was done; it becomes JSON and comes back unchanged. Rendering lives in render.py.
+what was done; it becomes JSON and comes back unchanged. Rendering lives in render/.
 """
 
 from __future__ import annotations

@@ -8,12 +8,13 @@ tensors lie and how: whole, as a run of rows of a fused matrix (Phi-3), interlea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from onecard.core.errors import BadRequest
 from onecard.core.spec import Attention, Experts, FeedForward, LayerSpec, Norm, Rope, Spec
 from onecard.nn.config import Config, Reader, shown
+from onecard.nn.shapes import Sizes, config_of, read_layers
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,19 @@ class Family:
 
     architecture: str
     model_type: str
-    spec: Callable[[Config], Spec]
+    uniform: Callable[[Config], Spec]
     outer: Mapping[str, Stored]
     block: Mapping[str, Stored]
     prefix: str = ""
+    sizes: Sizes = field(default_factory=Sizes)
+
+    def spec(self, config: Config) -> Spec:
+        """The Spec of a config.json. Raises BadRequest for what is unknown or impossible."""
+        return read_layers(self.uniform, config, self.sizes)
+
+    def config(self, config: Config, spec: Spec) -> dict[str, Any]:
+        """A config.json with the sizes of `spec`. Raises BadRequest where it cannot say them."""
+        return config_of(self.spec, config, self.sizes, spec)
 
     def modules(self, spec: Spec, index: int | None = None) -> Iterator[tuple[str, Stored]]:
         """(module path, where it lies) for the stem and tail (index None) or for one block."""
@@ -241,9 +251,10 @@ def _gpt2(config: Config) -> Spec:
     read = Reader(config)
     hidden, heads = read.count("n_embd"), read.count("n_head", most=4096)
     read.refuse("add_cross_attention", False)
-    if hidden % heads:
+    if read.get("head_dim") is None and hidden % heads:
         raise BadRequest(f"config.json: n_embd {hidden} over {heads} heads")
-    head_dim, context = hidden // heads, read.count("n_positions", 1024)
+    head_dim = read.count("head_dim", hidden // heads, most=8192)
+    context = read.count("n_positions", 1024)
     layers = []
     for i in range(read.layers("n_layer")):
         scale = head_dim**-0.5 if read.flag("scale_attn_weights", True) else 1.0
@@ -410,10 +421,39 @@ FAMILIES = (
     Family("Gemma2ForCausalLM", "gemma2", _gemma2, _OUTER, _GEMMA),
     Family("Gemma3ForCausalLM", "gemma3_text", _gemma3, _OUTER, _GEMMA),
     Family("Phi3ForCausalLM", "phi3", _phi3, _OUTER, _PHI3),
-    Family("GPT2LMHeadModel", "gpt2", _gpt2, _GPT2_OUTER, _GPT2, prefix="transformer."),
-    Family("GPTNeoXForCausalLM", "gpt_neox", _neox, _NEOX_OUTER, _NEOX),
-    Family("OPTForCausalLM", "opt", _opt, _OPT_OUTER, _OPT),
-    Family("MixtralForCausalLM", "mixtral", _mixtral, _OUTER, _MIXTRAL),
+    Family(
+        "GPT2LMHeadModel",
+        "gpt2",
+        _gpt2,
+        _GPT2_OUTER,
+        _GPT2,
+        "transformer.",
+        Sizes("n_layer", "n_embd", "n_head", None, width="n_inner", types=None),
+    ),
+    Family(
+        "GPTNeoXForCausalLM",
+        "gpt_neox",
+        _neox,
+        _NEOX_OUTER,
+        _NEOX,
+        sizes=Sizes(kv_heads=None, types=None),
+    ),
+    Family(
+        "OPTForCausalLM",
+        "opt",
+        _opt,
+        _OPT_OUTER,
+        _OPT,
+        sizes=Sizes(kv_heads=None, width="ffn_dim", types=None),
+    ),
+    Family(
+        "MixtralForCausalLM",
+        "mixtral",
+        _mixtral,
+        _OUTER,
+        _MIXTRAL,
+        sizes=Sizes(routed="intermediate_size", types=None),
+    ),
     Family("Qwen2MoeForCausalLM", "qwen2_moe", _qwen2_moe, _OUTER, _QWEN_MOE),
     Family("Qwen3MoeForCausalLM", "qwen3_moe", _qwen3_moe, _OUTER, _QWEN_MOE),
 )

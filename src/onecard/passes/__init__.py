@@ -18,27 +18,47 @@ import yaml
 
 from onecard.core.errors import BadRequest, nearest
 from onecard.core.settings import fill
-from onecard.passes.base import BlockPass, Recipe
+from onecard.passes.base import Pass, Recipe
 
 if TYPE_CHECKING:
+    from onecard.passes.autoround import AutoRound as AutoRound
     from onecard.passes.awq import AWQ as AWQ
+    from onecard.passes.distill import Distil as Distil
+    from onecard.passes.fuse import Fuse as Fuse
     from onecard.passes.gptq import GPTQ as GPTQ
+    from onecard.passes.gptq_levels import GPTQLevels as GPTQLevels
     from onecard.passes.hqq import HQQ as HQQ
+    from onecard.passes.layers import DropLayers as DropLayers
     from onecard.passes.levels import RoundToLevels as RoundToLevels
     from onecard.passes.prune import Prune as Prune
+    from onecard.passes.qat import QAT as QAT
     from onecard.passes.quantize import RoundToNearest as RoundToNearest
+    from onecard.passes.recover import Recover as Recover
+    from onecard.passes.rotate import Rotate as Rotate
     from onecard.passes.scales import Scale as Scale
     from onecard.passes.scales import Smooth as Smooth
+    from onecard.passes.sparsegpt import SparseGPT as SparseGPT
+    from onecard.passes.structure import CutUnits as CutUnits
 
 PASSES = {
     "rtn": ("quantize", "RoundToNearest"),
     "levels": ("levels", "RoundToLevels"),
     "gptq": ("gptq", "GPTQ"),
+    "gptq-levels": ("gptq_levels", "GPTQLevels"),
     "awq": ("awq", "AWQ"),
+    "autoround": ("autoround", "AutoRound"),
     "hqq": ("hqq", "HQQ"),
     "scale": ("scales", "Scale"),
+    "rotate": ("rotate", "Rotate"),
     "smooth": ("scales", "Smooth"),
     "prune": ("prune", "Prune"),
+    "sparsegpt": ("sparsegpt", "SparseGPT"),
+    "cut": ("structure", "CutUnits"),
+    "drop_layers": ("layers", "DropLayers"),
+    "recover": ("recover", "Recover"),
+    "distil": ("distill", "Distil"),
+    "qat": ("qat", "QAT"),
+    "fuse": ("fuse", "Fuse"),
 }
 """key -> file and class, imported when a recipe names it: one that only rounds does without torch."""
 
@@ -55,6 +75,8 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
      "4.25 bits in the Open Compute layout; coarser than nf4, for machines that multiply it"),
     ("rtn-nvfp4", [{"levels": {"table": "nvfp4"}}],
      "4.5 bits, a scale of 8 bits for every 16 weights: the finer of the two fp4 layouts"),
+    ("gptq-nf4", [{"gptq-levels": {"table": "nf4"}}],
+      "rtn-nf4 with the errors made good while rounding"),
     ("gptq-int8", [{"gptq": {"bits": 8}}], "int8 with the last of its error made good"),
     ("gptq-int4", [{"gptq": {"bits": 4}}], "the usual choice: a quarter of the size, little lost"),
     ("gptq-int4-g32", [{"gptq": {"bits": 4, "group": 32}}],
@@ -68,12 +90,62 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
     ("awq-int3", [{"awq": {"bits": 3}}], "int3 by scales and clipping"),
     ("awq-gptq-int4", [{"scale": {"bits": 4}}, {"gptq": {"bits": 4}}], "AWQ's scales, then GPTQ"),
     ("awq-gptq-int3", [{"scale": {"bits": 3}}, {"gptq": {"bits": 3}}], "AWQ's scales, then GPTQ"),
+    ("autoround-int4", [{"autoround": {"bits": 4}}],
+      "int4 learned block by block from a start by GPTQ: minutes instead of seconds, the least loss"),
+    ("autoround-int3", [{"autoround": {"bits": 3}}], "int3 learned block by block"),
+    ("autoround-int2-g32", [{"autoround": {"bits": 2, "group": 32, "zero_point": True}}],
+      "the smallest integers with the least damage"),
+    ("gptaq-int3", [{"gptq": {"bits": 3, "correct": 1.0, "sweeps": 1}}],
+      "GPTQ that aims at the original's outputs; clearly better than gptq-int3 for twice its time"),
+    ("gptaq-int2-g32", [{"gptq": {"bits": 2, "group": 32, "zero_point": True, "correct": 1.0,
+                                  "sweeps": 2}}], "GPTQ that aims at the original's outputs"),
+    ("rotate-gptq-int4", [{"rotate": {}}, {"gptq": {"bits": 4}}],
+      "outliers spread by rotations first: for models with large activations"),
     ("hqq-int4", [{"hqq": {"bits": 4}}], "int4 without data, better than rounding, in seconds"),
     ("magnitude-50", [{"prune": {"share": 0.5}}],
      "half of the weights set to zero: a baseline that hurts language models; see its report"),
     ("magnitude-2of4", [{"prune": {"pattern": "2:4"}}], "the 2:4 pattern by magnitude, a baseline"),
+    ("wanda-50", [{"prune": {"criterion": "wanda", "share": 0.5, "scope": "row"}}],
+     "half of the weights out by weight times input: quick, far less hurt than by magnitude"),
+    ("wanda-2of4", [{"prune": {"criterion": "wanda", "pattern": "2:4"}}],
+     "2 of every 4 weights out by weight times input, for machines that multiply that pattern"),
+    ("sparsegpt-50", [{"sparsegpt": {"share": 0.5}}],
+     "half of the weights out, the others make it good: the best half without training"),
+    ("sparsegpt-2of4", [{"sparsegpt": {"pattern": "2:4"}}],
+     "2 of every 4 weights out, the others make it good; better than wanda-2of4, slower"),
+    ("sparsegpt-50-gptq-int4", [{"sparsegpt": {"share": 0.5}}, {"gptq": {"bits": 4}}],
+     "a chain: half of the weights out, the others by GPTQ in int4"),
+    ("neurons-20", [{"cut": {"unit": "neuron", "by": "taylor", "share": 0.2, "budget": "global",
+                             "multiple": 32}}],
+     "the feed-forward neurons that the loss feels least, layers differ: plain dense matrices, faster "
+     "everywhere; needs the whole model in memory"),
+    ("heads-20", [{"cut": {"unit": "head", "by": "taylor", "share": 0.2}}],
+     "a fifth of the attention heads: less work at long context; needs the whole model in memory"),
+    ("heads-neurons-gptq-int4",
+     [{"cut": {"unit": "head", "by": "taylor", "share": 0.1}},
+      {"cut": {"unit": "neuron", "by": "taylor", "share": 0.2, "multiple": 128}},
+      {"gptq": {"bits": 4}}],
+     "a chain: a tenth of the heads and a fifth of the neurons out, the rest by GPTQ in int4"),
+    ("drop-layers-25", [{"drop_layers": {"share": 0.25}}],
+     "a quarter of the layers out: faster by that at everything; reasoning suffers first"),
+    ("drop-layers-10-gptq-int4", [{"drop_layers": {"share": 0.1}}, {"gptq": {"bits": 4}}],
+     "a chain: the least influential tenth of the layers out, the rest by GPTQ in int4"),
     ("magnitude-20-gptq-int4", [{"prune": {"share": 0.2}}, {"gptq": {"bits": 4}}],
      "a chain: a fifth of the weights to zero, the damage made good while rounding to int4"),
+    ("magnitude-50-distil", [{"prune": {"share": 0.5}}, {"distil": {}}],
+     "half of the weights out, the others taught by the original: minutes for small models"),
+    ("iterative-50",
+     [{"prune": {"share": 0.25}}, {"recover": {}}, {"prune": {"share": 0.4}}, {"recover": {}},
+      {"prune": {"share": 0.5}}, {"distil": {}}],
+     "half of the weights out in three steps, trained in between: less damage than at once"),
+    ("drop-layers-25-distil-gptq-int4",
+     [{"drop_layers": {"share": 0.25, "most": None}}, {"distil": {"targets": {"hidden": 0.5}}},
+      {"gptq": {"bits": 4}}],
+     "a chain: a quarter of the layers out, the rest taught by the original, then int4"),
+    ("qat-int2", [{"qat": {"kind": "lsq", "bits": 2}}],
+     "2 bits with learned scales: needs text and time, far better than any rounding at 2 bits"),
+    ("qat-ternary", [{"qat": {"kind": "ternary"}}],
+     "-1, 0, 1 and a scale, trained as in BitNet: long training, the smallest that still speaks"),
 )  # fmt: skip
 """The shipped recipes: name, passes as a recipe file has them, what it is good for."""
 
@@ -137,7 +209,7 @@ def recipe_of(data: Any, where: str) -> Recipe:
     return Recipe(data.get("name", Path(where).stem), passes, data.get("good_for", ""))
 
 
-def _pass(item: Any, where: str) -> BlockPass:
+def _pass(item: Any, where: str) -> Pass:
     if isinstance(item, str):
         item = {item: {}}
     if not isinstance(item, dict) or len(item) != 1:
@@ -149,7 +221,7 @@ def _pass(item: Any, where: str) -> BlockPass:
         raise BadRequest(
             f"{where}: the settings of {key} are {settings!r}", do="a mapping is needed"
         )
-    cls: type[BlockPass] = __getattr__(PASSES[key][1])
+    cls: type[Pass] = __getattr__(PASSES[key][1])
     return fill(cls, settings or {}, f"{where}: {key}")
 
 

@@ -19,11 +19,17 @@ A column without any input (H_jj = 0), and an expert that saw no token, is round
 weight that is exactly zero in a pruned matrix stays zero, and its absence is made good like any error
 (SparseGPT's reconstruction, arXiv 2301.00774).
 
+`sweeps` rounds of better scales and codes follow (refine.py). `correct` aims at what the original model's
+inputs X would have given, rather than at what W makes of the inputs Y that the compressed one has
+(asymmetric calibration): |Q Y - W X|^2 is least at W X Y^T (Y Y^T)^-1, and W goes that share of the way,
+
+    W + correct * W (C - H) (H + damping)^-1,   C = 2 X^T Y / n
+
 Memory: H and R, W twice, d, codes and what a panel leaves behind: 20 rows * in + 8 in^2 bytes; while
 factoring H, its reordered copy and R: 4 rows * in + 12 in^2. Time: rows * in^2 for the products and
 in^3 / 3 for the factor.
 
-Frantar et al., GPTQ, arXiv 2210.17323.
+Frantar et al., GPTQ, arXiv 2210.17323; Li et al., GPTAQ, arXiv 2504.02692 (`correct`).
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from onecard.calibrate.stats import HESSIAN, multiply_in_bfloat16
+from onecard.calibrate.stats import CROSS, HESSIAN, multiply_in_bfloat16
 from onecard.calibrate.walk import Reached
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import Integers
@@ -45,6 +51,7 @@ from onecard.core.spec import Spec
 from onecard.kernels import convert, reference
 from onecard.passes.base import BlockPass, check_groups
 from onecard.passes.quantize import AUTO, make_format, require_finite_scale
+from onecard.passes.refine import damped, descend, fit_scales
 
 PRUNED_SHARE = 0.02
 PANEL = 512
@@ -83,6 +90,8 @@ class GPTQ(BlockPass):
     static_groups: bool = True
     block: int = 128
     search: int = 12
+    sweeps: int = 0
+    correct: float = 0.0
 
     key = "gptq"
     title = "GPTQ"
@@ -96,6 +105,11 @@ class GPTQ(BlockPass):
             )
         if not 1 <= self.block <= 4096 or not 0 <= self.search <= 100:
             raise BadRequest(f"gptq: block {self.block} or search {self.search} is out of range")
+        if not 0 <= self.sweeps <= 100 or not 0 <= self.correct <= 1:
+            raise BadRequest(
+                f"gptq: sweeps {self.sweeps} or correct {self.correct} is out of range",
+                do="0 to 100 sweeps; a share from 0 to 1",
+            )
         if self.order == "activation" and not self.static_groups:
             raise BadRequest(
                 "gptq: moving groups in activation order would need a group index per column",
@@ -104,7 +118,7 @@ class GPTQ(BlockPass):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({HESSIAN})
+        return frozenset({HESSIAN, CROSS} if self.correct else {HESSIAN})
 
     def format_of(self, columns: int) -> Integers:
         return make_format(self.bits, self.group, self.zero_point, columns)
@@ -118,32 +132,68 @@ class GPTQ(BlockPass):
         return max(factoring, 20 * rows * columns + 8 * columns * columns + searching)
 
     def site(self, site: Reached) -> Iterator[Row]:
+        _, solution, format = self.solved(site)
+        yield from self.hold(site, solution, format)
+
+    def solved(self, site: Reached) -> tuple[dict[str, Tensor], dict[str, Solution], Integers]:
+        """What each linear of a site aims at, float32 [out, in], and what it will be."""
         linears = list(site.linears.values())
         columns = linears[0].shape[1]
         w = torch.cat([linear.matrix() for linear in linears])
         format = self.format_of(columns).scaled(site.stored)
         rounding = Rounding(self.damp, self.order, self.static_groups, self.block, self.search)
         hessian = site.stats.hessian
+        if self.correct:
+            w = corrected(w, hessian, site.stats.cross, self.damp, self.correct)
         try:
             solution = solve(w, hessian, format, rounding)
+            for _ in range(self.sweeps):
+                solution = refined(w, solution, damped(hessian, self.damp), format)
         except FailedWork as error:
             raise FailedWork(
                 f"{site.block}.{site.name}: {error.what}", error.seen, error.do
             ) from error
         require_finite_scale(solution.scale, format, f"{site.block}.{site.name}")
-        power = output_power(w, hessian)
-        start = 0
+        aims, found, start = {}, {}, 0
         for name, linear in site.linears.items():
             own = slice(start, start + linear.shape[0])
             start = own.stop
-            linear.replace(convert.hold(
-                solution.codes[own], solution.scale[own], solution.zero[own], format
-            ))  # fmt: skip
+            aims[name] = w[own]
+            found[name] = Solution(solution.codes[own], solution.scale[own], solution.zero[own],
+                                   solution.loss[own])  # fmt: skip
+        return aims, found, format
+
+    def hold(
+        self, site: Reached, solutions: dict[str, Solution], format: Integers
+    ) -> Iterator[Row]:
+        """Put what was solved into a site's linears."""
+        hessian = site.stats.hessian
+        for name, linear in site.linears.items():
+            found, power = solutions[name], output_power(linear.matrix(), hessian)
+            linear.replace(convert.hold(found.codes, found.scale, found.zero, format))
             where = f"{site.block}.{name}"
             yield Row(where, "format", format.name)
-            yield Row(where, "relative_output_error", _share(solution.loss[own], power[own]))
+            yield Row(where, "relative_output_error", _share(found.loss, power))
         if not site.stats.count:
             yield Row(f"{site.block}.{site.name}", "calibration_tokens", 0)
+
+
+def corrected(w: Tensor, hessian: Tensor, cross: Tensor, damp: float, share: float) -> Tensor:
+    """W, `share` of the way to the matrix that makes the original's outputs of the inputs there are."""
+    inverse, failed = torch.linalg.cholesky_ex(damped(hessian, max(damp, 0.01)))
+    if int(failed):
+        return w
+    return w + share * torch.cholesky_solve((w @ (cross - hessian)).T, inverse).T
+
+
+def refined(w: Tensor, solution: Solution, hessian: Tensor, format: Integers) -> Solution:
+    """One round of better scales and codes; `hessian` is damped."""
+    zero = solution.zero
+    scale = fit_scales(w, solution.codes, solution.scale, zero, hessian, format)
+    codes = descend(w, solution.codes, scale, zero, hessian, format)
+    q = reference.grouped(codes.float(), format)
+    d = reference.decode(q, scale[..., None], zero[..., None]).flatten(1) - w
+    return Solution(codes, scale, zero, torch.linalg.vecdot(d @ hessian, d))
 
 
 def output_power(w: Tensor, hessian: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 The plan is made and checked from headers alone; then every part of the result is written into the
 journal, and the folder gets its name. A second run of the same command goes on behind the last part
 that was finished. How parts come about is the recipe's: what only rounds goes from file to file
-(rounding.py), everything else is a walk over blocks (walked.py). Both offer
+(rounding.py), everything else goes stage by stage over blocks (walked.py). Both offer
 
     make_plan(source, recipe, settings, ids)   what it will take, BadRequest where the cap is too small
-    fill(job, journal, progress)               every part that the journal lacks
+    fill(job, journal, progress)               every part that the journal lacks, and what they are
     facts()                                    what the report says of the machinery
 """
 
@@ -30,12 +30,11 @@ from onecard.checkpoint.shards import Checkpoint, read_json
 from onecard.checkpoint.source import MANIFEST, Source, verify
 from onecard.core.device import resident_peak
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format, parse_format
 from onecard.core.report import Report, Row, environment, write_text
 from onecard.core.settings import format_size
 from onecard.passes import rounding, to_yaml
 from onecard.passes.base import Recipe
-from onecard.passes.plan import Plan, Prepared, Settings, part_name
+from onecard.passes.plan import Plan, Prepared, Settings
 
 if TYPE_CHECKING:
     from onecard.calibrate.walk import Progress
@@ -65,7 +64,7 @@ def prepare(model: str | Path, out: str | Path, recipe: Recipe, settings: Settin
     recipe.check(source.spec)
     check_target(out, source.folder, settings.force)
     ids = None
-    if recipe.needs:
+    if recipe.calibrated:
         given = settings.data is not None and settings.data.suffix == ".json"
         ids = calibration_ids(
             None if given else source.tokenizer(), settings.data, settings.calibration,
@@ -96,37 +95,21 @@ def compress(
     with Journal(job.out, job.key(), job.settings.force) as journal, ThreadPoolExecutor(1) as aside:
         hashes = aside.submit(source_hashes, source)
         try:
-            way_of(recipe).fill(job, journal, progress)
+            last = way_of(recipe).fill(job, journal, progress)
         except BadRequest:
             if journal.fresh:
                 journal.discard()
             raise
-        parts = ("stem", *(part_name(i) for i in range(source.spec.num_layers)), "tail")
-        rows = [Row(*row) for part in parts for row in journal.rows(part)]
-        formats = output_formats(source, rows, recipe.splits)
         weights = assemble(journal.folder, journal.hashes())
         write_text(journal.folder / "recipe.yaml", to_yaml(recipe))
         about = {"source": hashes.result(), **made(job)}
-        complete(
-            journal.folder, source, config_with(source, formats, recipe.splits), weights, about
-        )
-        report = summary(job, rows, Checkpoint(journal.folder), time.perf_counter() - started)
+        config = config_with(last.source, last.formats, last.split)
+        complete(journal.folder, source, config, weights, about)
+        report = summary(job, last.rows, journal.folder, time.perf_counter() - started)
         report = finish(journal.folder, report)
         write_text(journal.folder / "report.json", report.to_json())
         journal.publish(job.settings.force)
     return report
-
-
-def output_formats(source: Source, rows: list[Row], split: bool) -> dict[str, Format]:
-    """stored name -> Format, from the `format` rows of the blocks."""
-    named = {row.where: parse_format(str(row.value)) for row in rows if row.what == "format"}
-    formats = {}
-    for index in range(source.spec.num_layers):
-        for place in source.places(index, split):
-            format = named.get(f"blocks.{index}.{place.path}")
-            if format is not None:
-                formats[place.stored.name] = format
-    return formats
 
 
 def made(job: Prepared) -> Mapping[str, Any]:
@@ -141,11 +124,11 @@ def made(job: Prepared) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
-def summary(job: Prepared, rows: list[Row], made: Checkpoint, seconds: float) -> Report:
-    """The report of a finished job; `made` is its checkpoint."""
-    source = job.source
+def summary(job: Prepared, rows: list[Row], folder: Path, seconds: float) -> Report:
+    """The report of a finished job, whose result lies in `folder`."""
+    source, made = job.source, Checkpoint(folder)
     before, after = file_bytes(source.checkpoint), file_bytes(made)
-    count = parameter_count(source)
+    count, left = parameter_count(source), parameter_count(Source(folder))
     notes = [(f"reference: {p.title}", p.paper) for p in job.recipe.passes]
     notes.append(("convention: bits per weight", "8 * bytes of all tensors / parameters, "
                   "embeddings and scales included"))  # fmt: skip
@@ -157,8 +140,8 @@ def summary(job: Prepared, rows: list[Row], made: Checkpoint, seconds: float) ->
     return Report(
         (
             Row.of("model", "file_bytes", after, before),
-            Row.of("model", "bits_per_weight", 8 * made.nbytes / count, 8 * source.checkpoint.nbytes / count),
-            Row.of("model", "parameters", count),
+            Row.of("model", "bits_per_weight", 8 * made.nbytes / left, 8 * source.checkpoint.nbytes / count),
+            Row.of("model", "parameters", left, count if count != left else None),
             *job.plan.rows(),
             Row("walk", "seconds", round(seconds, 2), "s"),
             Row.of("walk", "peak_memory_bytes", resident_peak()),

@@ -6,7 +6,7 @@ by byte, and looked through for NaN on its way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from onecard import __version__
 from onecard.calibrate.data import Calibration, digest
 from onecard.checkpoint.finite import count_not_finite, damaged, is_finite
-from onecard.checkpoint.journal import fingerprint
+from onecard.checkpoint.journal import Journal, fingerprint
 from onecard.checkpoint.save import SINGLE_FILE
 from onecard.checkpoint.shards import Array, Bytes, copy_range
 from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest
-from onecard.core.format import DTYPE_BYTES
+from onecard.core.format import DTYPE_BYTES, Format, parse_format
 from onecard.core.report import Row
 from onecard.core.settings import format_size
 from onecard.core.spec import linear_shapes
@@ -48,7 +48,8 @@ class Plan:
 
     `dtype` is what blocks are run in. So does the number of `threads` decide the result where they are:
     the native kernels give the same bits for any, but torch's matrix products cut their sums by it (the
-    shipped model by gptq-int4 differs between one thread and two). It is 0 where none is run.
+    shipped model by gptq-int4 differs between one thread and two). It is 0 where none is run. `replay`
+    and `in_memory` say of every stage whether its walk re-runs blocks, and whether it holds the model.
     """
 
     peak: int
@@ -56,16 +57,22 @@ class Plan:
     output: int
     seconds: float
     dtype: str
-    replay: bool = False
+    replay: tuple[bool, ...] = ()
+    in_memory: tuple[bool, ...] = ()
     threads: int = 0
 
     def rows(self) -> tuple[Row, ...]:
-        return (
+        found = [
             Row("plan", "planned_peak_bytes", self.peak, "B"),
             Row("plan", "disk_bytes", self.disk, "B"),
             Row("plan", "output_bytes", self.output, "B"),
             Row("plan", "seconds", round(self.seconds, 1), "s"),
-        )
+        ]
+        whole = [number + 1 for number, here in enumerate(self.in_memory) if here]
+        if whole:
+            stages = ", ".join(map(str, whole))
+            found.append(Row("plan", "in_memory", f"the whole model, in stage {stages}"))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ class Prepared:
 
 
 def output_bytes(source: Source, recipe: Recipe) -> int:
-    """Bytes of all tensors of the result."""
+    """Bytes of all tensors of the result of one walk."""
     spec, stored = source.spec, DTYPE_BYTES[source.dtype]
     total = source.checkpoint.nbytes
     for layer in spec.layers:
@@ -109,15 +116,49 @@ def disk_bytes(output: int, state: int = 0) -> int:
 
 
 def beyond_cap(
-    source: Source, recipe: Recipe, cap: int, least: int, base: int, do: str = "raise --memory"
-) -> BadRequest:
+    source: Source, recipe: Recipe, cap: int, least: int, base: int, do: str = "raise --memory",
+    where: str = "",
+) -> BadRequest:  # fmt: skip
     """The error about a memory cap that cannot be kept; `base` is what the process takes already."""
     return BadRequest(
         f"{recipe.name} on {source.folder.name} does not fit into {format_size(cap)}",
         f"the smallest cap that works is {format_size(least)}"
-        f" ({format_size(base)} of it is the running process)",
+        f" ({format_size(base)} of it is the running process)" + (f"; {where}" if where else ""),
         do,
     )
+
+
+@dataclass(frozen=True)
+class Made:
+    """What lies in a journal when it is full: the layout it was written in, the formats of packed
+    modules by stored name, what was measured, whether fused matrices lie in parts.
+    """
+
+    source: Source
+    formats: Mapping[str, Format]
+    rows: list[Row]
+    split: bool = False
+
+
+def made_of(
+    source: Source, journal: Journal, split: bool = False, held: Mapping[str, Format] | None = None
+) -> Made:
+    """What was noted with every part of a model that kept its layout; `held` was packed before."""
+    parts = ("stem", *(part_name(i) for i in range(source.spec.num_layers)), "tail")
+    rows = [Row(*row) for part in parts for row in journal.rows(part)]
+    return Made(source, {**(held or {}), **output_formats(source, rows, split)}, rows, split)
+
+
+def output_formats(source: Source, rows: list[Row], split: bool) -> dict[str, Format]:
+    """stored name -> Format, from the `format` rows of the blocks."""
+    named = {row.where: parse_format(str(row.value)) for row in rows if row.what == "format"}
+    formats = {}
+    for index in range(source.spec.num_layers):
+        for place in source.places(index, split):
+            format = named.get(f"blocks.{index}.{place.path}")
+            if format is not None:
+                formats[place.stored.name] = format
+    return formats
 
 
 # Parts --------------------------------------------------------------------------------------------

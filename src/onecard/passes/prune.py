@@ -1,116 +1,155 @@
-"""Pruning single weights by a score: the lowest go, per row, per matrix, or n of every m.
+"""Pruning: the weights, runs or blocks of the lowest score become zero; which, is a criterion's business.
 
-A criterion is one function (weight [rows, in], statistics) -> score of the same shape and one row in
-CRITERIA; every pattern takes every criterion. Scores of single weights by L1 and by L2 magnitude rank
-alike; they are both here because over larger pieces they do not.
+Budgets: the same share of every matrix (`uniform`); one threshold over the model (`global`); shares by
+measured sensitivity (`sensitivity`, see budget.py). Scores and masks: criteria.py.
 
-Han et al., Learning both Weights and Connections, arXiv 1506.02626; n:m: Zhou et al., arXiv 2102.04010.
-Trap: magnitude pruning of language models breaks down early (LLaMA-7B at 50 %: perplexity 5.68 to
-17.29, COMPRESSION §3.7): the report carries the output error of every layer it touched.
+Han et al., Learning both Weights and Connections, arXiv 1506.02626; n:m: Zhou et al., arXiv 2102.04010;
+Sun et al., Wanda, arXiv 2306.11695. Trap: magnitude pruning of language models breaks down early
+(LLaMA-7B at 50 %: perplexity 5.68 to 17.29, COMPRESSION 3.7): the report carries what every layer lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from onecard.calibrate.stats import Statistics
-from onecard.calibrate.walk import Reached
+from onecard.calibrate.stats import HESSIAN, NORM, Statistics
+from onecard.calibrate.walk import Reached, SitePass, Whole
 from onecard.core.errors import BadRequest
 from onecard.core.format import Format
 from onecard.core.report import Row
 from onecard.core.spec import Spec, linear_shapes
 from onecard.kernels.reference import from_dense
-from onecard.passes.base import BlockPass
-
-Criterion = Callable[[Tensor, Statistics], Tensor]
-
-CRITERIA: dict[str, Criterion] = {
-    "l1": lambda w, stats: w.abs(),
-    "l2": lambda w, stats: w.square(),
-}
+from onecard.passes.base import BlockPass, Survey, Zeros
+from onecard.passes.budget import Budget, Histograms, WholeModel
+from onecard.passes.criteria import CRITERIA, Criterion, Name, Seen, Shape, keep_mask, scored
 
 
 @dataclass(frozen=True)
 class Prune(BlockPass):
-    """Settings: a criterion, and either a share of the weights or a pattern such as 2:4 (kept:of)."""
+    """Settings: a criterion; a share of the weights, or a pattern such as 2:4 (kept:of); the piece that
+    goes as one, such as 1x8 or 4x4 (rows x columns); whether a share is taken of every row or of the
+    matrix; how much every matrix loses; whether zeros are left out or stored like other numbers.
+    """
 
-    criterion: Literal["l1", "l2"] = "l1"
+    criterion: Name = "l1"
     share: float = 0.5
     pattern: str | None = None
     scope: Literal["row", "matrix"] = "matrix"
+    piece: str = "1x1"
+    budget: Literal["uniform", "global", "sensitivity"] = "uniform"
+    seed: int = 0
+    stored: Literal["sparse", "dense"] = "sparse"
 
-    key = "prune"
-    title = "magnitude pruning"
-    paper = "Han et al., Learning both Weights and Connections, arXiv 1506.02626"
+    key: ClassVar[str] = "prune"
+    title: ClassVar[str] = "pruning by score"
+    paper: ClassVar[str] = (
+        "Han et al., arXiv 1506.02626; Sun et al., Wanda, arXiv 2306.11695; "
+        "Molchanov et al., arXiv 1906.10771; Hassibi and Stork, NeurIPS 1993"
+    )
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise BadRequest(f"prune.share is {self.share}", do="a share between 0 and 1 is needed")
-        if self.pattern is not None:
-            parse_pattern(self.pattern)
+        if not 0 <= self.share < 1:
+            raise BadRequest(
+                f"prune.share is {self.share}", do="a share from 0 to below 1 is needed"
+            )
+        shape = self.shape
+        if shape.pattern is not None and self.budget != "uniform":
+            raise BadRequest(f"prune: the pattern {self.pattern} leaves no choice of budget",
+                             do="give a pattern, or a share with a budget")  # fmt: skip
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.pattern, self.scope, self.piece)
+
+    @property
+    def chosen(self) -> Criterion:
+        return CRITERIA[self.criterion]
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset()
+        return self.chosen.needs
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.needs) or self.chosen.gradients or self.budget == "sensitivity"
+
+    @property
+    def surveys(self) -> bool:
+        return self.chosen.gradients or self.budget != "uniform"
+
+    def survey(self, spec: Spec) -> Survey:
+        budget = Budget(self.criterion, self.share, self.shape, self.budget, self.seed)
+        if self.chosen.gradients or self.budget == "sensitivity":
+            return WholeModel(budget)
+        return Histograms(budget)
+
+    def informed(self, found: Any) -> SitePass:
+        return Informed(self, found["shares"], found.get("gradients", {}))
 
     def format_of(self, columns: int) -> Format | None:
         return None
 
+    @property
+    def zeros(self) -> Zeros | None:
+        return Zeros(self.share, self.pattern) if self.stored == "sparse" else None
+
     def check(self, spec: Spec) -> None:
-        if self.pattern is None:
-            return
-        _, of = parse_pattern(self.pattern)
         for layer in set(spec.layers):
-            for name, (_, columns) in linear_shapes(spec, layer).items():
-                if columns % of:
-                    raise BadRequest(
-                        f"{name}: runs of {of} do not divide a row of {columns} weights"
-                    )
+            for name, shape in linear_shapes(spec, layer).items():
+                self.shape.check(name, shape)
 
     def site_bytes(self, rows: int, columns: int) -> int:
-        return 28 * rows * columns  # measured; sorting is most of it
+        more = 12 * columns * columns if HESSIAN in self.needs else 0
+        return 28 * rows * columns + more  # measured; sorting is most of it
+
+    def site(self, site: Reached) -> Iterator[Row]:
+        yield from Informed(self, {}, {}).site(site)
+
+
+@dataclass(frozen=True)
+class Informed:
+    """A Prune that knows what share every matrix loses (all of them `settings.share` where it is not
+    said), and the gradients of each where they were looked at.
+    """
+
+    settings: Prune
+    shares: Mapping[str, float]
+    gradients: Mapping[str, tuple[Tensor, Tensor]]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.settings.needs
 
     def site(self, site: Reached) -> Iterator[Row]:
         for name, linear in site.linears.items():
-            stored = linear.held().parts["weight"]
-            w = linear.matrix()
-            mask = keep_mask(CRITERIA[self.criterion](w, site.stats), self)
-            linear.replace(from_dense((w * mask).to(stored.dtype)))
-            lost = (w * ~mask).square().sum() / w.square().sum().clamp(min=1e-30)
             where = f"{site.block}.{name}"
+            w = linear.matrix()
+            seen = Seen(where, site.stats, self.settings.seed, *self.gradients.get(where, ()))
+            share = self.shares.get(where, self.settings.share)
+            mask = keep_mask(scored(w, seen, self.settings.criterion), share, self.settings.shape)
+            stored = linear.held().parts["weight"].dtype
+            linear.replace(from_dense((w * mask).to(stored)))
             yield Row(where, "sparsity", float((~mask).float().mean()))
-            yield Row(where, "relative_weight_error", float(lost))
+            yield Row(where, "relative_weight_error", lost_share(w, mask))
+            if HESSIAN in self.needs or NORM in self.needs:
+                yield Row(where, "relative_output_error", output_share(w, mask, site.stats))
+
+    def finish(self, whole: Whole) -> Iterator[Row]:
+        """Nothing: scores need no original to compare with."""
+        yield from ()
 
 
-def parse_pattern(text: str) -> tuple[int, int]:
-    """(kept, of) from `2:4`."""
-    kept, _, of = text.partition(":")
-    if not (kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of) <= 1024):
-        raise BadRequest(
-            f"the pattern {text!r} is not kept:of", do="2:4 keeps 2 of every 4 weights"
-        )
-    return int(kept), int(of)
+def lost_share(w: Tensor, mask: Tensor) -> float:
+    """The share of the sum of squares that went."""
+    return float((w * ~mask).square().sum() / w.square().sum().clamp(min=1e-30))
 
 
-def keep_mask(score: Tensor, settings: Prune) -> Tensor:
-    """bool [rows, in]: which weights stay. Of equal scores the later one goes."""
-    if settings.pattern is not None:
-        kept, of = parse_pattern(settings.pattern)
-        runs = score.unflatten(1, (-1, of))
-        return _highest(runs, kept).flatten(1)
-    if settings.scope == "row":
-        return _highest(score, score.shape[1] - round(settings.share * score.shape[1]))
-    return _highest(score.flatten(), score.numel() - round(settings.share * score.numel())).view_as(
-        score
-    )
-
-
-def _highest(score: Tensor, count: int) -> Tensor:
-    """bool: the `count` highest along the last axis."""
-    order = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :count]
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, True)
+def output_share(w: Tensor, mask: Tensor, stats: Statistics) -> float:
+    """The same of outputs, with inputs taken as independent: sum_j D_ij^2 |X_j|^2."""
+    power = stats.norm.square()
+    lost = ((w * ~mask).square() * power).sum()
+    return float(lost / (w.square() * power).sum().clamp(min=1e-30))

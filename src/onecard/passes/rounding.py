@@ -35,12 +35,14 @@ from onecard.core.spec import linear_shapes, sites
 from onecard.kernels import cpu
 from onecard.passes.base import Recipe
 from onecard.passes.plan import (
+    Made,
     Plan,
     Prepared,
     Settings,
     beyond_cap,
     copied,
     disk_bytes,
+    made_of,
     outer_arrays,
     output_bytes,
     part_name,
@@ -95,7 +97,7 @@ def facts() -> dict[str, Value]:
     return {"threads": usable_cores()}
 
 
-def fill(job: Prepared, journal: Journal, progress: Any) -> None:
+def fill(job: Prepared, journal: Journal, progress: Any) -> Made:
     """Every part that the journal lacks: written by several threads, entered in order."""
     source = job.source
     names = ["stem", *(part_name(i) for i in range(source.spec.num_layers)), "tail"]
@@ -110,14 +112,17 @@ def fill(job: Prepared, journal: Journal, progress: Any) -> None:
         return journal.write(name, arrays), rows
 
     todo = [number for number, name in enumerate(names) if name not in journal]
+    first = sorted(todo, key=lambda number: number not in (0, len(names) - 1))  # they may be large
     pool = ThreadPoolExecutor(workers)
     try:
-        for number, written in [(number, pool.submit(write, number)) for number in todo]:
+        written = {number: pool.submit(write, number) for number in first}
+        for number in todo:
             progress(max(number - 1, 0), source.spec.num_layers, names[number])
-            journal.note(names[number], *written.result())
+            journal.note(names[number], *written[number].result())
     finally:
         pool.shutdown(cancel_futures=True)
     progress(source.spec.num_layers, source.spec.num_layers, "done")
+    return made_of(source, journal)
 
 
 def block_arrays(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -110,30 +111,46 @@ def terminal(report: Report, console: Console) -> None:
     for table in (*page.tables, *([page.every_layer] if few else page.layers)):
         if table:
             console.print()
-            console.print(_rich(table))
+            console.print(_rich(table, console.width))
     for title, text in (note for kind in ("convention", "", "run") for note in page.notes[kind]):
         console.print()
         console.print(Text.assemble((f"{title}: ", "bold"), text))
 
 
-def _rich(table: Table) -> RichTable:
+def _rich(table: Table, room: int) -> RichTable:
+    """A table as rich draws it; where that makes it fit into `room`, only words are folded."""
     title = Text(table.title, "bold")
     drawn = RichTable(title=title, title_justify="left", box=None, pad_edge=False)
-    for label, number in zip(table.head, table.numeric, strict=True):
-        widest = max(map(len, label.split()), default=0)
+    rows: list[tuple[str, list[list[Text]]]] = []
+    for name, lines in table.groups:
+        widths = [max(len(cell.small) for cell in column) for column in zip(*lines, strict=True)]
+        rows.append((name, [list(map(_rich_cell, line, widths)) for line in lines]))
+    columns = list(zip(*(line for _, lines in rows for line in lines), strict=True))
+    heads = [max(map(len, label.split()), default=0) for label in table.head]
+    full = [max(map(len, column)) for column in columns] if columns else heads
+    words = [max(len(word) for cell in column for word in (*cell.plain.split(), ""))
+             for column in columns] if columns else heads  # fmt: skip
+    least = [max(head, wide if number else word) for head, wide, word, number
+             in zip(heads, full, words, table.numeric, strict=True)]  # fmt: skip
+    tight = _fits(least, room) and not _fits(map(max, map(len, table.head), full), room)
+    for label, number, head, wide in zip(table.head, table.numeric, heads, full, strict=True):
         drawn.add_column(
             Text(label, "dim"),
             justify="right" if number else "left",
             overflow="fold",
-            min_width=widest,
+            min_width=head,
+            width=max(head, wide) if tight and number else None,
         )
-    for name, lines in table.groups:
+    for name, cells in rows:
         if name:
             drawn.add_row(Text(name, "dim italic"))
-        widths = [max(len(cell.small) for cell in column) for column in zip(*lines, strict=True)]
-        for line in lines:
-            drawn.add_row(*map(_rich_cell, line, widths))
+        for line in cells:
+            drawn.add_row(*line)
     return drawn
+
+
+def _fits(widths: Iterable[int], room: int) -> bool:
+    return sum(width + 2 for width in widths) - 2 <= room
 
 
 def _rich_cell(cell: Cell, width: int) -> Text:

@@ -83,6 +83,8 @@ def shown(row: Row) -> str:
         return f"{100 * number:.3g} %" if what.endswith("error") else f"{100 * number:.2f} %"
     if what == "parameters" and number >= 1e6:
         return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
+    if what == "bits_per_weight":
+        unit = ""  # its name says it
     known = what in DECIMALS and abs(number) < 1e5
     text = f"{number:,.{DECIMALS[what]}f}" if known else _figures(number)
     return f"{text} {unit}".rstrip()

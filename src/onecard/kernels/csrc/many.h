@@ -43,14 +43,16 @@ inline void many(const oc_matrix &w, const Geometry &g, Unpack *unpack, int32_t 
     for (int t = 0; t < panel_tiles; t++) tile[t] = g.at(data, at + (t < tiles ? t : 0));
     for (int64_t first = 0; first < g.blocks; first += per_chunk) {
       const int blocks = int(g.blocks - first < per_chunk ? g.blocks - first : per_chunk);
-      for (int t = 0; t < panel_tiles; t++)
-        unpack(w, g, tile[t], t, first, blocks, own.panel);
       // Behind the last chunk of a panel comes the first of the next one, if there is one.
       const bool last = first + per_chunk >= g.blocks;
       const int64_t next = g.codes + (last ? panel_tiles * g.tile : (first + per_chunk) * g.block_codes);
       const int64_t bytes = last && at + panel_tiles >= end ? 0 : per_chunk * g.block_codes;
       Ahead ahead = {{}, 0, bytes, to_lines((bytes + turns - 1) / turns)};
       for (int t = 0; t < panel_tiles; t++) ahead.tile[t] = tile[t] + next;
+      for (int t = 0; t < panel_tiles; t++) {
+        if (turns < 16) ahead.at_once(t);
+        unpack(w, g, tile[t], t, first, blocks, own.panel);
+      }
       const Chunk chunk = {own.panel, tiles, first, blocks, last, a, start, rows, own.sum(), y + at * tile_rows,
                            stride, ahead};
       if (zeros)

@@ -11,14 +11,13 @@ namespace {
 using oc::Quantized;
 
 #if defined(__AMX_INT8__)
-constexpr int panel_tiles = 2, step_rows = 32;
+constexpr int panel_tiles = 2, step_rows = 32, many_from = 9;
 constexpr bool signed_panel = true;
 #else
-constexpr int panel_tiles = 3, step_rows = 4;
+constexpr int panel_tiles = 3, step_rows = 4, many_from = 25;
 constexpr bool signed_panel = false;
 #endif
 constexpr int panel_rows = panel_tiles * tile_rows;
-constexpr int many_from = 9;
 constexpr int chunk_columns = signed_panel ? 256 : 512, chunk_blocks = chunk_columns / 32;
 
 // Where the bytes of a tile of the panel lie that belong to the columns 4 quad .. 4 quad + 3: sixteen quads
@@ -66,6 +65,10 @@ struct Ahead {
   const uint8_t *tile[panel_tiles];
   int64_t at, end, each;  // bytes of a tile's chunk, and how many of them at a time
 
+  // With few rows there is no time to spread it out.
+  void at_once(int t) const {
+    for (int64_t i = 0; i < end; i += 64) _mm_prefetch(reinterpret_cast<const char *>(tile[t] + i), _MM_HINT_T0);
+  }
   void some() {
     for (const int64_t stop = at + each < end ? at + each : end; at < stop; at += 64)
       for (const uint8_t *codes : tile) _mm_prefetch(reinterpret_cast<const char *>(codes + at), _MM_HINT_T1);

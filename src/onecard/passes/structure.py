@@ -1,0 +1,296 @@
+"""Cutting parts out: feed-forward neurons, attention heads, key/value groups, the width of the stream.
+
+A unit is scored by what is summed over its entries on the sides where it lives (nn/graph.py):
+
+    l1, l2      |w|, w^2 on all its sides
+    random      the seed's
+    wanda       |w_ij| |X_j| over the columns that read it: what it contributes
+    apoz        the share of tokens for which a neuron is not zero (arXiv 1607.03250); relu only
+    gradient    |mean_b g_b|    g_b = sum w dL_b/dw over the columns that read it, which is the slope of
+    taylor      mean_b g_b^2    batch b's loss along a gate on the unit (arXiv 1905.10650, 1906.10771)
+
+Neighbouring layers lose the same number each (`uniform`), or all units of the model are ranked together
+(`global`) and layers end up different; no layer loses its last one. Heads that share a key/value head
+are taken evenly from all groups. The experts of a layer stay equally wide.
+
+A cut is exact (the masked model is the cut one) and may still wreck the model: magnitude says little
+about units of language models. So perplexity on calibration text is measured before and after, reported,
+and more than `most` times of it is refused; `most: null` delivers whatever comes, to be recovered.
+
+Michel et al., Are Sixteen Heads Really Better than One?, arXiv 1905.10650; Molchanov et al., Importance
+Estimation, arXiv 1906.10771; Hu et al., Network Trimming, arXiv 1607.03250; Ma et al., LLM-Pruner,
+arXiv 2305.11627.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from onecard.calibrate.stats import NORM, ZEROS
+from onecard.calibrate.walk import Progress, Reached
+from onecard.core.errors import BadRequest
+from onecard.core.report import Row
+from onecard.core.spec import LayerSpec, Spec
+from onecard.nn.graph import (
+    HIDDEN,
+    Group,
+    Kind,
+    Side,
+    Surgery,
+    groups,
+    hidden_sides,
+    require_hidden,
+    surgery,
+)
+from onecard.nn.model import Model
+from onecard.passes.base import BlockPass, Pass, Survey
+from onecard.passes.criteria import highest
+from onecard.passes.cut import Cut
+from onecard.passes.memory import differentiated, gradient, gradient_bytes
+
+GRADIENTS = ("gradient", "taylor")
+Scores = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class CutUnits(Cut):
+    """Settings: what is cut, by what score, what share of it (or how many of each layer stay), spread
+    how; counts that stay are multiples of `multiple`.
+    """
+
+    unit: Kind = "neuron"
+    by: Literal["l1", "l2", "random", "wanda", "apoz", "gradient", "taylor"] = "taylor"
+    share: float = 0.25
+    keep: int | None = None
+    budget: Literal["uniform", "global"] = "uniform"
+    multiple: int = 1
+    most: float | None = 3.0
+    seed: int = 0
+
+    key: ClassVar[str] = "cut"
+    title: ClassVar[str] = "structured pruning"
+    paper: ClassVar[str] = (
+        "Michel et al., arXiv 1905.10650; Molchanov et al., arXiv 1906.10771; "
+        "Ma et al., LLM-Pruner, arXiv 2305.11627"
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise BadRequest(f"cut.share is {self.share}", do="a share from 0 to below 1 is needed")
+        if self.multiple < 1:
+            raise BadRequest(f"cut.multiple is {self.multiple}", do="a count from 1 on")
+        if self.most is not None and self.most < 1:
+            raise BadRequest(f"cut.most is {self.most}", do="a number from 1 on, or null")
+        if self.by == "apoz" and self.unit != "neuron":
+            raise BadRequest("cut: apoz counts zeros of neurons", do="unit: neuron")
+        if self.unit == "hidden" and self.budget != "uniform":
+            raise BadRequest("cut: the width is one for all layers", do="budget: uniform")
+        if self.keep is not None and (self.budget != "uniform" or self.keep < 1):
+            raise BadRequest(f"cut.keep is {self.keep}", do="a count from 1 on, budget: uniform")
+
+    def follows(self, earlier: Sequence[Pass]) -> None:
+        super().follows(earlier)
+        sparse = next(
+            (p for p in earlier if isinstance(p, BlockPass) and p.zeros is not None), None
+        )
+        if sparse is not None:
+            raise BadRequest(
+                "it cuts matrices that are stored without their zeros",
+                f"{self.title} follows {sparse.title}", f"put {self.title} first",
+            )  # fmt: skip
+
+    def check(self, spec: Spec) -> None:
+        if self.unit == "hidden":
+            require_hidden(spec)
+        kinds = {layer.feed_forward.activation for layer in spec.layers}
+        if self.by == "apoz" and kinds != {"relu"}:
+            raise BadRequest(
+                f"cut: apoz counts zeros, and {', '.join(sorted(kinds))} gives none",
+                do="by: taylor",
+            )
+        self.leaves(spec)
+
+    def leaves(self, spec: Spec) -> Spec:
+        if self.unit == "hidden":
+            return replace(spec, hidden=self.left(spec.hidden))
+        rows = [
+            {g.name: torch.arange(self.left(g.count, g.runs)) for g in groups(layer, self.unit)}
+            for layer in spec.layers
+        ]
+        return surgery(spec, range(spec.num_layers), rows, self.unit).spec
+
+    def left(self, count: int, runs: int = 1) -> int:
+        """How many of `count` units stay, the same number in each of `runs`."""
+        if self.keep is not None:
+            if self.keep > count or self.keep % runs:
+                raise BadRequest(
+                    f"{self.keep} of {count} {NAMES[self.unit]} are to stay",
+                    f"they share {runs} key/value heads" if runs > 1 else "",
+                    f"a multiple of {runs} up to {count}, or unit: kv_group" if runs > 1
+                    else f"a count up to {count}",
+                )  # fmt: skip
+            return self.keep
+        step = _common(self.multiple, runs)
+        return min(count, max(step, round((1 - self.share) * count / step) * step))
+
+    def survey(self, spec: Spec) -> Survey:
+        return (Slopes if self.by in GRADIENTS else Sums)(self, spec)
+
+    def decide(self, spec: Spec, found: Any) -> tuple[Surgery, list[Row]]:
+        if self.unit == "hidden":
+            stay = best(found[0][HIDDEN], self.left(spec.hidden))
+            plan = surgery(spec, range(spec.num_layers), [{}] * spec.num_layers, "hidden", stay)
+            return plan, [Row("model", "width", len(stay), "", spec.hidden)]
+        counts = self.counts(spec, found)
+        kept, rows = [], []
+        for index, (layer, scores) in enumerate(zip(spec.layers, found, strict=True)):
+            row: dict[str, Tensor] = {}
+            for group in groups(layer, self.unit):
+                row[group.name] = best(scores[group.name], counts[index][group.name], group.runs)
+                where = f"blocks.{index}.{group.name}"
+                rows.append(Row(where, NAMES[self.unit], len(row[group.name]), "", group.count))
+            kept.append(row)
+        return surgery(spec, range(spec.num_layers), kept, self.unit), rows
+
+    def counts(self, spec: Spec, found: Sequence[Scores]) -> list[dict[str, int]]:
+        """Group name -> units that stay, per layer."""
+        every = [groups(layer, self.unit) for layer in spec.layers]
+        if self.budget == "uniform":
+            return [{g.name: self.left(g.count, g.runs) for g in own} for own in every]
+        scores = torch.tensor([v for row in found for name in row for v in row[name]])
+        wanted = len(scores) - round(self.share * len(scores))
+        stay = highest(scores, wanted)
+        rows, at = [], 0
+        for own in every:
+            shared: dict[bool, list[Group]] = {}
+            for group in own:
+                shared.setdefault("shared" in group.name, []).append(group)
+            row: dict[str, int] = {}
+            for alike in shared.values():  # experts of a layer stay equally wide
+                total = 0
+                for group in alike:
+                    total += int(stay[at : at + group.count].sum())
+                    at += group.count
+                first = alike[0]
+                step = _common(self.multiple, first.runs)
+                left = round(total / len(alike) / step) * step
+                row |= {g.name: min(first.count, max(step, left)) for g in alike}
+            rows.append(row)
+        return rows
+
+
+NAMES: dict[Kind, str] = {
+    "head": "heads", "kv_group": "kv_groups", "neuron": "neurons", "hidden": "width",
+}  # fmt: skip
+
+
+def _common(a: int, b: int) -> int:
+    return int(torch.lcm(torch.tensor(a), torch.tensor(b)))
+
+
+def best(scores: Sequence[float], count: int, runs: int = 1) -> Tensor:
+    """The units with the highest scores, in order, the same number of each run. Of equals the first."""
+    rows = torch.tensor(scores, dtype=torch.float64).view(runs, -1)
+    return highest(rows, count // runs).flatten().nonzero().flatten()
+
+
+# Surveys ------------------------------------------------------------------------------------------
+
+
+class Sums(Survey):
+    """Scores of units from weights, and from statistics of what is read."""
+
+    def __init__(self, settings: CutUnits, spec: Spec) -> None:
+        self.settings, self.spec = settings, spec
+        self.needs = {"wanda": frozenset({NORM}), "apoz": frozenset({ZEROS})}.get(
+            settings.by, frozenset()
+        )
+        self.runs = bool(self.needs)
+        self.found: list[dict[str, Tensor]] = [{} for _ in spec.layers]
+
+    def site(self, site: Reached) -> Iterator[Row]:
+        index = int(site.block.split(".")[1])
+        row = self.found[0 if self.settings.unit == "hidden" else index]
+        for name, linear in site.linears.items():
+            for group, side, reads in sides_of(self.spec.layers[index], self.settings.unit, name):
+                worth = self.worth(linear.matrix(), side, reads, site, group)
+                if worth is not None:
+                    own = worth.view(-1, side.size).sum(1)
+                    row[group] = own if group not in row else row[group] + own
+        yield from ()
+
+    def worth(self, w: Tensor, side: Side, reads: bool, site: Reached, group: str) -> Tensor | None:
+        """What the entries [n] of one side are worth; None where the score does not look at it."""
+        by, across = self.settings.by, 1 - side.axis
+        if by in ("l1", "l2"):
+            return (w.abs() if by == "l1" else w.square()).sum(across)
+        if not reads:
+            return None
+        if by == "random":
+            seed = self.settings.seed ^ zlib.crc32(f"{site.block}.{group}".encode())
+            return torch.rand(w.shape[1], generator=torch.Generator().manual_seed(seed))
+        if not site.stats.count:  # an expert that saw no token
+            return torch.zeros(w.shape[1])
+        if by == "apoz":
+            return 1 - site.stats.zeros / site.stats.count
+        return (w.abs() * site.stats.norm).sum(0)
+
+    def result(self) -> Any:
+        return [{name: scores.tolist() for name, scores in row.items()} for row in self.found]
+
+
+def sides_of(layer: LayerSpec, unit: Kind, linear: str) -> Iterator[tuple[str, Side, bool]]:
+    """(group, side, whether it reads the unit) of every side of a linear that a unit lives on."""
+    if unit == "hidden":
+        for side in hidden_sides({linear: None}):
+            yield HIDDEN, side, side.axis == 1
+        return
+    for group in groups(layer, unit):
+        for side in group.sides:
+            if side.path == linear:
+                yield group.name, side, side in group.readers
+
+
+class Slopes(Survey):
+    """Slopes of the loss along a gate on every unit, batch by batch."""
+
+    whole = True
+
+    def __init__(self, settings: CutUnits, spec: Spec) -> None:
+        self.settings, self.spec = settings, spec
+        self.found: list[dict[str, Tensor]] = [{} for _ in spec.layers]
+        self.batches = 0
+
+    def whole_bytes(self, spec: Spec, ids: Tensor | None) -> int:
+        return gradient_bytes(spec, ids)
+
+    def model(self, model: Model, ids: Tensor, progress: Progress) -> None:
+        hidden, taylor = self.settings.unit == "hidden", self.settings.by == "taylor"
+        for _ in differentiated(model, ids, progress):
+            self.batches += 1
+            slopes: list[dict[str, Tensor]] = [{} for _ in self.found]
+            for where, linear in model.linears():
+                index, name = int(where.split(".")[1]), where.split(".", 2)[2]
+                row = slopes[0 if hidden else index]
+                for group, side, reads in sides_of(
+                    self.spec.layers[index], self.settings.unit, name
+                ):
+                    if reads:
+                        own = (linear.matrix() * gradient(linear)).sum(0).view(-1, side.size).sum(1)
+                        row[group] = own if group not in row else row[group] + own
+            for row, own_row in zip(self.found, slopes, strict=True):
+                for group, slope in own_row.items():
+                    term = slope.square() if taylor else slope
+                    row[group] = term if group not in row else row[group] + term
+
+    def result(self) -> Any:
+        return [
+            {name: (total / self.batches).abs().tolist() for name, total in row.items()}
+            for row in self.found
+        ]
