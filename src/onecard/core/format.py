@@ -436,6 +436,14 @@ class LowRank(Format):
         rest = self.rest.scaled(dtype) if self.rest else None
         return replace(self, factors=self.factors.scaled(dtype), rest=rest)
 
+    def stored_in(self, dtype: str) -> LowRank:
+        """This format with its dense parts in a dtype, too."""
+        rest, factors = self.rest, self.factors
+        if isinstance(rest, Sparse) and rest.inner.dense:
+            rest = replace(rest, inner=Dense(dtype))
+        found = replace(self, factors=Dense(dtype) if factors.dense else factors, rest=rest)
+        return found.scaled(dtype)
+
 
 @dataclass(frozen=True)
 class Hashed(Format):

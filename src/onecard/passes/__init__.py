@@ -23,18 +23,22 @@ from onecard.passes.base import Pass, Recipe
 if TYPE_CHECKING:
     from onecard.passes.autoround import AutoRound as AutoRound
     from onecard.passes.awq import AWQ as AWQ
+    from onecard.passes.codebook import Cluster as Cluster
     from onecard.passes.distill import Distil as Distil
     from onecard.passes.fuse import Fuse as Fuse
     from onecard.passes.gptq import GPTQ as GPTQ
     from onecard.passes.gptq_levels import GPTQLevels as GPTQLevels
+    from onecard.passes.hashing import Hash as Hash
     from onecard.passes.hqq import HQQ as HQQ
     from onecard.passes.layers import DropLayers as DropLayers
     from onecard.passes.levels import RoundToLevels as RoundToLevels
+    from onecard.passes.lowrank import Factorize as Factorize
     from onecard.passes.mixed import Mixed as Mixed
     from onecard.passes.prune import Prune as Prune
     from onecard.passes.qat import QAT as QAT
     from onecard.passes.quantize import RoundToNearest as RoundToNearest
     from onecard.passes.recover import Recover as Recover
+    from onecard.passes.remainder import LowRankPlus as LowRankPlus
     from onecard.passes.rotate import Rotate as Rotate
     from onecard.passes.scales import Scale as Scale
     from onecard.passes.scales import Smooth as Smooth
@@ -54,6 +58,10 @@ PASSES = {
     "rotate": ("rotate", "Rotate"),
     "smooth": ("scales", "Smooth"),
     "prune": ("prune", "Prune"),
+    "kmeans": ("codebook", "Cluster"),
+    "hash": ("hashing", "Hash"),
+    "svd": ("lowrank", "Factorize"),
+    "lowrank_plus": ("remainder", "LowRankPlus"),
     "sparsegpt": ("sparsegpt", "SparseGPT"),
     "cut": ("structure", "CutUnits"),
     "drop_layers": ("layers", "DropLayers"),
@@ -137,6 +145,35 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
      "a chain: the least influential tenth of the layers out, the rest by GPTQ in int4"),
     ("magnitude-20-gptq-int4", [{"prune": {"share": 0.2}}, {"gptq": {"bits": 4}}],
      "a chain: a fifth of the weights to zero, the damage made good while rounding to int4"),
+    ("kmeans-4", [{"kmeans": {"bits": 4}}],
+     "16 values for every row, errors made good: as small as gptq-int4, closer to the original"),
+    ("kmeans-3", [{"kmeans": {"bits": 3}}],
+     "8 values for every row, errors made good: when 4 bits do not fit, before gptq-int3"),
+    ("kmeans-2", [{"kmeans": {"bits": 2}}],
+     "4 values for every row: about 2 bits per weight, visible loss, far less than two-bit integers"),
+    ("kmeans-4-rounding", [{"kmeans": {"bits": 4, "weigh": False, "compensate": False}}],
+     "16 values for every row without data: closer than rounding to int4 at the same size"),
+    ("pq-8x2", [{"kmeans": {"bits": 8, "vector": 2}}],
+     "pairs of weights from 256 for a whole matrix: 4 bits per weight, for matrices of even rows"),
+    ("pq-8x4", [{"kmeans": {"bits": 8, "vector": 4}}],
+     "fours from 256: 2 bits per weight; visible loss, fine-tune the tables behind it"),
+    ("hashed-8", [{"hash": {"factor": 8}}],
+     "an eighth of the numbers, no codes: ruins a trained model by itself, a start for training one"),
+    ("svd-50", [{"svd": {"metric": "plain", "share": 0.5}}],
+     "two thin factors at half the bytes by the plain decomposition: a baseline, see svd-whitened-50"),
+    ("svd-activation-50", [{"svd": {"metric": "activation", "share": 0.5}}],
+     "the same with large inputs protected (ASVD)"),
+    ("svd-whitened-50", [{"svd": {"metric": "whitened", "share": 0.5}}],
+     "the factors that keep the outputs best: half the bytes and half the work; train behind it"),
+    ("svd-whitened-80", [{"svd": {"metric": "whitened", "share": 0.8}}],
+     "four fifths of the bytes: less is lost"),
+    ("lowrank-32-gptq-int4", [{"lowrank_plus": {"rank": 32, "bits": 4}}],
+     "int4 and a correction of rank 32 in int8: closer than gptq-int4 for a little more"),
+    ("lowrank-32-gptq-int3", [{"lowrank_plus": {"rank": 32, "bits": 3}}],
+     "int3 and a correction of rank 32 in int8: between gptq-int3 and gptq-int4 in size and loss"),
+    ("lowrank-32-sparse-50",
+     [{"lowrank_plus": {"rank": 32, "rest": "sparse", "bits": None, "factor_bits": None}}],
+     "half of the weights and a few directions: less is lost than with half of the weights alone"),
     ("magnitude-50-distil", [{"prune": {"share": 0.5}}, {"distil": {}}],
      "half of the weights out, the others taught by the original: minutes for small models"),
     ("iterative-50",

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from onecard.checkpoint.packed import must_split
 from onecard.core.errors import BadRequest
-from onecard.core.format import Dense, Format, Grouped, Integers, Sparse
+from onecard.core.format import Dense, Format, Grouped, Integers, LowRank, Shape, Sparse
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 
@@ -143,6 +143,10 @@ class BlockPass(Pass):
     def format_of(self, columns: int) -> Format | None:
         """The format it leaves a matrix of `columns` inputs in; None keeps what it found."""
 
+    def format_for(self, shape: Shape) -> Format | None:
+        """The same for a matrix of `shape`; the largest it can come to, where its weights decide."""
+        return self.format_of(shape[1])
+
     @property
     def zeros(self) -> Zeros | None:
         """The zeros it leaves, where matrices are to be stored without them."""
@@ -253,9 +257,9 @@ class Recipe:
                 ) from error
             spec = p.leaves(spec)
 
-    def output_format(self, columns: int) -> Format | None:
-        """The format that linears with `columns` inputs end in, where all passes share a walk."""
-        return output_format(self._walked, columns)
+    def output_format(self, shape: Shape) -> Format | None:
+        """The format that linears of a shape end in, where all passes share a walk."""
+        return output_format(self._walked, shape)
 
     def output_bytes(self, spec: Spec, layer: LayerSpec, stored: str) -> int:
         """Exact bytes of a block's linears, where all passes share a walk."""
@@ -284,9 +288,9 @@ def splits(stage: Sequence[BlockPass]) -> bool:
     return zeros_of(stage) is not None or must_split([p.format_of(128) for p in stage])
 
 
-def output_format(stage: Sequence[BlockPass], columns: int) -> Format | None:
-    """The format that linears with `columns` inputs end in."""
-    formats = [p.format_of(columns) for p in stage]
+def output_format(stage: Sequence[BlockPass], shape: Shape) -> Format | None:
+    """The format that linears of a shape end in."""
+    formats = [p.format_for(shape) for p in stage]
     return next((format for format in reversed(formats) if format), None)
 
 
@@ -296,9 +300,11 @@ def output_bytes(stage: Sequence[BlockPass], spec: Spec, layer: LayerSpec, store
     touched = {name for site in sites(layer) for name in site.linears}
     total, zeros = 0, zeros_of(stage)
     for name, shape in shapes.items():
-        format = (output_format(stage, shape[1]) if name in touched else None) or Dense(stored)
+        format = (output_format(stage, shape) if name in touched else None) or Dense(stored)
         if zeros is not None and name in touched:
             format = zeros.stored(format, shape)
+        if isinstance(format, LowRank):
+            format = format.stored_in(stored)
         total += format.scaled(stored).bytes(shape)
     return total
 

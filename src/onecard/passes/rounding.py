@@ -141,13 +141,14 @@ def block_arrays(
             if part != "weight" or path not in touched:
                 arrays[name] = copied(source, name)
                 continue
-            format = recipe.output_format(place.module.shape[1])
+            format = recipe.output_format((place.module.shape[0], place.module.shape[1]))
             assert isinstance(format, Integers)
             together = [places[other] for other in stored.of] or [place]
             matrix = Rounded(source, index, together, format.scaled(source.dtype), threads)
             arrays |= {f"{stored.name}.{part}": array for part, array in matrix.arrays().items()}
     for path in touched:
-        format = recipe.output_format(places[path].module.shape[1])
+        down, across = places[path].module.shape
+        format = recipe.output_format((down, across))
         assert isinstance(format, Integers)
         row = Row(f"blocks.{index}.{path}", "format", format.name)
         rows.append([row.where, row.what, row.value, row.unit])
