@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from onecard.calibrate.walk import weight_count
-from onecard.core.errors import FailedWork
+from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec
 from onecard.nn.layers import Linear, Normalize
@@ -58,6 +58,8 @@ class Fuse(ModelPass):
 
     @torch.no_grad()
     def model(self, model: Model, data: Data) -> tuple[Model, list[Row]]:
+        if any(not linear.format.dense for _, linear in model.linears()):
+            raise BadRequest("only dense matrices can be folded into", do="put fuse first")
         generator = torch.Generator().manual_seed(0)
         length = min(TOKENS, model.spec.max_context)
         ids = torch.randint(model.spec.vocab_size, (1, length), generator=generator)

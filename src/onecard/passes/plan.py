@@ -19,7 +19,7 @@ from onecard.checkpoint.save import SINGLE_FILE
 from onecard.checkpoint.shards import Array, Bytes, copy_range
 from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest
-from onecard.core.format import DTYPE_BYTES, Format, parse_format
+from onecard.core.format import DTYPE_BYTES, Format, Sparse, parse_format
 from onecard.core.report import Row
 from onecard.core.settings import format_size
 from onecard.core.spec import linear_shapes
@@ -159,6 +159,12 @@ def output_formats(source: Source, rows: list[Row], split: bool) -> dict[str, Fo
             if format is not None:
                 formats[place.stored.name] = format
     return formats
+
+
+def quantized(format: Format) -> bool:
+    """Whether a matrix is held in anything but its numbers; some of them may be left out as zeros."""
+    inner = format.inner if isinstance(format, Sparse) else format
+    return inner.dense is None
 
 
 # Parts --------------------------------------------------------------------------------------------

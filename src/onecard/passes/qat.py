@@ -178,8 +178,9 @@ class QAT(ModelPass):
 
     def grid(self, name: str, linear: Linear) -> Grid:
         """The grid that a linear learns on."""
-        w = linear.matrix()
-        format = storage.rescaled(self.format_of(w.shape[1]), linear.held().parts["weight"].dtype)
+        w, parts = linear.matrix(), linear.held().parts.values()
+        dtype = next(part.dtype for part in parts if part.is_floating_point())  # pruned: sparse
+        format = storage.rescaled(self.format_of(w.shape[1]), dtype)
         if isinstance(format, Levels):
             return LevelGrid(w, format)
         assert isinstance(format, Integers)

@@ -27,7 +27,7 @@ from onecard.passes.base import Data, ModelPass, Recipe
 from onecard.passes.cut import Cut
 from onecard.passes.forecast import make_plan
 from onecard.passes.memory import run_stage
-from onecard.passes.plan import Made, Prepared
+from onecard.passes.plan import Made, Prepared, quantized
 from onecard.passes.stream import Work, notes_of, run
 
 __all__ = ["apply", "facts", "fill", "make_plan"]
@@ -44,7 +44,7 @@ def apply(model: Model, recipe: Recipe, ids: Tensor | None) -> Report:
     The object is changed: it holds what the last stage made, which may have other sizes.
     """
     recipe.check(model.spec)
-    if any(not linear.format.dense for _, linear in model.linears()):
+    if any(quantized(linear.format) for _, linear in model.linears()):
         raise BadRequest("the model is compressed already", do="start from the original model")
     if recipe.calibrated and ids is None:
         raise BadRequest(f"the recipe {recipe.name} needs calibration text")
