@@ -262,9 +262,12 @@ class Source:
     def expanded(self, place: Place, format: Format) -> NDArray[np.float32]:
         """The matrix of a packed linear in float32."""
         shape = (place.total, place.module.shape[1])
-        names = format.parts(shape)
-        parts = {part: self.array(f"{place.stored.name}.{part}")[1] for part in names}
-        return np.ascontiguousarray(expand(parts, shape, format)[place.rows])
+        return np.ascontiguousarray(expand(self.parts_of(place, format), shape, format)[place.rows])
+
+    def parts_of(self, place: Place, format: Format) -> dict[str, NDArray[Any]]:
+        """The stored parts of a packed linear, with all of its rows."""
+        names = format.parts((place.total, place.module.shape[1]))
+        return {part: self.array(f"{place.stored.name}.{part}")[1] for part in names}
 
 
 def _rows(stored: Stored, sizes: list[int], heads: int) -> slice | NDArray[np.int64]:

@@ -31,7 +31,7 @@ from onecard.core.format import Integers
 from onecard.core.report import Report, Row, environment, write_text
 from onecard.core.settings import parse_size
 
-ABI = 3
+ABI = 4
 CODES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
 PEAKS = ("int8", "bf16", "fp32")
 
@@ -172,6 +172,10 @@ def _with_prototypes(native: ctypes.CDLL) -> ctypes.CDLL:
         ),
         "oc_layout_dense": (c_int64, [pointer, pointer, c_int, c_int, pointer]),
         "oc_layout_quantize": (c_int64, [pointer, pointer, c_int, c_int, pointer]),
+        "oc_layout_table": (
+            c_int64, [pointer, pointer, pointer, c_int64, pointer, c_int, pointer],
+        ),
+        "oc_layout_sparse": (c_int64, [pointer, pointer, c_int, pointer]),
         "oc_checksum": (c_int, [pointer, c_int64, c_int, pointer]),
         "oc_sample_scratch": (c_int64, [c_int64]),
         "oc_sample": (ctypes.c_int32, [pointer, c_int64, pointer, pointer]),

@@ -6,6 +6,8 @@ the native side is tested against. No torch: bf16 numbers are uint16.
     stored integers   2, 3, 4, 8 bits stay; 5, 6, 7 become 8. Groups of 32, 64, 128 become blocks; a
                       row with one scale becomes blocks of 128 (or 64, 32, if they hold the row)
     dense             fp32 and bf16 stay; fp16 becomes fp32, or bf16 where that loses nothing
+
+What the other formats become is told in forms.py.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import GROUPS, Integers, words
-from onecard.kernels import cpu
+from onecard.kernels import cpu, structs
 from onecard.kernels.structs import Matrix
 
 Bytes = NDArray[np.uint8]
@@ -32,9 +34,10 @@ NAMES = {code: name for name, code in cpu.CODES.items()}
 def integers(shape: tuple[int, int], format: Integers) -> Matrix:
     """The description of a stored integer matrix [rows, columns] in the kernel layout."""
     rows, columns = shape
-    block = format.group or next((g for g in GROUPS if columns <= g), GROUPS[-1])
     bits = 8 if format.bits > 4 else format.bits
-    return _matrix(rows, columns, bits, block, format.scale, format.zero_point)
+    return _matrix(
+        rows, columns, bits, _block(columns, format.group), format.scale, format.zero_point
+    )
 
 
 def rounded(shape: tuple[int, int], block: int, scale: str = "bf16") -> Matrix:
@@ -45,6 +48,24 @@ def rounded(shape: tuple[int, int], block: int, scale: str = "bf16") -> Matrix:
 def dense(shape: tuple[int, int], dtype: str) -> Matrix:
     """The description of a dense matrix."""
     return _matrix(*shape, 0, 0, dtype, False)
+
+
+def table(shape: tuple[int, int], bits: int, group: int | None, scale: str, own: bool) -> Matrix:
+    """The description of a matrix of codes into a table, or into a table per row (`own`)."""
+    found = _matrix(*shape, bits, _block(shape[1], group), scale, False)
+    found.kind = structs.TABLES if own else structs.TABLE
+    return found
+
+
+def sparse(dense: Matrix, slots: int) -> Matrix:
+    """The description of the same integers (8 or 4 bits, no zero point) without those that are zero."""
+    found = Matrix.from_buffer_copy(dense)
+    found.kind, found.slots = structs.SPARSE, slots
+    return found
+
+
+def _block(columns: int, group: int | None) -> int:
+    return group or next((g for g in GROUPS if columns <= g), GROUPS[-1])
 
 
 def _matrix(rows: int, columns: int, bits: int, block: int, dtype: str, zero: bool) -> Matrix:
@@ -65,6 +86,9 @@ def size(matrix: Matrix) -> int:
 def described(matrix: Matrix) -> str:
     dtype = NAMES.get(matrix.dtype, matrix.dtype)
     kind = f"{matrix.bits}-bit blocks of {matrix.block}, " if matrix.bits else ""
+    if matrix.kind:
+        name = ("", "table", "table per row", "sparse")[matrix.kind % 4]
+        kind = f"{name}, {kind}"
     return f"[{matrix.rows}, {matrix.columns}] {kind}{dtype}"
 
 
@@ -102,6 +126,32 @@ def fill_dense(matrix: Matrix, weight: NDArray[Any], out: Bytes, threads: int) -
         matrix,
         "weights",
     )
+
+
+def fill_table(
+    matrix: Matrix, codes: Bytes, scale: NDArray[Any], entries: Bytes, out: Bytes, threads: int
+) -> None:
+    """From codes [rows, columns], scales [rows, groups] and the table [1 or rows, 2**bits] of bytes."""
+    _fits(codes, np.uint8, (matrix.rows, matrix.columns))
+    _fits(scale, ARRAYS[NAMES[matrix.dtype]], (matrix.rows, scale.shape[1]))
+    own = matrix.kind == structs.TABLES
+    _fits(entries, np.uint8, (matrix.rows if own else 1, 2**matrix.bits))
+    _room(matrix, out)
+    _finite(cpu.library().oc_layout_table(
+        ctypes.byref(matrix), codes.ctypes.data, scale.ctypes.data,
+        matrix.columns // scale.shape[1], entries.ctypes.data, threads, out.ctypes.data,
+    ), matrix, "scales")  # fmt: skip
+
+
+def fill_sparse(matrix: Matrix, dense: Bytes, out: Bytes, threads: int) -> None:
+    """From the layout of the same integers with their zeros."""
+    plain = Matrix.from_buffer_copy(matrix)
+    plain.kind, plain.slots = structs.PLAIN, 0
+    _fits(dense, np.uint8, (size(plain),))
+    _room(matrix, out)
+    _finite(cpu.library().oc_layout_sparse(
+        ctypes.byref(matrix), dense.ctypes.data, threads, out.ctypes.data,
+    ), matrix, "weights")  # fmt: skip
 
 
 def checksum(data: Bytes, threads: int) -> int:

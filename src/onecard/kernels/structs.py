@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 
+PLAIN, TABLE, TABLES, SPARSE = 0, 1, 2, 3
 RMS, LAYER = 0, 1
 SILU, RELU, GELU, GELU_TANH = 0, 1, 2, 3
 PRE, POST, SANDWICH, PARALLEL = 0, 1, 2, 3
@@ -20,8 +21,10 @@ class Matrix(Structure):
         ("data", c_void_p),
         ("rows", c_int64), ("columns", c_int64),
         ("bits", c_int32), ("block", c_int32), ("dtype", c_int32), ("zero_point", c_int32),
-        ("exact", c_int32),
+        ("exact", c_int32), ("kind", c_int32),
+        ("slots", c_int64),
         ("bias", c_void_p),
+        ("right", c_void_p), ("rest", c_void_p),
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from onecard.passes.layers import DropLayers as DropLayers
     from onecard.passes.levels import RoundToLevels as RoundToLevels
     from onecard.passes.lowrank import Factorize as Factorize
+    from onecard.passes.mixed import Mixed as Mixed
     from onecard.passes.prune import Prune as Prune
     from onecard.passes.qat import QAT as QAT
     from onecard.passes.quantize import RoundToNearest as RoundToNearest
@@ -49,6 +50,7 @@ PASSES = {
     "levels": ("levels", "RoundToLevels"),
     "gptq": ("gptq", "GPTQ"),
     "gptq-levels": ("gptq_levels", "GPTQLevels"),
+    "mixed": ("mixed", "Mixed"),
     "awq": ("awq", "AWQ"),
     "autoround": ("autoround", "AutoRound"),
     "hqq": ("hqq", "HQQ"),
@@ -83,6 +85,9 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
      "4.25 bits in the Open Compute layout; coarser than nf4, for machines that multiply it"),
     ("rtn-nvfp4", [{"levels": {"table": "nvfp4"}}],
      "4.5 bits, a scale of 8 bits for every 16 weights: the finer of the two fp4 layouts"),
+    ("mixed-4", [{"mixed": {"mean": 4.0}}],
+      "the bytes of int4, spent where the answers suffer most; measures every site first"),
+    ("mixed-3", [{"mixed": {"mean": 3.0}}], "the bytes of int3, spent where the answers suffer most"),
     ("gptq-nf4", [{"gptq-levels": {"table": "nf4"}}],
       "rtn-nf4 with the errors made good while rounding"),
     ("gptq-int8", [{"gptq": {"bits": 8}}], "int8 with the last of its error made good"),
@@ -141,9 +146,9 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
     ("magnitude-20-gptq-int4", [{"prune": {"share": 0.2}}, {"gptq": {"bits": 4}}],
      "a chain: a fifth of the weights to zero, the damage made good while rounding to int4"),
     ("kmeans-4", [{"kmeans": {"bits": 4}}],
-     "16 values for every row, errors made good: as small as gptq-int4, closer to the original"),
+     "16 values for every long row, errors made good: as small as gptq-int4 there, and closer"),
     ("kmeans-3", [{"kmeans": {"bits": 3}}],
-     "8 values for every row, errors made good: when 4 bits do not fit, before gptq-int3"),
+     "8 values for every long row, errors made good: when 4 bits do not fit, before gptq-int3"),
     ("kmeans-2", [{"kmeans": {"bits": 2}}],
      "4 values for every row: about 2 bits per weight, visible loss, far less than two-bit integers"),
     ("kmeans-4-rounding", [{"kmeans": {"bits": 4, "weigh": False, "compensate": False}}],

@@ -64,7 +64,7 @@ class Cluster(BlockPass):
     per: Literal["auto", "row", "matrix"] = "auto"
     weigh: bool = True
     compensate: bool = True
-    rounds: int = 2
+    rounds: int = 1
     damp: float = 0.01
 
     key = "kmeans"

@@ -4,10 +4,10 @@
     JSON       {"key", "model", "folder", "parts": [[name, about, checksum], ...]}
     parts      in that order, each at the next multiple of 4096, and nothing behind them
 
-`about` says what a part is: ["matrix", rows, columns, bits, block, dtype, zero_point] in the kernel layout,
-or ["array", dtype, count]. No offset or size is stored: both follow from `about`, which has to be one that
-the reader expects, so a file cannot send a reader anywhere. Checksums (csrc/onecard.h) of all parts
-are compared at memory speed. What is damaged, cut off, foreign or older is simply not there.
+`about` says what a part is: ["matrix", rows, columns, bits, block, dtype, zero_point, kind, slots] in the
+kernel layout, or ["array", dtype, count]. No offset or size is stored: both follow from `about`, which
+has to be one that the reader expects, so a file cannot send a reader anywhere. Checksums (csrc/onecard.h)
+of all parts are compared at memory speed. What is damaged, cut off, foreign or older is simply not there.
 
 A file appears by rename when it is whole and on the disk. Several processes may write the same one,
 each under a name of its own; the last rename wins. A temporary is locked by its writer while that
@@ -44,7 +44,7 @@ Bytes = NDArray[np.uint8]
 About = tuple[Any, ...]
 Fill = Callable[[int, Bytes], None]
 
-MAGIC, VERSION = b"onecard\n", 1
+MAGIC, VERSION = b"onecard\n", 2
 START = struct.Struct("<8sQQ8x32s")
 PAGE = 4096
 LONGEST = 256 << 20  # bytes of JSON
@@ -72,13 +72,15 @@ class Mapped:
 
 def matrix(about: About) -> Matrix:
     """The description of a part that is a matrix, without its address."""
-    _, rows, columns, bits, block, dtype, zero_point = about
+    _, rows, columns, bits, block, dtype, zero_point, kind, slots = about
     return Matrix(rows=rows, columns=columns, bits=bits, block=block, dtype=dtype,
-                  zero_point=zero_point)  # fmt: skip
+                  zero_point=zero_point, kind=kind, slots=slots)  # fmt: skip
 
 
 def about_matrix(m: Matrix) -> About:
-    return ("matrix", m.rows, m.columns, m.bits, m.block, m.dtype, m.zero_point)
+    return (
+        "matrix", m.rows, m.columns, m.bits, m.block, m.dtype, m.zero_point, m.kind, m.slots,
+    )  # fmt: skip
 
 
 def size(about: About) -> int:

@@ -1,9 +1,8 @@
 """A model's weights as the engine multiplies them: laid out once, kept in a file, mapped from then on.
 
-Every linear is in the kernel layout (kernels/layout.py), norms (their offset added), biases and learned
-positions are float32. Formats without a kernel of their own are expanded and rounded to int8 in blocks
-of 32. The embedding is not copied: its rows are gathered from the model's own file,
-mapped. The router and the gate of shared experts are dense float32. The head is rounded to int8 in
+Every linear is in the kernel layout (kernels/layout.py and forms.py), norms (their offset added), biases
+and learned positions are float32. The embedding is not copied: its rows are gathered from the model's
+own file, mapped. The router and the gate of shared experts are dense float32. The head is rounded to int8 in
 blocks of 32 where it is dense, unless `head` is "stored".
 
 The file is `MODEL/.onecard/KEY.weights`, or lies in `$XDG_CACHE_HOME/onecard/weights` where the model's
@@ -19,6 +18,7 @@ Memory while laying out: the largest stored tensor, the part that is made of it,
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -40,17 +40,19 @@ from onecard.checkpoint.shards import read_json, sha256_of
 from onecard.checkpoint.source import KINDS, MANIFEST, Place, Source, verify
 from onecard.core.device import usable_cores
 from onecard.core.errors import BadRequest
-from onecard.core.format import DTYPE_BYTES, Integers
+from onecard.core.format import DTYPE_BYTES, Format, Integers, LowRank, Shape
 from onecard.core.report import write_text
 from onecard.core.spec import KEPT_DENSE
-from onecard.kernels import cpu, layout, structs
+from onecard.kernels import cpu, forms, layout, structs
 from onecard.kernels.structs import Matrix, Norm
 from onecard.runtime import weightfile
 from onecard.runtime.weightfile import About, Bytes, Header, Mapped
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised whenever the kernel layout or what is laid out changes."""
 HEADS = ("int8", "stored")
+PIECES = {"left_": "", "right_": ":right", "rest_": ":rest"}
+"""Of a product of two: how the parts of the file are named behind the linear's own name."""
 HEAD_BLOCK = 32
 HASHES = "hashes.json"
 FRESH = 2.0  # seconds in which a second change of a file might leave its times as they are
@@ -100,6 +102,7 @@ class Weights:
     def __init__(self, source: Source, head: Head, mapped: Mapped) -> None:
         self.source, self.head, self.path = source, head, mapped.path
         self._parts = mapped.parts
+        self._kept: list[Matrix] = []  # that others point to
         embedding = next(p for p in source.places(None) if p.path == "stem.embedding")
         entry = source.checkpoint.entries[f"{embedding.stored.name}.weight"]
         self.embedding_dtype = entry.dtype
@@ -119,8 +122,13 @@ class Weights:
         return inside + (0 if "stem.embedding" in self._parts else self._embedding.size)
 
     def linears(self) -> dict[str, int]:
-        """Bytes of the matrix of every linear."""
-        return {p: data.size for p, (about, data) in self._parts.items() if about[0] != "array"}
+        """Bytes of the matrix, or matrices, of every linear."""
+        sizes: dict[str, int] = {}
+        for path, (about, data) in self._parts.items():
+            if about[0] != "array":
+                linear = path.partition(":")[0]
+                sizes[linear] = sizes.get(linear, 0) + data.size
+        return sizes
 
     def matrix(self, path: str, exact: bool = False) -> Matrix:
         """The oc_matrix of a linear with its bias; one without data where the model has none such."""
@@ -130,6 +138,11 @@ class Weights:
         found = weightfile.matrix(about)
         found.data, found.exact = data.ctypes.data, int(exact)
         found.bias = self.vector(f"{path}.bias")
+        for end in (":right", ":rest"):
+            if path + end in self._parts:
+                inner = self.matrix(path + end, exact)
+                self._kept.append(inner)
+                setattr(found, end[1:], ctypes.addressof(inner))
         return found
 
     def norm(self, path: str) -> Norm:
@@ -166,6 +179,7 @@ class Part:
     place: Place
     tensor: Literal["weight", "bias"]
     choices: tuple[About, ...]
+    piece: str = ""  # of a product of two: `left_`, `right_` or `rest_`
 
 
 def _planned(source: Source, head: Head) -> Iterator[Part]:
@@ -174,7 +188,16 @@ def _planned(source: Source, head: Head) -> Iterator[Part]:
         for place in source.places(index):
             name = place.path if index is None else f"blocks.{index}.{place.path}"
             kind = place.module.kind
-            if kind == "linear":
+            format = source.format_at(place) if kind == "linear" else None
+            if isinstance(format, LowRank) and place.path not in KEPT_DENSE:
+                for piece, (own, size) in format.pieces(
+                    (place.total, place.module.shape[1])
+                ).items():
+                    rows = size[0] if piece == "right_" else place.module.shape[0]
+                    made = _layout(own, (rows, size[1]), size)
+                    about = (weightfile.about_matrix(made),)
+                    yield Part(name + PIECES[piece], place, "weight", about, piece)
+            elif kind == "linear":
                 yield Part(name, place, "weight", _matrices(source, place, head))
             elif kind == "norm" or place.path == "stem.positions":
                 yield Part(name, place, "weight", (_floats(place.module.shape),))
@@ -195,15 +218,24 @@ def _matrices(source: Source, place: Place, head: Head) -> tuple[About, ...]:
     format = source.format_at(place)
     if place.path in KEPT_DENSE:
         made = [layout.dense(shape, "fp32")]
-    elif isinstance(format, Integers):
-        made = [layout.integers(shape, format)]
-    elif format is not None or (place.path == "tail.head" and head == "int8"):
+    elif format is not None:
+        made = [_layout(format, shape, (place.total, shape[1]))]
+    elif place.path == "tail.head" and head == "int8":
         made = [layout.rounded(shape, HEAD_BLOCK)]
     else:
         dtype = source.checkpoint.entries[f"{place.stored.name}.weight"].dtype
         held = ("bf16", "fp32") if dtype == "fp16" else (dtype,)
         made = [layout.dense(shape, name) for name in held]
     return tuple(weightfile.about_matrix(m) for m in made)
+
+
+def _layout(format: Format, shape: Shape, stored: Shape) -> Matrix:
+    """The kernel layout of rows of a stored matrix in a format."""
+    if isinstance(format, Integers):
+        return layout.integers(shape, format)
+    if format.dense:
+        return layout.dense(shape, "fp32" if format.dense == "fp16" else format.dense)
+    return forms.form(format, shape, stored)
 
 
 def _gathered(source: Source, place: Place) -> bool:
@@ -270,8 +302,16 @@ def _fill(source: Source, part: Part, about: About, out: Bytes, threads: int) ->
         if format is None:
             layout.fill_dense(matrix, source.dense(place)[1], out, threads)
             return
+        if isinstance(format, LowRank) and part.piece:
+            _fill_piece(source, part, format, matrix, out, threads)
+            return
         if not isinstance(format, Integers):
-            layout.fill_dense(matrix, source.expanded(place, format), out, threads)
+            if matrix.bits:
+                stored = (place.total, place.module.shape[1])
+                parts = source.parts_of(place, format)
+                forms.fill(matrix, parts, place.rows, stored, format, out, threads)
+            else:
+                layout.fill_dense(matrix, source.expanded(place, format), out, threads)
             return
         packed, scale, zero = source.packed(place, format)
         if matrix.bits:
@@ -289,6 +329,17 @@ def _fill(source: Source, part: Part, about: About, out: Bytes, threads: int) ->
         raise BadRequest(
             f"{place.stored.name}: {problem.what}", problem.seen, problem.do
         ) from problem
+
+
+def _fill_piece(
+    source: Source, part: Part, format: LowRank, matrix: Matrix, out: Bytes, threads: int
+) -> None:
+    place = part.place
+    own, size = format.pieces((place.total, place.module.shape[1]))[part.piece]
+    stored = source.parts_of(place, format)
+    parts = {name: stored[part.piece + name] for name in own.parts(size)}
+    forms.fill(matrix, parts, slice(None) if part.piece == "right_" else place.rows, size, own, out,
+               threads)  # fmt: skip
 
 
 def _check_embedding(source: Source) -> None:

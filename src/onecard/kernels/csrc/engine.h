@@ -159,8 +159,18 @@ struct Attention {
   int64_t (*scratch_bytes)(const oc_layer &layer);
 };
 
+// table.cpp and sparse.cpp: what `multiply` does for matrices of those kinds.
+typedef void Multiply(const oc_matrix &w, const Input &input, int64_t begin, int64_t end, float *y, int64_t stride,
+                      void *scratch);
+
 namespace matmul {
 extern const Matmul plain, avx2, avxvnni, avx512, avx512bf16, amx, dotprod;
+}
+namespace table {
+extern Multiply plain, avx2, avxvnni, avx512, avx512bf16, amx, dotprod;
+}
+namespace sparse {
+extern Multiply plain, avx2, avxvnni, avx512, avx512bf16, amx, dotprod;
 }
 namespace rows {
 extern const Rows plain, avx2, avxvnni, avx512, avx512bf16, amx, dotprod;

@@ -124,22 +124,35 @@ struct Rounded {
   }
 };
 
+constexpr int most_factored = 3;  // matrices of one input that are products of two
+
 // What one thread has to itself.
 struct Own {
   float *x;
-  Rounded rounded;
+  Rounded rounded, low[most_factored];
+  float *rest;
   uint8_t *scratch;
 };
 
 struct Sizes {
   int64_t columns = 0;  // of the widest input
   int64_t q = 0, k = 0, heads = 0, width = 0, experts = 0, top = 0, half = 0;
-  unsigned blocks = 0;  // bit i: block_sizes[i] is used
+  int64_t rank = 0, rest = 0;           // columns of what is multiplied with a `right` before; rows of a `rest`
+  unsigned blocks = 0, low_blocks = 0;  // bit i: block_sizes[i] is used; for inputs, and for right x
 
   void see(const oc_matrix &w) {
+    if (w.right) {
+      rank = std::max(rank, w.columns);
+      low_blocks |= block_bit(w);
+      see(*w.right);
+      if (w.rest) see(*w.rest);
+      if (w.rest) rest = std::max(rest, w.rows);
+      return;
+    }
     columns = std::max(columns, w.columns);
-    if (w.bits && !w.exact) blocks |= 1u << w.block / 64;
+    blocks |= block_bit(w);
   }
+  static unsigned block_bit(const oc_matrix &w) { return w.bits && !w.exact ? 1u << w.block / 64 : 0; }
 };
 
 // see(matrix) for all that are multiplied with: those that `sound` has looked at.
@@ -161,14 +174,22 @@ void each_matrix(const oc_model &m, const See &see) {
   for (int i = 0; i < m.layers; i++) each_matrix(m.layer[i], see);
 }
 
-bool is(const oc_matrix &w, int64_t rows, int64_t columns) {
+bool is_one(const oc_matrix &w, int64_t rows, int64_t columns) {
   return w.data && w.rows == rows && w.columns == columns && oc_layout_bytes(&w) > 0;
+}
+bool is_part(const oc_matrix &w, int64_t rows, int64_t columns) {
+  return is_one(w, rows, columns) && !w.right && !w.rest && !w.bias;
+}
+bool is(const oc_matrix &w, int64_t rows, int64_t columns) {
+  if (!w.right) return is_one(w, rows, columns) && !w.rest;
+  return is_one(w, rows, w.columns) && is_part(*w.right, w.columns, columns) &&
+         (!w.rest || is_part(*w.rest, rows, columns));
 }
 bool may_be(const oc_matrix &w, int64_t rows, int64_t columns) { return !w.data || is(w, rows, columns); }
 
 // A router's inputs are never rounded.
 bool is_router(const oc_matrix &w, int64_t rows, int64_t columns) {
-  return is(w, rows, columns) && (!w.bits || w.exact);
+  return is_part(w, rows, columns) && (!w.bits || w.exact);
 }
 
 bool sound(const oc_norm &norm) { return !norm.weight || norm.kind == OC_RMS || norm.kind == OC_LAYER; }
@@ -233,10 +254,11 @@ struct oc_engine {
   int32_t *expert, *member, *place;   // [rows][top]; rows of each expert, and which of a row's experts it is
   int64_t *first_member;              // [experts + 1]
   float *gathered, *expert_out;       // rows of one expert
-  Rounded rounded;
+  Rounded rounded, low_rounded[most_factored];
+  float *low[most_factored];  // [rows][rank]
   std::vector<Own> own;
 
-  int64_t qkv_stride, k_at, v_at, attended_stride, width_stride, hidden_stride, logits_rows, logits_stride;
+  int64_t low_stride, rest_floats, qkv_stride, k_at, v_at, attended_stride, width_stride, hidden_stride, logits_rows, logits_stride;
 
   // The pass that runs: rows of all active feeds, one after another.
   std::vector<oc_feed *> active;
@@ -279,8 +301,8 @@ struct oc_engine {
 
   // Phases of a pass whose work is taken as it comes, at most.
   int64_t count_phases() const {
-    int64_t count = 8 + 2 * (set.rows / logits_rows + 1);
-    for (int i = 0; i < m.layers; i++) count += 8 + 2 * (m.layer[i].experts + 1);
+    int64_t count = 16 + 4 * (set.rows / logits_rows + 1);
+    for (int i = 0; i < m.layers; i++) count += 16 + 4 * (m.layer[i].experts + 1);
     return count;
   }
 
@@ -302,8 +324,9 @@ struct oc_engine {
   int64_t scratch_bytes() const {
     int64_t most = oc_sample_scratch(m.vocab);
     each_matrix(m, [&](const oc_matrix &w) {
-      for (const int64_t rows : {int64_t(1), few_rows, set.rows})
-        most = std::max(most, c.matmul->scratch_bytes(w, rows));
+      for (const oc_matrix *part : {&w, w.right, w.rest})
+        for (const int64_t rows : {int64_t(1), few_rows, set.rows})
+          if (part) most = std::max(most, c.matmul->scratch_bytes(*part, rows));
     });
     for (int i = 0; i < m.layers; i++) most = std::max(most, c.attention->scratch_bytes(m.layer[i]));
     return most;
@@ -340,11 +363,20 @@ struct oc_engine {
       carver.take(expert_out, rows * hidden_stride);
     }
     rounded.carve(carver, sizes.blocks, rows, sizes.columns);
+    low_stride = padded(sizes.rank);
+    for (int i = 0; sizes.rank && i < most_factored; i++) {
+      carver.take(low[i], rows * low_stride);
+      low_rounded[i].carve(carver, sizes.low_blocks, rows, sizes.rank);
+    }
+    // What a thread makes at once: a run of tiles for few rows, or a piece (engine.h).
+    rest_floats = sizes.rest ? std::max(few_rows * padded(sizes.rest), rows * 2 * c.matmul->panel_tiles * 16) : 0;
     const int64_t scratch = scratch_bytes();
     own.resize(size_t(set.threads));
     for (Own &o : own) {
       carver.take(o.x, std::max(hidden_stride, sizes.columns));
       o.rounded.carve(carver, sizes.blocks, 1, sizes.columns);
+      for (int i = 0; sizes.rank && i < most_factored; i++) o.low[i].carve(carver, sizes.low_blocks, 1, sizes.rank);
+      carver.take(o.rest, rest_floats);
       carver.take(o.scratch, scratch);
     }
   }
@@ -419,9 +451,20 @@ class Walk {
     const float *x;
     int64_t stride, rows;
     const Rounded *rounded;
+    // Of those that are products of two: right x, and its rounding.
+    struct Low {
+      const oc_matrix *w;
+      const float *x;
+      const Rounded *rounded;
+    } low[most_factored];
+    int64_t low_stride;
 
     Input input(const oc_matrix &w) const {
-      return {x, stride, rows, w.bits && !w.exact ? rounded->of(w.block) : nullptr};
+      const bool integers = w.bits && !w.exact;
+      if (!w.right) return {x, stride, rows, integers ? rounded->of(w.block) : nullptr};
+      const Low *own = low;
+      while (own->w != &w) own++;
+      return {own->x, low_stride, rows, integers ? own->rounded->of(w.block) : nullptr};
     }
   };
 
@@ -429,7 +472,8 @@ class Walk {
                    std::initializer_list<const oc_matrix *> matrices) {
     unsigned blocks = 0;
     for (const oc_matrix *w : matrices)
-      if (w->data && w->bits && !w->exact) blocks |= 1u << w->block / 64;
+      for (const oc_matrix *part : {w->right ? w->right : w, w->rest})
+        if (part && part->data) blocks |= Sizes::block_bit(*part);
     if (norm && !norm->weight) norm = nullptr;
     const bool alone = count == 1;
     // One thread's own, or everybody's: the shared one has its shape set by all alike.
@@ -452,11 +496,47 @@ class Walk {
       rows(count, work);
       barrier();
     }
-    return {norm ? normed : from, norm ? e_.hidden_stride : stride, count, &rounded};
+    Prepared made = {norm ? normed : from, norm ? e_.hidden_stride : stride, count, &rounded, {}, e_.low_stride};
+    lower(made, matrices);
+    return made;
+  }
+
+  // right x of all matrices that are products of two, as one run of tiles; then its rounding.
+  void lower(Prepared &in, std::initializer_list<const oc_matrix *> matrices) {
+    Product list[most_factored];
+    int count = 0;
+    const bool alone = in.rows == 1;
+    for (const oc_matrix *w : matrices) {
+      if (!w->data || !w->right) continue;
+      Rounded &rounded = alone ? own_.low[count] : shared_low_[count];
+      if (!alone) rounded = e_.low_rounded[count];
+      rounded.fit(w->columns);
+      in.low[count] = {w, e_.low[count], &rounded};
+      list[count] = {w->right, e_.low[count], e_.low_stride};
+      count++;
+    }
+    if (!count) return;
+    products(in, list, list + count);
+    barrier();
+    const auto work = [&](int64_t r) {
+      for (int i = 0; i < count; i++) {
+        const oc_matrix &w = *in.low[i].w;
+        if (Sizes::block_bit(w))
+          c_.rows->quantize(e_.low[i] + r * e_.low_stride, w.columns, *in.low[i].rounded->of(w.block), r);
+      }
+    };
+    if (alone) return work(0);
+    rows(in.rows, work);
+    barrier();
   }
 
   void multiply(const oc_matrix &w, const Prepared &in, int64_t begin, int64_t end, float *y, int64_t stride) {
     c_.matmul->multiply(w, in.input(w), begin, end, y, stride, own_.scratch);
+    if (w.rest) {
+      const int64_t first = begin * 16, count = end * 16 - first;
+      c_.matmul->multiply(*w.rest, in.input(*w.rest), begin, end, own_.rest - first, count, own_.scratch);
+      for (int64_t r = 0; r < in.rows; r++) c_.rows->add(own_.rest + r * count, 1.0f, count, y + r * stride + first);
+    }
     if (!w.bias) return;
     const int64_t last = std::min(w.rows, end * 16);
     for (int64_t r = 0; r < in.rows; r++)
@@ -464,12 +544,15 @@ class Walk {
   }
 
   // Several matrices of one input, as one run of tiles.
-  void products(const Prepared &in, std::initializer_list<Product> list) {
+  void products(const Prepared &in, std::initializer_list<Product> list) { products(in, list.begin(), list.end()); }
+
+  void products(const Prepared &in, const Product *list, const Product *list_end) {
     int64_t total = 0;
-    for (const Product &p : list) total += tiles_of(*p.w);
+    for (const Product *p = list; p < list_end; p++) total += tiles_of(*p->w);
     tiles(total, in.rows, [&](int64_t begin, int64_t end) {
       int64_t at = 0;
-      for (const Product &p : list) {
+      for (const Product *each = list; each < list_end; each++) {
+        const Product &p = *each;
         const int64_t count = tiles_of(*p.w), from = std::max(begin, at), to = std::min(end, at + count);
         if (from < to) multiply(*p.w, in, from - at, to - at, p.y, p.stride);
         at += count;
@@ -555,7 +638,7 @@ class Walk {
       as_they_come(work.merges, [&](int64_t merge) { c_.attention->merge(job, merge); });
       barrier();
     }
-    const Prepared out = prepare(nullptr, e_.attended, e_.attended_stride, rows_, l.o.columns, {&l.o});
+    const Prepared out = prepare(nullptr, e_.attended, e_.attended_stride, rows_, int64_t(l.heads) * l.head_dim, {&l.o});
     product(l.o, out, e_.branch, e_.hidden_stride, [&](int64_t r, int64_t begin, int64_t end) {
       if (l.order == OC_PRE) c_.rows->add(branch(r) + begin, 1.0f, end - begin, hidden(r) + begin);
     });
@@ -624,7 +707,8 @@ class Walk {
     });
     barrier();
     const int64_t router_stride = padded(e_.sizes.experts);
-    products({x, e_.hidden_stride, rows_, nullptr}, {{&l.router, e_.router, router_stride}});
+    const Prepared plain = {x, e_.hidden_stride, rows_, nullptr, {}, 0};
+    products(plain, {{&l.router, e_.router, router_stride}});
     barrier();
     rows(rows_, [&](int64_t r) {
       route(l, e_.router + r * router_stride, e_.expert + r * l.top, e_.chance + r * l.top);
@@ -652,7 +736,7 @@ class Walk {
     if (l.shared) {
       expert(l.mlps[l.experts], x, rows_);
       if (l.shared_gate.data) {
-        products({x, e_.hidden_stride, rows_, nullptr}, {{&l.shared_gate, e_.router, router_stride}});
+        products(plain, {{&l.shared_gate, e_.router, router_stride}});
         barrier();
       }
       rows(rows_, [&](int64_t r) {
@@ -768,7 +852,7 @@ class Walk {
   const int t_, threads_;
   const int64_t rows_;
   Own &own_;
-  Rounded shared_;
+  Rounded shared_, shared_low_[most_factored];
   int phase_ = 0;
 };
 
@@ -887,7 +971,7 @@ int oc_engine_step(oc_engine *engine, oc_feed *feeds, int64_t count, int steps, 
 int oc_multiply(const oc_matrix *matrix, const float *x, int64_t rows, int threads, int repeats, float *y,
                 double *seconds) {
   constexpr int64_t most_rows = 1 << 20;
-  if (!matrix || !matrix->data || oc_layout_bytes(matrix) <= 0 || !x || !y || rows < 1 || rows > most_rows ||
+  if (!matrix || !matrix->data || oc_layout_bytes(matrix) <= 0 || matrix->right || matrix->rest || !x || !y || rows < 1 || rows > most_rows ||
       threads < 1 || threads > most_threads || repeats < 1)
     return OC_BAD_ARGUMENT;
   const oc_matrix &w = *matrix;

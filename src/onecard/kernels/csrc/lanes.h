@@ -1,7 +1,7 @@
 // Vectors of a class for the rows of a tile of a matrix (onecard.h).
 //
 // `Lanes` holds the rows of a tile, or a part of them: Bytes has four columns of each, one quad; Ints
-// and Floats one number of each. `signed_bytes`: codes of 8 bits are read as u - 128.
+// and Floats one number of each. `high_bits` adds `value` where a bit is set. `signed_bytes`: codes of 8 bits are read as u - 128.
 #pragma once
 
 #include <cstdint>
@@ -32,10 +32,11 @@ struct Lanes {
   static Bytes field(Bytes v) {
     return _mm512_and_si512(shift ? _mm512_srli_epi16(v, shift) : v, _mm512_set1_epi8(mask));
   }
+  template <int value = 4>
   static Bytes high_bits(Bytes low, const uint8_t *bits) {
     uint64_t mask;
     memcpy(&mask, bits, 8);
-    return _mm512_mask_add_epi8(low, mask, low, _mm512_set1_epi8(4));
+    return _mm512_mask_add_epi8(low, mask, low, _mm512_set1_epi8(value));
   }
   static Ints dot(Ints sum, Bytes w, const int8_t *quad) {
     int32_t x;
@@ -86,6 +87,7 @@ struct Lanes {
   static Bytes field(Bytes v) {
     return _mm256_and_si256(shift ? _mm256_srli_epi16(v, shift) : v, _mm256_set1_epi8(mask));
   }
+  template <int value = 4>
   static Bytes high_bits(Bytes low, const uint8_t *bits) {
     int32_t mask;
     memcpy(&mask, bits, 4);
@@ -94,7 +96,7 @@ struct Lanes {
     const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
     const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(mask), which);
     const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
-    return _mm256_or_si256(low, _mm256_and_si256(set, _mm256_set1_epi8(4)));
+    return _mm256_or_si256(low, _mm256_and_si256(set, _mm256_set1_epi8(value)));
   }
   template <int bits>
   static Ints dot_code(Ints sum, Bytes w, const int8_t *quad) {
@@ -154,10 +156,11 @@ struct Lanes {
     if constexpr (shift) v = vshrq_n_u8(v, shift);
     return vandq_u8(v, vdupq_n_u8(mask));
   }
+  template <int value = 4>
   static Bytes high_bits(Bytes low, const uint8_t *bits) {
     const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
     const uint8x16_t spread = vcombine_u8(vdup_n_u8(bits[0]), vdup_n_u8(bits[1]));
-    return vorrq_u8(low, vandq_u8(vtstq_u8(spread, bit), vdupq_n_u8(4)));
+    return vorrq_u8(low, vandq_u8(vtstq_u8(spread, bit), vdupq_n_u8(value)));
   }
   template <int bits>
   static Ints dot_code(Ints sum, Bytes w, const int8_t *quad) {
@@ -213,8 +216,9 @@ struct Lanes {
   static Bytes field(Bytes v) {
     return each<Bytes>([&](int i) { return uint8_t(v.at[i] >> shift & mask); });
   }
+  template <int value = 4>
   static Bytes high_bits(Bytes low, const uint8_t *bits) {
-    return each<Bytes>([&](int i) { return uint8_t(low.at[i] | (bits[i / 8] >> i % 8 & 1) << 2); });
+    return each<Bytes>([&](int i) { return uint8_t(low.at[i] | (bits[i / 8] >> i % 8 & 1) * value); });
   }
   template <int bits>
   static Ints dot_code(Ints sum, Bytes w, const int8_t *q) {

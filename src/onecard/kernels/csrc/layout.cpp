@@ -34,11 +34,17 @@ struct Tile {
   int64_t blocks, zeros, codes, bytes;
 };
 
+int64_t table_bytes(const oc_matrix &m) {
+  if (m.kind == OC_TABLES) return m.bits <= 2 ? 64 : 16 << m.bits;
+  return m.kind == OC_TABLE ? 64 : 0;
+}
+
+// Of a sparse matrix, the tile of the same integers stored densely.
 Tile tile_of(const oc_matrix &m) {
   if (m.bits == 0) return {0, 0, 0, whole_lines(m.columns * tile_rows * bytes_of(m.dtype))};
   const int64_t blocks = (m.columns + m.block - 1) / m.block;
   const int64_t zeros = whole_lines(blocks * tile_rows * bytes_of(m.dtype));
-  const int64_t codes = zeros + (m.zero_point ? whole_lines(blocks * tile_rows) : 0);
+  const int64_t codes = zeros + (m.zero_point ? whole_lines(blocks * tile_rows) : 0) + table_bytes(m);
   return {blocks, zeros, codes, codes + blocks * m.block * tile_rows * m.bits / 8};
 }
 
@@ -46,8 +52,13 @@ bool sound(const oc_matrix *m) {
   constexpr int64_t most = int64_t(1) << 30;
   if (!m || m->rows < 1 || m->rows > most || m->columns < 1 || m->columns > most) return false;
   if (!is_float(m->dtype)) return false;
-  if (m->bits == 0) return m->block == 0 && m->zero_point == 0;
-  const bool known = m->bits == 2 || m->bits == 3 || m->bits == 4 || m->bits == 8;
+  if (m->kind < OC_PLAIN || m->kind > OC_SPARSE || (m->kind && m->zero_point)) return false;
+  if (m->slots < 0 || m->slots > m->rows * m->columns || (m->slots && m->kind != OC_SPARSE)) return false;
+  if (m->bits == 0) return m->block == 0 && m->zero_point == 0 && m->kind == OC_PLAIN;
+  bool known = m->bits == 2 || m->bits == 3 || m->bits == 4 || m->bits == 8;
+  if (m->kind == OC_TABLE) known = m->bits >= 1 && m->bits <= 6;
+  if (m->kind == OC_TABLES) known = m->bits >= 1 && m->bits <= 4;
+  if (m->kind == OC_SPARSE) known = m->bits == 4 || m->bits == 8;
   const bool fits = m->block == 32 || m->block == 64 || m->block == 128;
   return known && fits && (m->zero_point == 0 || m->zero_point == 1);
 }
@@ -78,25 +89,47 @@ void weave(const Codes &codes, int block, uint8_t *out) {
   }
 }
 
-// The low two bits, then the high ones.
+// Bit `bit` of each code, eight bytes for four columns.
+void weave_bit(const Codes &codes, int block, int bit, uint8_t *out) {
+  for (int i = 0; i < block / 4; i++) {
+    uint64_t line = 0;
+    for (int r = 0; r < tile_rows; r++) {
+      const uint32_t four = (word(codes, r, i) >> bit & 0x01010101) * 0x01020408u >> 24 & 15;
+      line |= uint64_t(four) << 4 * r;
+    }
+    memcpy(out + 8 * i, &line, 8);
+  }
+}
+
+// The low bits, then the high ones.
 template <>
 void weave<3>(const Codes &codes, int block, uint8_t *out) {
   weave<2>(codes, block, out);
-  out += 4 * block;
-  for (int i = 0; i < block / 4; i++) {
-    uint64_t high = 0;
-    for (int r = 0; r < tile_rows; r++) {
-      const uint32_t four = (word(codes, r, i) >> 2 & 0x01010101) * 0x01020408u >> 24 & 15;
-      high |= uint64_t(four) << 4 * r;
-    }
-    memcpy(out + 8 * i, &high, 8);
-  }
+  weave_bit(codes, block, 2, out + 4 * block);
+}
+
+template <>
+void weave<1>(const Codes &codes, int block, uint8_t *out) {
+  weave_bit(codes, block, 0, out);
+}
+
+template <>
+void weave<5>(const Codes &codes, int block, uint8_t *out) {
+  weave<4>(codes, block, out);
+  weave_bit(codes, block, 4, out + 8 * block);
+}
+
+template <>
+void weave<6>(const Codes &codes, int block, uint8_t *out) {
+  weave<5>(codes, block, out);
+  weave_bit(codes, block, 5, out + 10 * block);
 }
 
 typedef void Weave(const Codes &codes, int block, uint8_t *out);
 
 Weave *weaver(int bits) {
-  return bits == 2 ? weave<2> : bits == 3 ? weave<3> : bits == 4 ? weave<4> : weave<8>;
+  constexpr Weave *weavers[] = {weave<1>, weave<2>, weave<3>, weave<4>, weave<5>, weave<6>, nullptr, weave<8>};
+  return weavers[bits - 1];
 }
 
 // ------------------------------------------------------------------------------------ stored integers
@@ -239,6 +272,121 @@ int64_t in_tiles(const oc_matrix &m, int threads, const std::function<int64_t(in
   return not_finite;
 }
 
+// -------------------------------------------------------------------------------------------- tables
+
+struct Looked {
+  const uint8_t *codes;
+  const void *scale;
+  int64_t group;
+  const uint8_t *table;
+};
+
+// The tables of the rows from `first` on, as a tile has them.
+void lay_tables(const oc_matrix &m, const uint8_t *table, int64_t first, int64_t rows, uint8_t *out) {
+  const int entries = 1 << m.bits;
+  if (m.kind == OC_TABLE) {
+    const int repeats = m.bits <= 4 ? 16 : 64;
+    for (int i = 0; i < 64; i++) out[i] = i % repeats < entries ? table[i % repeats] : 0;
+    return;
+  }
+  const int room = entries < 4 ? 4 : entries, rows_of_line = 16 / room;
+  for (int64_t r = 0; r < rows; r++) {
+    uint8_t *const to = out + r % 4 / rows_of_line * 64 + r / 4 * 16 + r % rows_of_line * room;
+    memcpy(to, table + (first + r) * entries, size_t(entries));
+  }
+}
+
+int64_t lay_table(const oc_matrix &m, const Looked &in, int64_t begin, int64_t end, uint8_t *out) {
+  const Tile tile = tile_of(m);
+  const int64_t groups = m.columns / in.group, block_bytes = m.block * tile_rows * m.bits / 8;
+  const uint8_t mask = uint8_t((1 << m.bits) - 1);
+  Weave *const weave_block = weaver(m.bits);
+  Codes codes;
+  int64_t not_finite = 0;
+  for (int64_t first = begin; first < end; first += tile_rows) {
+    uint8_t *const to = out + first / tile_rows * tile.bytes;
+    memset(to, 0, size_t(tile.codes));
+    const int64_t rows = end - first < tile_rows ? end - first : tile_rows;
+    lay_tables(m, in.table, first, rows, to + tile.zeros);
+    for (int64_t b = 0; b < tile.blocks; b++) {
+      const int64_t column = b * m.block;
+      const int64_t left = m.columns - column, count = left < m.block ? left : m.block;
+      memset(&codes, 0, sizeof codes);
+      for (int64_t r = 0; r < rows; r++) {
+        const int64_t index = (first + r) * groups + column / in.group;
+        not_finite += !copy_scale(in.scale, index, m.dtype, to, b * tile_rows + r);
+        const uint8_t *const from = in.codes + (first + r) * m.columns + column;
+        for (int64_t i = 0; i < count; i++) codes.row[r][i] = from[i] & mask;
+      }
+      weave_block(codes, m.block, to + tile.codes + b * block_bytes);
+    }
+  }
+  return not_finite;
+}
+
+// -------------------------------------------------------------------------------------------- sparse
+
+// A line of four columns, as 64 bytes; a missing row is zero.
+void line_of(const oc_matrix &m, const uint8_t *codes, int64_t rows, int64_t quad, uint8_t line[64]) {
+  memcpy(line, codes + 64 * (m.bits == 8 ? quad : quad / 2), 64);
+  if (m.bits == 4)
+    for (int i = 0; i < 64; i++) line[i] = quad & 1 ? line[i] >> 4 : line[i] & 15;
+  if (rows < tile_rows) memset(line + 4 * rows, 1 << (m.bits - 1), size_t(4 * (tile_rows - rows)));
+}
+
+// The stream of a tile and its marks. Returns where it ends; only counted if `out` is NULL.
+uint64_t lay_stream(const oc_matrix &m, const uint8_t *codes, int64_t rows, uint8_t *marks, uint8_t *out) {
+  const uint8_t zero = uint8_t(1 << (m.bits - 1));
+  const int64_t quads = m.block / 4, blocks = (m.columns + m.block - 1) / m.block;
+  uint64_t at = 0;
+  for (int64_t b = 0; b < blocks; b++) {
+    if (out && b * m.block % 256 == 0) {
+      const uint32_t mark = uint32_t(at);
+      memcpy(marks + b * m.block / 256 * 4, &mark, 4);
+    }
+    uint64_t masks = at;
+    at += uint64_t(8 * quads);
+    for (int64_t i = 0; i < quads; i++, masks += 8) {
+      uint8_t line[64], kept[65] = {};
+      uint64_t mask = 0, count = 0;
+      line_of(m, codes, rows, b * quads + i, line);
+      for (int n = 0; n < 64; n++) {
+        mask |= uint64_t(line[n] != zero) << n;
+        kept[count] = line[n];
+        count += line[n] != zero;
+      }
+      kept[count] = 0;
+      const uint64_t bytes = m.bits == 8 ? count : (count + 1) / 2;
+      if (m.bits == 4)
+        for (uint64_t n = 0; n < bytes; n++) kept[n] = uint8_t(kept[2 * n] | kept[2 * n + 1] << 4);
+      if (out) {
+        memcpy(out + masks, &mask, 8);
+        memcpy(out + at, kept, size_t(bytes));
+      }
+      at += bytes;
+    }
+  }
+  return at;
+}
+
+// Where the marks and the stream of a sparse tile lie.
+struct Stream {
+  int64_t tiles, first, marks, codes;
+};
+
+Stream stream_of(const oc_matrix &m) {
+  const int64_t tiles = (m.rows + tile_rows - 1) / tile_rows, marks = tile_of(m).zeros;
+  return {tiles, whole_lines(8 * tiles), marks, marks + whole_lines((m.columns + 255) / 256 * 4)};
+}
+
+// What any matrix with so many slots fits in, with room for a whole line to be read at its end.
+int64_t sparse_bytes(const oc_matrix &m) {
+  const Stream s = stream_of(m);
+  const int64_t lines = s.tiles * tile_of(m).blocks * m.block / 4;
+  const int64_t values = m.bits == 8 ? m.slots : (m.slots + lines + 1) / 2;
+  return whole_lines(s.first + s.tiles * (s.codes + 63) + 8 * lines + values + 64);
+}
+
 // ------------------------------------------------------------------------------------------ checksum
 
 constexpr int64_t chunk_bytes = int64_t(1) << 20;
@@ -274,12 +422,60 @@ uint64_t sum_of_chunk(const uint8_t *data, int64_t bytes, uint64_t index) {
 
 int64_t oc_layout_bytes(const oc_matrix *matrix) {
   if (!sound(matrix)) return OC_BAD_ARGUMENT;
+  if (matrix->kind == OC_SPARSE) return sparse_bytes(*matrix);
   return (matrix->rows + tile_rows - 1) / tile_rows * tile_of(*matrix).bytes;  // at most 2^62
+}
+
+int64_t oc_layout_table(const oc_matrix *matrix, const uint8_t *codes, const void *scale, int64_t group,
+                        const uint8_t *table, int threads, void *out) {
+  if (!sound(matrix) || (matrix->kind != OC_TABLE && matrix->kind != OC_TABLES) || !runs(threads, codes, out) ||
+      !scale || !table)
+    return OC_BAD_ARGUMENT;
+  if ((group != matrix->block || matrix->columns % group) && group != matrix->columns) return OC_BAD_ARGUMENT;
+  const Looked in{codes, scale, group, table};
+  return in_tiles(*matrix, threads, [&](int64_t begin, int64_t end) {
+    return lay_table(*matrix, in, begin, end, static_cast<uint8_t *>(out));
+  });
+}
+
+int64_t oc_layout_sparse(const oc_matrix *matrix, const void *integers, int threads, void *out) {
+  if (!sound(matrix) || matrix->kind != OC_SPARSE || !runs(threads, integers, out)) return OC_BAD_ARGUMENT;
+  const oc_matrix &m = *matrix;
+  const Tile dense = tile_of(m);
+  const Stream s = stream_of(m);
+  const auto *const from = static_cast<const uint8_t *>(integers);
+  auto *const to = static_cast<uint8_t *>(out);
+  std::vector<uint64_t> begins(static_cast<size_t>(s.tiles) + 1);
+  in_tiles(m, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin / tile_rows; t * tile_rows < end; t++)
+      begins[size_t(t) + 1] = lay_stream(m, from + t * dense.bytes + dense.codes, m.rows - t * tile_rows, nullptr, nullptr);
+    return 0;
+  });
+  begins[0] = uint64_t(s.first);
+  for (size_t t = 0; t < size_t(s.tiles); t++) {
+    if (begins[t + 1] > UINT32_MAX) return OC_BAD_ARGUMENT;
+    begins[t + 1] = uint64_t(whole_lines(int64_t(begins[t] + begins[t + 1]) + s.codes));
+  }
+  const int64_t bytes = sparse_bytes(m);
+  if (int64_t(begins[size_t(s.tiles)]) > bytes) return OC_BAD_ARGUMENT;
+  memset(to, 0, size_t(bytes));
+  memcpy(to, begins.data(), size_t(8 * s.tiles));
+  in_tiles(m, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin / tile_rows; t * tile_rows < end; t++) {
+      uint8_t *const tile = to + begins[size_t(t)];
+      const uint8_t *const codes = from + t * dense.bytes;
+      memcpy(tile, codes, size_t(dense.zeros));
+      lay_stream(m, codes + dense.codes, m.rows - t * tile_rows, tile + s.marks, tile + s.codes);
+    }
+    return 0;
+  });
+  return 0;
 }
 
 int64_t oc_layout_integers(const oc_matrix *matrix, const int32_t *packed, int bits, const void *scale,
                            const int8_t *zero, int64_t group, int threads, void *out) {
-  if (!sound(matrix) || !matrix->bits || !runs(threads, packed, out) || !scale) return OC_BAD_ARGUMENT;
+  if (!sound(matrix) || !matrix->bits || matrix->kind || !runs(threads, packed, out) || !scale)
+    return OC_BAD_ARGUMENT;
   if (bits < 2 || bits > 8 || matrix->bits != (bits > 4 ? 8 : bits)) return OC_BAD_ARGUMENT;
   if ((group != matrix->block || matrix->columns % group) && group != matrix->columns)
     return OC_BAD_ARGUMENT;
@@ -304,7 +500,7 @@ int64_t oc_layout_dense(const oc_matrix *matrix, const void *weight, int weight_
 
 int64_t oc_layout_quantize(const oc_matrix *matrix, const void *weight, int weight_dtype, int threads,
                            void *out) {
-  if (!sound(matrix) || !matrix->bits || matrix->zero_point || !is_float(weight_dtype) ||
+  if (!sound(matrix) || !matrix->bits || matrix->kind || matrix->zero_point || !is_float(weight_dtype) ||
       !runs(threads, weight, out))
     return OC_BAD_ARGUMENT;
   Lay *const lay = weight_dtype == OC_FP32   ? lay_rounded<Fp32>

@@ -28,7 +28,7 @@ struct Scratch {
 
 // All rows times the tiles [begin, end) of a matrix, which `unpack` reads. `zero` is what all codes have in common
 // (of `g`, only where the tile begins, its codes, and their bytes per block count).
-inline void many(const oc_matrix &w, const Geometry &g, Unpack *unpack, int32_t zero, const uint8_t *data,
+inline void many(const oc_matrix &w, const Geometry &g, Unpack *unpack, int32_t zero, const void *data,
                  int64_t begin, int64_t end, const Quantized &a, int64_t rows, float *y, int64_t stride, void *scratch) {
   auto &own = *static_cast<Scratch *>(scratch);
   const bool zeros = w.zero_point && (w.bits == 8 || !signed_panel);
@@ -38,8 +38,9 @@ inline void many(const oc_matrix &w, const Geometry &g, Unpack *unpack, int32_t 
   const Unit unit(w);
   const int64_t per_chunk = chunk_columns / w.block, turns = (rows + step_rows - 1) / step_rows;
   for (int64_t at = begin; at < end; at += panel_tiles) {
-    const uint8_t *const tile = data + at * g.tile;
     const int tiles = int(end - at < panel_tiles ? end - at : panel_tiles);
+    const uint8_t *tile[panel_tiles];
+    for (int t = 0; t < panel_tiles; t++) tile[t] = g.at(data, at + (t < tiles ? t : 0));
     for (int64_t first = 0; first < g.blocks; first += per_chunk) {
       const int blocks = int(g.blocks - first < per_chunk ? g.blocks - first : per_chunk);
       // Behind the last chunk of a panel comes the first of the next one, if there is one.
@@ -47,10 +48,10 @@ inline void many(const oc_matrix &w, const Geometry &g, Unpack *unpack, int32_t 
       const int64_t next = g.codes + (last ? panel_tiles * g.tile : (first + per_chunk) * g.block_codes);
       const int64_t bytes = last && at + panel_tiles >= end ? 0 : per_chunk * g.block_codes;
       Ahead ahead = {{}, 0, bytes, to_lines((bytes + turns - 1) / turns)};
-      for (int t = 0; t < panel_tiles; t++) ahead.tile[t] = tile + (t < tiles ? t * g.tile : 0) + next;
+      for (int t = 0; t < panel_tiles; t++) ahead.tile[t] = tile[t] + next;
       for (int t = 0; t < panel_tiles; t++) {
         if (turns < 16) ahead.at_once(t);
-        unpack(w, g, tile + (t < tiles ? t * g.tile : 0), t, first, blocks, own.panel);
+        unpack(w, g, tile[t], t, first, blocks, own.panel);
       }
       const Chunk chunk = {own.panel, tiles, first, blocks, last, a, start, rows, own.sum(), y + at * tile_rows,
                            stride, ahead};

@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a signature below changes: the loader refuses a library of another age. */
-enum { OC_ABI = 3 };
+enum { OC_ABI = 4 };
 
 enum { OC_FP32 = 0, OC_FP16 = 1, OC_BF16 = 2, OC_INT8 = 3 };
 
@@ -147,16 +147,42 @@ OC_API int oc_search_grid(const float *weight, const float *importance, int64_t 
  *                         k .. k+3 eight bytes whose bit 4 r + j is the high bit of u
  *             A padded column has u = zero, a padded row scale 0.
  *   dense     [columns][16] in `dtype`
+ *
+ * Two kinds more are blocks of integers without a zero point, held in fewer bytes:
+ *
+ *   table     w = (table[code] - 128) * scale, codes of 1 to 6 bits, `table` of bytes; a tile is
+ *               scales  as above
+ *               table   a shared one of 16 entries four times over (a code of 1 bit: entries 0 and 1), or of
+ *                       64 entries for 5 and 6 bits. A table per row (at most 4 bits) has E = max(4, 2^bits)
+ *                       entries and max(1, E / 4) lines: byte n of the 16 bytes i of line l is entry
+ *                       n % E of row 4 i + l * 16 / E + n / E
+ *               codes   2, 3 and 4 bits as above, 1 bit as the high bits of 3; 5 and 6 bits are per block
+ *                       the low four as with 4 bits and then one or two times such high bits
+ *   sparse    of 8 or 4 bits, without those that are zero. All begins with uint64 [tiles], the byte where
+ *             each tile begins, padded to 64 bytes. A tile is
+ *               scales  as above
+ *               marks   uint32 [ceil(columns / 256)]: the byte of the stream where they begin, padded to 64
+ *               stream  per block, uint64 [block / 4]: bit 4 r + j says that row r has something in
+ *                       column k + j; then, four columns after four columns, these u in the order of
+ *                       the bits, as bytes or two in a byte, the first one low
  */
-typedef struct {
+enum { OC_PLAIN = 0, OC_TABLE = 1, OC_TABLES = 2, OC_SPARSE = 3 };
+
+typedef struct oc_matrix {
   const void *data;   /* NULL: there is no such matrix */
   int64_t rows, columns;
-  int32_t bits;       /* 2, 3, 4 or 8; 0 for dense */
+  int32_t bits;       /* 2, 3, 4 or 8; 0 for dense; 1 to 6 for a table, 1 to 4 for tables, 4 or 8 for sparse */
   int32_t block;      /* 32, 64 or 128; 0 for dense */
   int32_t dtype;      /* of the scales, or of the dense weights: OC_FP32, OC_FP16 or OC_BF16 */
   int32_t zero_point; /* 1 if there are zeros */
   int32_t exact;      /* 1: inputs stay float32; 0: integers multiply inputs rounded to int8 per block */
+  int32_t kind;       /* OC_PLAIN (integers, dense), OC_TABLE, OC_TABLES (one per row) or OC_SPARSE */
+  int64_t slots;      /* sparse: that many weights are not zero, at most; else 0 */
   const float *bias;  /* [rows] or NULL */
+  /* A product of two, and what it leaves: y = this (right x) + rest x + bias. The engine alone knows it; neither
+   * of them has a bias, a right or a rest of its own. */
+  const struct oc_matrix *right; /* NULL: this x; else this has as many columns as it has rows */
+  const struct oc_matrix *rest;  /* NULL: 0 */
 } oc_matrix;
 
 /* Bytes of the kernel layout that a matrix describes (its `data`, `exact` and `bias` do not matter), or
@@ -183,6 +209,15 @@ OC_API int64_t oc_layout_dense(const oc_matrix *matrix, const void *weight, int 
  * groups of the layout's block; the last block of a row may be short. */
 OC_API int64_t oc_layout_quantize(const oc_matrix *matrix, const void *weight, int weight_dtype,
                                   int threads, void *out);
+
+/* From codes [rows, columns], each below 2^bits, and scales as for oc_layout_integers; `table` is uint8
+ * [2^bits], or [rows][2^bits] for OC_TABLES. */
+OC_API int64_t oc_layout_table(const oc_matrix *matrix, const uint8_t *codes, const void *scale, int64_t group,
+                               const uint8_t *table, int threads, void *out);
+
+/* From the layout of the same integers that are not sparse, of 4 or 8 bits without a zero point. `slots`
+ * says how many are not zero at most; more of them are an error. */
+OC_API int64_t oc_layout_sparse(const oc_matrix *matrix, const void *integers, int threads, void *out);
 
 /* A 64-bit sum that says whether bytes are those that were written: any change within eight bytes is seen
  * for sure, anything else with a chance of 1 - 2^-64. It does not withstand an adversary.

@@ -9,18 +9,34 @@ constexpr int64_t to_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 inline int64_t width_of(int dtype) { return dtype == OC_FP32 ? 4 : 2; }
 
+// Bytes of a tile's table, or tables of its rows.
+inline int64_t table_bytes(int kind, int bits) {
+  if (kind == OC_TABLES) return bits <= 2 ? 64 : 16 << bits;
+  return kind == OC_TABLE ? 64 : 0;
+}
+
 struct Geometry {
-  int64_t blocks, zeros, codes, tile;  // where the zeros and codes of a tile begin, and its bytes
+  int64_t blocks, zeros, codes, tile;  // where the zeros (or tables) and codes of a tile begin, and its bytes
   int64_t block_codes;                 // bytes of one block's codes
   int64_t scale_line;                  // bytes of one block's scales
+  const uint64_t *begins = nullptr;    // of sparse tiles, which differ in length: `tile` is their mean
 
   explicit Geometry(const oc_matrix &w) {
     blocks = (w.columns + w.block - 1) / w.block;
     scale_line = tile_rows * width_of(w.dtype);
     zeros = to_lines(blocks * scale_line);
-    codes = zeros + (w.zero_point ? to_lines(blocks * tile_rows) : 0);
+    codes = zeros + (w.zero_point ? to_lines(blocks * tile_rows) : 0) + table_bytes(w.kind, w.bits);
     block_codes = int64_t(w.block) * w.bits * 2;
+    if (w.kind == OC_SPARSE) {
+      const int64_t tiles = (w.rows + tile_rows - 1) / tile_rows;
+      codes = zeros + to_lines((w.columns + 255) / 256 * 4);
+      block_codes = w.block * 2 + w.slots * w.bits / 8 / (tiles * blocks);
+      begins = static_cast<const uint64_t *>(w.data);
+    }
     tile = codes + blocks * block_codes;
+  }
+  const uint8_t *at(const void *data, int64_t index) const {
+    return static_cast<const uint8_t *>(data) + (begins ? int64_t(begins[index]) : index * tile);
   }
 };
 

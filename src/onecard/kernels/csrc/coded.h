@@ -1,0 +1,161 @@
+// Rows times tiles whose weights are held as something else than integers of a block: the two loops of
+// matmul.cpp over a `Codec`, which knows how to read a tile.
+//
+//   Codec(w, g, tile, part)   stands before the first block of a part of a tile
+//   seek(first)               stands before another block, one that begins at a multiple of 256 columns
+//   block()                   goes on to the next block
+//   quad(i)                   u of the columns 4 i .. 4 i + 3 of the block, i rising
+//
+// u - zero times the block's scale is the weight, zero = 2^(width - 1). The order of sums, and with it every bit,
+// is that of integers of `width` bits without a zero point (matmul.cpp).
+#pragma once
+
+#include "engine.h"
+#include "many.h"
+#include "tiles.h"
+
+namespace {
+
+using oc::Input;
+using oc::Quantized;
+
+template <class Codec>
+constexpr int32_t zero_of_codec = 1 << (Codec::width - 1);
+
+template <class Codec, int rows>
+void few_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const Quantized &a, int64_t first, float *y,
+              int64_t stride) {
+  constexpr int chains = rows <= 2 ? 2 : 1;
+  constexpr int32_t left = (Codec::width == 8 && Lanes::signed_bytes ? 128 : 0) - zero_of_codec<Codec>;
+  for (int part = 0; part < parts; part++) {
+    Floats sum[rows];
+    for (int m = 0; m < rows; m++) sum[m] = Lanes::floats(0.0f);
+    Codec codec(w, g, tile, part);
+    for (int64_t b = 0; b < g.blocks; b++) {
+      const int8_t *const q = a.at(first, b * w.block);
+      Ints dots[chains][rows];
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; m++) {
+        dots[0][m] = Lanes::ints(int32_t(uint32_t(left) * uint32_t(a.sum[(first + m) * a.blocks + b])));
+        for (int c = 1; c < chains; c++) dots[c][m] = Lanes::ints(0);
+      }
+      codec.block();
+      for (int k = 0; k < w.block; k += 32) {
+        codec.call_ahead(k);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) {
+          const Bytes u = codec.quad(k / 4 + j);
+          const int8_t *const quad = q + k / 64 * Quantized::chunk + k % 64 + 4 * j;
+#pragma GCC unroll 8
+          for (int m = 0; m < rows; m++) {
+            Ints &dot = dots[j % chains][m];
+            dot = Lanes::template dot_code<Codec::width>(dot, u, quad + 64 * m);
+          }
+        }
+      }
+      const Floats scale = scale_of(w, g, tile, b, part);
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; m++) {
+        Ints dot = dots[0][m];
+        for (int c = 1; c < chains; c++) dot = Lanes::add(dot, dots[c][m]);
+        const Floats factor = Lanes::mul(scale, Lanes::floats(a.scale[(first + m) * a.blocks + b]));
+        sum[m] = Lanes::fma(Lanes::floats(dot), factor, sum[m]);
+      }
+    }
+    for (int m = 0; m < rows; m++) Lanes::store(y + m * stride + part * Lanes::count, sum[m]);
+  }
+}
+
+template <class Codec>
+void few(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const Quantized &a, int64_t rows, float *y,
+         int64_t stride) {
+  int64_t m = 0;
+#if defined(__AVX512BW__)
+  for (; m + 8 <= rows; m += 8) few_rows<Codec, 8>(w, g, tile, a, m, y + m * stride, stride);
+#endif
+  for (; m + 4 <= rows; m += 4) few_rows<Codec, 4>(w, g, tile, a, m, y + m * stride, stride);
+  for (; m + 2 <= rows; m += 2) few_rows<Codec, 2>(w, g, tile, a, m, y + m * stride, stride);
+  for (; m < rows; m++) few_rows<Codec, 1>(w, g, tile, a, m, y + m * stride, stride);
+}
+
+// Inputs that stay float32: columns in rising order, first within a block.
+template <class Codec, int rows>
+void exact_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const float *x, int64_t x_stride, float *y,
+                int64_t stride) {
+  const Ints zero = Lanes::ints(zero_of_codec<Codec>);
+  for (int part = 0; part < parts; part++) {
+    Floats sum[rows];
+    for (auto &s : sum) s = Lanes::floats(0.0f);
+    Codec codec(w, g, tile, part);
+    for (int64_t b = 0; b < g.blocks; b++) {
+      const int64_t left = w.columns - b * w.block;
+      Floats dots[rows];
+      for (auto &dot : dots) dot = Lanes::floats(0.0f);
+      const auto column = [&](int64_t k, Ints u) {
+        if (k >= left) return;
+        const Floats weight = Lanes::floats(Lanes::sub(u, zero));
+        for (int m = 0; m < rows; m++)
+          dots[m] = Lanes::fma(weight, Lanes::floats(x[m * x_stride + b * w.block + k]), dots[m]);
+      };
+      codec.block();
+      for (int i = 0; i < w.block / 4; i++) {
+        const Bytes u = codec.quad(i);
+        column(4 * i, Lanes::template column_of<0>(u));
+        column(4 * i + 1, Lanes::template column_of<1>(u));
+        column(4 * i + 2, Lanes::template column_of<2>(u));
+        column(4 * i + 3, Lanes::template column_of<3>(u));
+      }
+      const Floats scale = scale_of(w, g, tile, b, part);
+      for (int m = 0; m < rows; m++) sum[m] = Lanes::fma(dots[m], scale, sum[m]);
+    }
+    for (int m = 0; m < rows; m++) Lanes::store(y + m * stride + part * Lanes::count, sum[m]);
+  }
+}
+
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+template <class Codec>
+void unpack_codes(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int place, int64_t first, int blocks,
+                  Panel &panel) {
+  const Bytes shift = _mm512_set1_epi8(signed_panel ? int8_t(zero_of_codec<Codec>) : 0);
+  const int quads = w.block / 4;
+  Codec codec(w, g, tile, 0);
+  codec.seek(first);
+  for (int b = 0; b < blocks; b++) {
+    _mm512_store_si512(&panel.zero[b][place * tile_rows], _mm512_setzero_si512());
+    _mm512_store_ps(&panel.scale[b][place * tile_rows], scale_of(w, g, tile, first + b, 0));
+    codec.block();
+    for (int i = 0; i < quads; i += 8)
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++)
+        _mm512_store_si512(panel.bytes + place_of(int64_t(b) * quads + i + j, place),
+                           _mm512_sub_epi8(codec.quad(i + j), shift));
+  }
+}
+#endif
+
+template <class Codec>
+void multiply_coded(const oc_matrix &w, const Input &in, int64_t begin, int64_t end, float *y, int64_t stride,
+                    void *scratch) {
+  const Geometry g(w);
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+  if (!w.exact && in.rows >= many_from)
+    return many(w, g, unpack_codes<Codec>, zero_of_codec<Codec>, w.data, begin, end, *in.quantized, in.rows, y, stride,
+                scratch);
+#endif
+  (void)scratch;
+  for (int64_t t = begin; t < end; t++) {
+    const uint8_t *const tile = g.at(w.data, t);
+    float *const out = y + t * tile_rows;
+    if (!w.exact) {
+      few<Codec>(w, g, tile, *in.quantized, in.rows, out, stride);
+      continue;
+    }
+    int64_t m = 0;
+    for (; m + 4 <= in.rows; m += 4)
+      exact_rows<Codec, 4>(w, g, tile, in.x + m * in.stride, in.stride, out + m * stride, stride);
+    for (; m < in.rows; m++)
+      exact_rows<Codec, 1>(w, g, tile, in.x + m * in.stride, in.stride, out + m * stride, stride);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,149 @@
+// Weights that are entries of a table (onecard.h, OC_TABLE and OC_TABLES): codebooks, NF4, FP4, binary.
+//
+// A table of 16 bytes fits into a quarter of a register, and one shuffle looks up a register full of
+// codes; that is all a codebook costs over plain integers of as many bits. Rows with tables of their own: 128
+// bits of a line belong to four rows, so for four entries a shuffle serves them all, for eight it takes two and
+// for sixteen four.
+
+#include "coded.h"
+
+namespace {
+
+// `code` looks up a byte in the 16 of its own 128 bits; `one_of` takes from b what a mask of 16 bytes says.
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+inline Bytes look(Bytes table, Bytes code) { return _mm512_shuffle_epi8(table, code); }
+template <int mask>
+inline Bytes look_in(Bytes other, Bytes table, Bytes code) {
+  return _mm512_mask_shuffle_epi8(other, uint64_t(mask) * 0x0001000100010001, table, code);
+}
+inline Bytes join(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+#elif defined(__AVX2__)
+inline Bytes look(Bytes table, Bytes code) { return _mm256_shuffle_epi8(table, code); }
+template <int mask>
+inline Bytes look_in(Bytes other, Bytes table, Bytes code) {
+  alignas(32) static constexpr auto where = [] {
+    struct { uint8_t at[32]; } made = {};
+    for (int i = 0; i < 32; i++) made.at[i] = mask >> i % 16 & 1 ? 255 : 0;
+    return made;
+  }();
+  return _mm256_blendv_epi8(other, look(table, code), Lanes::load(where.at));
+}
+inline Bytes join(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+inline Bytes look(Bytes table, Bytes code) { return vqtbl1q_u8(table, code); }
+template <int mask>
+inline Bytes look_in(Bytes other, Bytes table, Bytes code) {
+  uint8x16_t where;
+  for (int i = 0; i < 16; i++) where[i] = mask >> i & 1 ? 255 : 0;
+  return vbslq_u8(where, look(table, code), other);
+}
+inline Bytes join(Bytes a, Bytes b) { return vorrq_u8(a, b); }
+#else
+inline Bytes look(const Bytes &table, const Bytes &code) {
+  return Lanes::each<Bytes>([&](int i) { return table.at[code.at[i] & 15]; });
+}
+template <int mask>
+inline Bytes look_in(const Bytes &other, const Bytes &table, const Bytes &code) {
+  return Lanes::each<Bytes>([&](int i) { return mask >> i & 1 ? table.at[code.at[i] & 15] : other.at[i]; });
+}
+inline Bytes join(const Bytes &a, const Bytes &b) {
+  return Lanes::each<Bytes>([&](int i) { return uint8_t(a.at[i] | b.at[i]); });
+}
+#endif
+
+// The codes of the columns 4 i .. 4 i + 3 of a block.
+template <int bits>
+inline Bytes codes_of(const uint8_t *codes, int block, int i, int part) {
+  constexpr int own = Lanes::count / 2;
+  if constexpr (bits == 1) return Lanes::high_bits<1>(Lanes::field<0, 0>(Lanes::load(codes)), codes + 8 * i + own * part);
+  if constexpr (bits >= 2 && bits <= 4) return quad_of<bits>(codes, block, i, part);
+  if constexpr (bits >= 5) {
+    const uint8_t *const planes = codes + 8 * block + 8 * i + own * part;
+    const Bytes low = Lanes::high_bits<16>(quad_of<4>(codes, block, i, part), planes);
+    if constexpr (bits == 5) return low;
+    return Lanes::high_bits<32>(low, planes + 2 * block);
+  }
+}
+
+// Where the entries of a byte's row begin among the 16 that a shuffle sees, with 4 and with 8 entries per row.
+constexpr uint8_t first_entry[2][16] = {{0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12},
+                                        {0, 0, 0, 0, 8, 8, 8, 8, 0, 0, 0, 0, 8, 8, 8, 8}};
+
+template <int bits, bool own>
+class Looked {
+ public:
+  static constexpr int width = 8, tables = own && bits > 2 ? 1 << (bits - 2) : 1;
+
+  Looked(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int part)
+      : start_(tile + g.codes), next_(start_), entries_(tile + g.zeros), step_(g.block_codes), block_(w.block),
+        part_(part) {
+    for (int t = 0; t < tables; t++) table_[t] = Lanes::load(entries_ + 64 * t + 4 * Lanes::count * part);
+    if constexpr (own && bits <= 3) {
+      alignas(64) uint8_t line[64];
+      for (int i = 0; i < 64; i++) line[i] = first_entry[bits == 3][i % 16];
+      base_ = Lanes::load(line);
+    }
+  }
+  void seek(int64_t first) { next_ = start_ + first * step_; }
+  inline void block() {
+    codes_ = next_;
+    next_ += step_;
+  }
+  inline void call_ahead(int k) const {
+    const uint8_t *const at = codes_ + 2 * bits * k;
+#pragma GCC unroll 8
+    for (int i = 0; i < bits; i++) {
+      __builtin_prefetch(at + oc::reach.near + 64 * i);
+      __builtin_prefetch(at + oc::reach.far + 64 * i);
+    }
+  }
+  inline Bytes quad(int i) const {
+    Bytes code = codes_of<bits>(codes_, block_, i, part_);
+    if constexpr (bits >= 5) return look_far(code);
+    if constexpr (own && bits <= 3) code = join(code, base_);
+    Bytes u = look(table_[0], code);
+    if constexpr (tables == 2) u = look_in<0xff00>(u, table_[1], code);
+    if constexpr (tables == 4) {
+      u = look_in<0x00f0>(u, table_[1], code);
+      u = look_in<0x0f00>(u, table_[2], code);
+      u = look_in<0xf000>(u, table_[3], code);
+    }
+    return u;
+  }
+
+ private:
+  // In all 64 bytes of the table.
+  inline Bytes look_far(Bytes code) const {
+#if defined(__AVX512VBMI__)
+    return _mm512_permutexvar_epi8(code, table_[0]);
+#else
+    alignas(64) uint8_t c[64];
+    memcpy(c, &code, sizeof code);
+    for (int i = 0; i < 4 * Lanes::count; i++) c[i] = entries_[c[i]];
+    return Lanes::load(c);
+#endif
+  }
+
+  const uint8_t *start_, *next_, *codes_ = nullptr, *entries_;
+  int64_t step_;
+  int block_, part_;
+  Bytes table_[tables], base_;
+};
+
+}  // namespace
+
+namespace oc::table {
+
+void OC_CLASS(const oc_matrix &w, const Input &input, int64_t begin, int64_t end, float *y, int64_t stride,
+              void *scratch) {
+  const bool own = w.kind == OC_TABLES;
+  Multiply *const multiply = w.bits == 1   ? own ? multiply_coded<Looked<1, true>> : multiply_coded<Looked<1, false>>
+                             : w.bits == 2 ? own ? multiply_coded<Looked<2, true>> : multiply_coded<Looked<2, false>>
+                             : w.bits == 3 ? own ? multiply_coded<Looked<3, true>> : multiply_coded<Looked<3, false>>
+                             : w.bits == 4 ? own ? multiply_coded<Looked<4, true>> : multiply_coded<Looked<4, false>>
+                             : w.bits == 5 ? multiply_coded<Looked<5, false>>
+                                           : multiply_coded<Looked<6, false>>;
+  multiply(w, input, begin, end, y, stride, scratch);
+}
+
+}  // namespace oc::table
