@@ -6,8 +6,9 @@ The shipped model on the shipped texts, and, where its folder and a text of its 
 stories260K model: dense, then half of the weights, or 2 of every 4, out by each score. Then, on the same
 model, 80 % by magnitude: at once and recovered, and in three rounds with as many steps of recovery in all.
 
-`--check` ends with 1 where an order of the papers does not hold: SparseGPT < Wanda < magnitude < random,
-iterative < one shot.
+`--check` ends with 1 where dense < SparseGPT < Wanda, magnitude < random does not hold, on stories260K
+Wanda < magnitude, or iterative < one shot. On the shipped model, which has no outliers, magnitude is ahead
+of Wanda (LOG.md).
 """
 
 from __future__ import annotations
@@ -121,17 +122,21 @@ def main() -> None:
         }
     OUT.write_text(json.dumps(rows, indent=1) + "\n")
     print(json.dumps(rows, indent=1))
-    if chosen.check and not all(ordered(found) for found in rows.values()):
+    if chosen.check and not all(ordered(name, found) for name, found in rows.items()):
         sys.exit(1)
 
 
-def ordered(found: dict[str, Any]) -> bool:
-    """Whether each group of a table rises in the order it is written in."""
+def ordered(model: str, found: dict[str, Any]) -> bool:
+    """Whether the orders that are expected of a table hold."""
     if "iterative" in found:
         return bool(found["iterative"] < found["one shot"])
     for name in ("50 %", "2:4"):
-        values = [found["dense"], *(v for k, v in found.items() if k.startswith(name))]
-        if values != sorted(values):
+        best, wanda, magnitude, worst = (
+            found[f"{name} {score}"] for score in ("sparsegpt", "wanda", "magnitude", "random")
+        )
+        if not found["dense"] < best < min(wanda, magnitude) <= max(wanda, magnitude) < worst:
+            return False
+        if model != "demo" and wanda >= magnitude:
             return False
     return True
 
