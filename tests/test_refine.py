@@ -22,9 +22,10 @@ from onecard.passes import GPTQ, RoundToNearest
 from onecard.passes.base import Recipe
 from onecard.passes.gptq import Solution, corrected, refined, solve
 from onecard.passes.job import compress, prepare
+from onecard.passes.memory import ModelBlocks
 from onecard.passes.plan import Settings
 from onecard.passes.refine import damped, descend, fit_scales
-from onecard.passes.walked import ModelBlocks, apply
+from onecard.passes.walked import apply
 
 
 @pytest.mark.parametrize("name", ["int2-g32-zp", "int3-g32", "int3-row", "int4-g64-zp"])
