@@ -25,6 +25,7 @@ proofs: $(VENV)/.installed
 	$(BIN)/python benchmarks/compress.py --check
 	$(BIN)/python benchmarks/pruning.py --check
 	$(BIN)/python benchmarks/training.py --check
+	$(BIN)/python benchmarks/orderings.py --check
 	PYTHON=$(abspath $(BIN)/python) sh benchmarks/peers/proof.sh
 
 gpu: $(VENV)/.installed

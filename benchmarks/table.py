@@ -4,7 +4,7 @@
 
 Each format is made of the checkpoint once (rounding to nearest; what the weights say does not matter here),
 and each kernel has a process of its own, `onecard bench --serve`. Times are medians over the repeats, the new
-ids are written behind a short prompt, and the last but one column adds both up. Memory is what the process
+ids are written behind 512 others, and the last but one column adds both up. Memory is what the process
 held at the end, weights that are mapped and were read included.
 """
 
@@ -79,7 +79,7 @@ def measured(folder: Path, isa: str, threads: int, repeat: int) -> dict[str, flo
             sys.exit(f"{folder} could not be opened")
         ask(f"prompt {PROMPT}")
         prompts = [ask(f"prompt {PROMPT}") for _ in range(repeat)]
-        new = [ask(f"decode {NEW}") for _ in range(repeat)]
+        new = [ask(f"decode {NEW} behind {PROMPT}") for _ in range(repeat)]
     finally:
         served.stdin.close()
         served.wait()

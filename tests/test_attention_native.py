@@ -18,7 +18,7 @@ from onecard.kernels import cpu, reference
 CLASSES = cpu.isas() if cpu.available() else ()
 pytestmark = pytest.mark.skipif(not CLASSES, reason="the native library is not built")
 
-DTYPES = ("fp16", "bf16", "int8")
+DTYPES = ("fp16", "bf16", "int8", "fp8", "int4")
 FUSED = tuple(isa for isa in CLASSES if isa not in ("plain", "amx"))
 
 
@@ -89,10 +89,7 @@ def alone(
 
 def rounded(x: Tensor, dtype: str) -> Tensor:
     """What the cache keeps."""
-    if dtype != "int8":
-        return x.to(reference.DTYPES[dtype]).float()
-    top = x.abs().amax(-1, keepdim=True)
-    return torch.where(top > 0, (x * (torch.tensor(127.0) / top)).round(), 0) * (top / 127)
+    return reference.round_cache(x, dtype)
 
 
 def expected(
@@ -158,7 +155,7 @@ def check(heads: Heads, dtype: str, length: int) -> None:
     mine = alone(heads, dtype, (q, k, v)).double()
     exact = expected(heads, q, k, v)
     kept = rounded(k, dtype), rounded(v, dtype)
-    if dtype == "int8":
+    if dtype in ("int8", "fp8", "int4"):
         plain = expected(heads, q, *kept, torch.float32)
     else:
         plain = expected(heads, q, k, v, reference.DTYPES[dtype])
@@ -299,7 +296,7 @@ def test_nonsense_is_refused() -> None:
     }  # fmt: skip
     nonsense = {
         "heads": [0, -1, 3, 1 << 20], "kv_heads": [0, -1, 4], "head_dim": [0, -1, 257],
-        "window": [-1], "scale": [math.nan, math.inf], "cap": [-1.0, math.nan], "dtype": [-1, 0, 4],
+        "window": [-1], "scale": [math.nan, math.inf], "cap": [-1.0, math.nan], "dtype": [-1, 0, 6],
         "requests": [0, -1], "past": [None, (ctypes.c_int64 * 1)(-1)],
         "count": [None, (ctypes.c_int64 * 1)(0)], "threads": [0, 5000], "repeats": [0],
         **{name: [None] for name in "kvqy"},

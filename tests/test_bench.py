@@ -175,18 +175,20 @@ def test_serving(tiny: Path) -> None:
     """The protocol of benchmarks/peers/cpu_serve.py; what cannot be done does not end it."""
     out = io.StringIO()
     lines = ["prompt 40\n", "\n", "decode 12\n", "decode x\n", "prompt 9999\n", "prompt 0\n", "hop\n",
-             "prompt 7"]  # fmt: skip
+             "decode 5 behind 40\n", "decode 5 behind 252\n", "decode 5 behind\n",
+             "prompt 5 behind 40\n", "prompt 7"]  # fmt: skip
     serve(str(tiny), CpuSettings(threads=2), lines, out)  # type: ignore[arg-type]
     ready, *answers = out.getvalue().splitlines()
     told = [json.loads(answer) for answer in answers]
     assert ready == "ready"
     assert [set(one) for one in told] == [
         {"seconds", "tokens", "rss"}, {"seconds", "tokens", "rss"}, {"error"}, {"error"}, {"error"},
-        {"error"}, {"seconds", "tokens", "rss"},
+        {"error"}, {"seconds", "tokens", "rss"}, {"error"}, {"error"}, {"error"},
+        {"seconds", "tokens", "rss"},
     ]  # fmt: skip
-    assert [one.get("tokens") for one in told if "tokens" in one] == [40, 12, 7]
+    assert [one.get("tokens") for one in told if "tokens" in one] == [40, 12, 5, 7]
     assert told[0]["seconds"] > 0 and told[0]["rss"] > 1 << 20
-    assert "256" in told[3]["error"]
+    assert "256" in told[3]["error"] and "257" in told[7]["error"]
 
 
 def test_serving_as_a_process(tiny: Path) -> None:
@@ -226,11 +228,16 @@ def test_the_verb(
     assert "before" in capsys.readouterr().out
 
 
+def test_nothing_to_measure() -> None:
+    with pytest.raises(BadRequest, match="nothing to measure"):
+        Sizes(prompt=(), decode=())
+
+
 @pytest.mark.parametrize("words, said", [
     (("--prompt", 9999), "context is 256"), (("--prompt", 0), "prompt is 0"), (("--repeat", 0), "repeat"),
     (("--batch", -1), "batch"), (("--threads", 0), "threads"), (("--exact", "dwn"), "did you mean 'down'"),
     (("--isa", "avx9000"), "avx9000"), (("--against", "nowhere"), "no folder"),
-    (("--empty-prompt", "--empty-decode"), "nothing to measure"), (("--cache", "int4"), "int4"),
+    (("--cache", "int5"), "int5"),
 ])  # fmt: skip
 def test_bad_requests(tiny: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
                       words: tuple, said: str) -> None:  # fmt: skip

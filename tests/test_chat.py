@@ -438,3 +438,32 @@ def test_chat_needs_no_torch(stories: Path, tmp_path: Path) -> None:
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_the_answer_and_twice_the_talk(times: int) -> None:
+    code = f"""
+import contextlib, os, signal, sys
+from onecard import cli
+from onecard.runtime.chat import Conversation
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
+ask = Conversation.ask
+def interrupted(talk, *words, **more):
+    with contextlib.closing(ask(talk, *words, **more)) as pieces:
+        for place, piece in enumerate(pieces):
+            for _ in range({times} if place == 2 and not talk.messages else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+            print("piece", len(talk.messages), place, file=sys.stderr)
+            yield piece
+Conversation.ask = interrupted
+sys.argv = ["onecard", "chat", "demo", "--max-tokens", "24", "--threads", "1", "--temperature", "0"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], input="Hello\nAnd now\n", text=True,
+                          capture_output=True, check=False)  # fmt: skip
+    if times == 2:
+        assert done.returncode == 130 and "ended by" not in done.stderr, done.stderr
+        return
+    assert done.returncode == 0 and "ended by" in done.stderr, done.stderr
+    assert "piece 0 2" in done.stderr and "piece 0 3" not in done.stderr, done.stderr
+    assert "piece 2 0" in done.stderr, done.stderr  # what was read is in the history

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from onecard import demo
 from onecard.checkpoint.hub import SHIPPED
 from onecard.checkpoint.load import Source, load_model
 from onecard.core.errors import BadRequest
 from onecard.core.report import Report
 from onecard.demo import VARIANTS, run_demo
+from onecard.windows import Reading
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,28 @@ def test_shipped_model_is_small() -> None:
 def test_demo_does_not_overwrite(found: tuple[Path, Report]) -> None:
     with pytest.raises(BadRequest, match="not empty"):
         run_demo(found[0])
+
+
+def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps the variants that it has, with and without force; a stranger's folder stays one."""
+    monkeypatch.setattr(demo, "VARIANTS", VARIANTS[:2])
+    monkeypatch.setattr(demo, "DOCUMENTS", Reading(documents="<|endoftext|>", limit=1))
+    monkeypatch.setattr(demo, "ROUNDS", 1)
+    out = tmp_path / "out"
+
+    def stop(done: int, total: int, what: str) -> None:
+        if what == "int4 rounding":
+            raise KeyboardInterrupt
+
+    for force in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(out, force, stop)
+        assert [path.name for path in out.iterdir()] == ["int8"]
+    made = (out / "int8" / "model.safetensors").stat().st_mtime_ns
+    run_demo(out)
+    assert (out / "int8" / "model.safetensors").stat().st_mtime_ns == made
+    assert (out / "report.json").is_file()
+    (tmp_path / "strange" / "int8").mkdir(parents=True)
+    (tmp_path / "strange" / "notes.txt").write_text("precious")
+    with pytest.raises(BadRequest, match="not empty"):
+        run_demo(tmp_path / "strange", force=True)

@@ -20,9 +20,10 @@ from onecard.checkpoint.load import load_model
 from onecard.checkpoint.shards import read_json, sha256_of
 from onecard.core.errors import BadRequest
 from onecard.core.report import Report
+from onecard.core.spec import parameter_count
 from onecard.nn.families import family_of
 from onecard.passes.distill import Distil, Targets
-from onecard.passes.student import count, fresh, inherit, prepare_distillation, teach
+from onecard.passes.student import fresh, inherit, prepare_distillation, teach
 
 SHORT = Distil(training=Training(12, batch=4, length=32, rate=1e-3, dtype="fp32", save_minutes=0.0))
 
@@ -50,7 +51,7 @@ def test_a_student_of_a_teachers_parts(tiny: Path, changes: dict[str, int]) -> N
     config = {**teacher.config, **changes}
     spec = family_of(config).spec(config)
     made = inherit(teacher, spec)
-    assert made.spec == spec and made.parameters == count(spec) < teacher.parameters
+    assert made.spec == spec and made.parameters == parameter_count(spec) < teacher.parameters
     logits = made.network(torch.arange(20)[None])
     assert logits.shape == (1, 20, 300) and bool(torch.isfinite(logits).all())
     if changes == SIZES["layers"]:  # the first and the last
@@ -122,7 +123,7 @@ def test_distilling_into_a_smaller_model(
              text_file, "--json"]  # fmt: skip
     assert call(*words, "--dry-run") == 0
     plan = Report.from_json(capsys.readouterr().out)
-    assert plan.value("student_parameters") == count(
+    assert plan.value("student_parameters") == parameter_count(
         family_of(read_json(config)).spec(read_json(config))
     )
     assert not out.exists()

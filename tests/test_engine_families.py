@@ -20,23 +20,28 @@ from test_families import CASES, random_model
 from onecard.checkpoint.load import load_model
 from onecard.checkpoint.save import save_model
 from onecard.checkpoint.source import Source
+from onecard.core.errors import BadRequest
 from onecard.core.format import Integers
 from onecard.core.spec import Rope
 from onecard.kernels import cpu, layout, reference, rope, structs
 from onecard.nn.graph import groups, surgery
 from onecard.nn.layers import Linear
-from onecard.nn.transformer import Transformer
+from onecard.nn.transformer import Cache, Transformer
+from onecard.passes.activations import Activations
 from onecard.passes.base import Recipe
 from onecard.passes.cut import cut_model
 from onecard.passes.job import Settings, compress, prepare
 from onecard.passes.quantize import RoundToNearest
+from onecard.passes.walked import apply
 from onecard.runtime.cpu import PAGE, CpuSettings, CpuStepper
+from onecard.runtime.pages import CACHES, position_bytes
 from onecard.runtime.steps import Feed
 from onecard.runtime.weights import HEAD_BLOCK
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native library is not built")
 
 EXACT = CpuSettings(threads=2, rows=64, cache="fp16", head="stored", exact=("all",))
+EXACT_CACHE = CpuSettings(threads=2, rows=64, cache="fp16")
 NOISE = 2e-4
 """Of float32 sums in another order, relative to the largest logit. A key or value on the edge between two
 fp16 numbers may take the other one (measured: up to 1e-4), so the median has a bound of its own."""
@@ -201,7 +206,9 @@ def test_layers_that_differ(case: str, tmp_path: Path, monkeypatch: pytest.Monke
     stepper.close()
 
 
-@pytest.mark.parametrize("cache, bound", [("fp16", 2e-3), ("bf16", 1.5e-2), ("int8", 4e-2)])
+@pytest.mark.parametrize(
+    "cache, bound", [("fp16", 2e-3), ("bf16", 1.5e-2), ("int8", 4e-2), ("fp8", 0.2), ("int4", 0.4)]
+)
 def test_what_the_cache_costs(cache: str, bound: float, tmp_path: Path) -> None:
     for case in ("llama", "gemma2", "mistral"):
         random_model(case).save_pretrained(tmp_path / case)
@@ -211,7 +218,32 @@ def test_what_the_cache_costs(cache: str, bound: float, tmp_path: Path) -> None:
         )
         ids = some_ids(45, stepper.vocab_size)
         found = fed_logits(stepper, ids, [30, 1, 14])
-        assert 0 < distance(found, network_logits(network, ids)) < bound
+        cost = distance(found, network_logits(network, ids))
+        assert 0 < cost < bound
+        held = Cache(network.spec, 1, 45, torch.float32, held=cache)
+        with torch.no_grad():
+            simulated = network(torch.tensor([ids]), cache=held)[0].numpy()
+        assert distance(found, simulated, np.median) < 0.1 * distance(
+            found, network_logits(network, ids), np.median
+        )
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_position_takes_the_bytes_that_are_told(cache: str, tmp_path: Path) -> None:
+    for case in ("llama", "gemma2", "phi3"):
+        random_model(case).save_pretrained(tmp_path / case)
+        held, pages = [], (1, 3)
+        for count in pages:
+            context = count * PAGE
+            stepper = CpuStepper(tmp_path / case, CpuSettings(1, context, 32, cache))
+            own = [
+                position_bytes(layer.attention.num_kv_heads, layer.attention.head_dim, cache)
+                * context
+                for layer in stepper.spec.layers
+            ]
+            held.append(stepper.nbytes - sum(-(-size // 4096) * 4096 for size in own))
+            assert stepper.pages == count
+        assert held[0] == held[1], case
 
 
 def test_every_case_in_every_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +288,7 @@ def round_inputs(network: Transformer) -> None:
             ]
             module.replace(reference.from_dense(torch.cat(pieces, 1)))
             block = HEAD_BLOCK
-        elif module.format.dense:
+        elif module.format.dense or module.inputs is not None:
             continue
         else:
             block = layout.integers(module.shape, module.format).block
@@ -311,6 +343,29 @@ def test_rounded_inputs_in_groups(
     tiny: Path, group: int, bits: int, zero: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_rounded(packed_folder(tiny, tmp_path / "out", bits, group, zero), monkeypatch)
+
+
+@pytest.mark.parametrize("inputs", ["int8-token", "int8-static"])
+@pytest.mark.parametrize("case", ["llama", "gpt2", "phi3", "qwen2-moe"])
+def test_inputs_are_rounded_as_a_folder_says(
+    case: str, inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_model(case).save_pretrained(tmp_path / "model")
+    for number, weights in enumerate((RoundToNearest(8, None), RoundToNearest(4))):
+        model = load_model(tmp_path / "model", tokenizer=False)
+        ids = torch.tensor([some_ids(64 if number else 40, 100, seed) for seed in range(4)])
+        apply(model, Recipe("r", (weights, Activations(inputs))), ids[:, : model.spec.max_context])
+        check_rounded(save_model(model, tmp_path / str(number)), monkeypatch)
+
+
+def test_linears_of_one_input_that_round_it_differently(tiny: Path, tmp_path: Path) -> None:
+    model = load_model(tiny, tokenizer=False)
+    apply(model, Recipe("r", (RoundToNearest(8, None), Activations())), None)
+    model.network.blocks[1].linear("attention.k").round(None)  # type: ignore[operator]
+    out = save_model(model, tmp_path / "out")
+    with pytest.raises(BadRequest, match=r"blocks\.1.*each in its own way"):
+        CpuStepper(out, EXACT_CACHE)
+    CpuStepper(out, EXACT).close()
 
 
 def test_exact_names_linears(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

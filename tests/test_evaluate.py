@@ -30,9 +30,11 @@ from onecard.evaluate import (
     read_questions,
     split,
 )
+from onecard.kernels.reference import round_cache
 from onecard.nn.model import Model
 from onecard.runtime.cpu import CpuSettings, CpuStepper
-from onecard.runtime.reference import TorchScorer
+from onecard.runtime.pages import CACHES
+from onecard.runtime.reference import TorchExecutor, TorchScorer
 from onecard.runtime.score import NativeScorer, judged, steps
 
 
@@ -363,3 +365,41 @@ def test_native_choices(tiny: Path, model: Model) -> None:
         found, log_likelihoods(TorchScorer(model), pairs), strict=True
     ):
         assert nats == pytest.approx(wanted[0], rel=1e-3) and greedy == wanted[1]
+
+
+# Keys and values held smaller -----------------------------------------------------------------------
+
+
+def test_caches_keep_what_their_grids_can() -> None:
+    x = torch.randn(3, 4, 72, generator=torch.Generator().manual_seed(0))
+    x[0, 0], x[1, 2, 5] = 0, -30.0
+    lost = {c: (round_cache(x, c) - x).square().mean().item() for c in CACHES}
+    assert lost["fp16"] < lost["bf16"] < lost["int8"] < lost["int4"]
+    for cache in CACHES:
+        y = round_cache(x, cache)
+        assert y.shape == x.shape and not y[0, 0].any()
+        assert torch.equal(round_cache(x[1:2], cache), y[1:2])
+        if cache != "int4":
+            torch.testing.assert_close(round_cache(y, cache), y)
+    y = round_cache(x, "int4")[1, 2, :32]  # a group with its own scale, that of its largest number
+    assert y[5] == -30.0 and (y / 3.75 % 1 == 0).all()
+    other = round_cache(x, "int4")[1, 2, 64:]
+    assert (other - x[1, 2, 64:]).abs().max() <= x[1, 2, 64:].abs().max() / 8 * 1.01
+
+
+def test_a_scorer_and_a_session_hold_them_alike(model: Model) -> None:
+    """A scorer reads whole texts, a session id after id: the same numbers from the same cache."""
+    ids = torch.randint(3, 300, (1, 30), generator=torch.Generator().manual_seed(0))
+    for cache in ("int8", "int4"):
+        session = TorchExecutor(model, cache=cache).open(30)
+        step = [
+            session.prefill(ids[0, :20].tolist()),
+            *(session.step(int(i)) for i in ids[0, 20:29]),
+        ]
+        wanted = [-math.log(np.exp(x - x.max())[i] / np.exp(x - x.max()).sum())
+                  for x, i in zip(step, ids[0, 20:].tolist(), strict=True)]  # fmt: skip
+        scores = TorchScorer(model, cache).scores([ids[0].tolist()], [20])
+        found = np.concatenate([s.nats for _, s in scores])
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+        plain = TorchScorer(model).scores([ids[0].tolist()], [20])
+        assert np.abs(found - np.concatenate([s.nats for _, s in plain])).max() > 1e-3

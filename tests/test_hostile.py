@@ -16,6 +16,7 @@ from conftest import call
 from onecard.checkpoint.packed import Schemes
 from onecard.core.errors import BadRequest
 from onecard.core.format import Integers
+from onecard.core.scheme import Scheme
 from onecard.inspect import inspect_model, part_of
 from onecard.kernels.reference import rope_frequencies
 from onecard.nn.families import spec_of
@@ -151,7 +152,7 @@ def test_patterns_of_schemes_are_found_in_order_and_at_once() -> None:
     targets = [r"re:model\.layers.*q_proj$", "re:" + ".*a" * 40 + "b"]
     schemes = Schemes({"quant_method": "compressed-tensors",
                        "config_groups": {"g": {"targets": targets, "weights": weights}}})  # fmt: skip
-    assert schemes.find("model.layers.0.attn.q_proj") == Integers(4, None)
+    assert schemes.find("model.layers.0.attn.q_proj") == Scheme(Integers(4, None))
     for name in ("model.layers.0.attn.k_proj", "a.model.layers.q_proj", "a" * 2000):
         assert schemes.find(name) is None
 
@@ -212,6 +213,15 @@ def test_inspect_counts_whole_files_and_notes_a_long_context(tiny) -> None:
     assert sum(row.value for row in found.rows if row.what == "part_bytes") == size
     assert any("256" in text for title, text in found.notes if title == "context")
     assert len(inspect_model(str(tiny), context=256).notes) == len(found.notes) - 1
+
+
+def test_models_are_called_what_they_are(tiny, capsys, monkeypatch) -> None:
+    assert call("inspect", "demo") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("demo") and "7.3 million" in said and "bits per weight" in said
+    monkeypatch.chdir(tiny)
+    assert inspect_model(".").title == tiny.name
+    assert "no folder ''" in refused(capsys, "inspect", "")
 
 
 def test_parts_of_awkward_names() -> None:

@@ -15,7 +15,8 @@ from onecard.core.errors import BadRequest
 from onecard.passes import GPTQ, Mixed
 from onecard.passes.base import Recipe
 from onecard.passes.job import compress, prepare
-from onecard.passes.mixed import Judge, allot
+from onecard.passes.judge import Judge
+from onecard.passes.mixed import allot, rounded
 from onecard.passes.plan import Settings
 from onecard.passes.walked import apply
 
@@ -59,7 +60,7 @@ def test_harm_leaves_the_model_as_it_was_and_falls_with_bits(tiny: Path) -> None
     model, ids = load_model(tiny, "fp32"), torch.randint(0, 300, (2, 40))
     before = {name: linear.matrix().clone() for name, linear in model.linears()}
     judge = Judge(model, ids)
-    harm = [judge.harm(1, ("attention.q", "attention.k"), bits, Mixed()) for bits in (2, 4, 8)]
+    harm = [rounded(judge, 1, ("attention.q", "attention.k"), bits, Mixed()) for bits in (2, 4, 8)]
     assert harm[0] > harm[1] > harm[2] >= -1e-6
     assert all(torch.equal(before[name], linear.matrix()) for name, linear in model.linears())
 

@@ -230,6 +230,12 @@ def test_recipes_are_a_plain_list() -> None:
         assert shown.count("gptq-int4") == 2 and shown.count("int8") == 2
 
 
+def test_a_plan_is_not_called_measured() -> None:
+    for shown in (to_terminal(Report((Row("plan", "disk_bytes", 1),), title="Plan")),
+                  Page(to_html(Report((Row("plan", "seconds", 1.0),)))).text):  # fmt: skip
+        assert "Planned" in shown and "Measured" not in shown and "recorded" not in shown
+
+
 def test_rows_are_in_sensible_groups() -> None:
     rows = (Row("model", "questions", 3), Row("model", "accuracy", 0.5), Row("model", "part_bytes", 9),
             Row("plan", "disk_bytes", 1), Row("plan", "output_bytes", 1))  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from onecard.calibrate.data import Calibration
-from onecard.checkpoint.journal import partial_of
+from onecard.checkpoint import save
+from onecard.checkpoint.journal import Journal, partial_of
 from onecard.checkpoint.shards import sha256_of
 from onecard.core.errors import BadRequest
 from onecard.passes import GPTQ, RoundToNearest
@@ -46,37 +48,48 @@ def undisturbed(
     return result(out)
 
 
+@pytest.mark.parametrize("single_file", [save.SINGLE_FILE, 0], ids=["joined", "shards"])
 def test_stopped_at_every_write(
-    tiny: Path, text_file: Path, tmp_path: Path, undisturbed: dict, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single_file: int
 ) -> None:
-    """The process dies at its n-th file operation, for every n; a second run completes the job."""
-    real, points = os.replace, 0
+    """The process dies at its n-th file operation, for every n; a second run completes the job, and
+    makes nothing again that was noted before, not even where the first died in its last steps."""
+    rename, note, results = os.replace, Journal.note, list[dict[str, str]]()
+    monkeypatch.setattr(save, "SINGLE_FILE", single_file)
+    noted: list[str] = []
+
+    def noting(journal: Journal, part: str, *more: object) -> None:
+        assert part not in noted
+        noted.append(part)
+        note(journal, part, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Journal, "note", noting)
     for stop in range(1, 40):
         out, count = tmp_path / f"out{stop}", 0
+        noted.clear()
 
         def dying(source: object, target: object, stop: int = stop) -> None:
             nonlocal count
             count += 1
             if count == stop:
                 raise Killed
-            real(source, target)  # type: ignore[call-overload]
+            rename(source, target)  # type: ignore[call-overload]
 
         monkeypatch.setattr(os, "replace", dying)
-        try:
+        with contextlib.suppress(Killed):
             compress(prepare(tiny, out, RECIPE, settings(text_file)))
-            died = False
-        except Killed:
-            died = True
-        monkeypatch.setattr(os, "replace", real)
+        monkeypatch.setattr(os, "replace", rename)
+        died = count == stop
+        assert died is not out.exists()
+        if died:
+            compress(prepare(tiny, out, RECIPE, settings(text_file)))
+        assert not partial_of(out).exists()
+        results.append(result(out))
+        shutil.rmtree(out)
         if not died:
             break
-        points += 1
-        assert not out.exists() or not any(out.iterdir())
-        compress(prepare(tiny, out, RECIPE, settings(text_file)))
-        assert result(out) == undisturbed
-        assert not partial_of(out).exists()
-        shutil.rmtree(out)
-    assert points >= 10
+    assert len(results) > 10 and all(found == results[-1] for found in results)
+    assert ("model.safetensors" in results[0]) is bool(single_file)
 
 
 def test_kill_9(tiny: Path, text_file: Path, tmp_path: Path, undisturbed: dict) -> None:

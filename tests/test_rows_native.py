@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from onecard.core.scheme import Inputs
 from onecard.core.spec import Norm
 from onecard.kernels import cpu, reference, structs
 
@@ -41,13 +42,17 @@ def kernel(*arguments: object, result: object = None) -> object:
     return ctypes.CFUNCTYPE(result, *arguments)  # type: ignore[arg-type]
 
 
+class Rounding(ctypes.Structure):
+    _fields_ = (("kind", ctypes.c_int32), ("scale", c_float))
+
+
 class Rows(ctypes.Structure):
     """csrc/engine.h, once more."""
 
     _fields_ = (
         ("gather", kernel(pointer, c_int, c_int64, c_int64, c_float, pointer)),
         ("norm", kernel(ctypes.POINTER(NormRow), pointer, c_int64, pointer)),
-        ("quantize", kernel(pointer, c_int64, pointer, c_int64)),
+        ("quantize", kernel(pointer, c_int64, ctypes.POINTER(Rounding), pointer, c_int64)),
         ("activate", kernel(c_int, pointer, pointer, c_int64, pointer)),
         ("angles", kernel(ctypes.POINTER(Rope), c_int64, pointer, pointer)),
         ("rotate", kernel(pointer, c_int, c_int, c_int, pointer, pointer)),
@@ -161,7 +166,9 @@ def test_norm_keeps_what_is_no_number(rows: Rows, bad: float) -> None:
 # Rounding -----------------------------------------------------------------------------------------
 
 
-def quantized(rows: Rows, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantized(
+    rows: Rows, x: Tensor, block: int, kind: int = structs.BY_BLOCK, given: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, scale and sum of a row that lies among fifteen others, which must stay as they are."""
     blocks, row = -(-len(x) // block), 5
     chunks = -(-blocks * block // 64)
@@ -170,7 +177,8 @@ def quantized(rows: Rows, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor
     to = structs.Quantized(
         q.data_ptr(), scale.data_ptr(), total.data_ptr(), chunks * 1024, blocks, block
     )
-    rows.quantize(x.data_ptr(), len(x), ctypes.byref(to), row)
+    how = Rounding(kind, given)
+    rows.quantize(x.data_ptr(), len(x), ctypes.byref(how), ctypes.byref(to), row)
     others = torch.cat((q[:, :row], q[:, row + 1 :]), 1)
     assert (others == 77).all()
     return q[:, row].flatten()[: blocks * block].view(blocks, block), scale[row], total[row]
@@ -187,6 +195,24 @@ def test_quantize(rows: Rows, block: int) -> None:
         assert torch.equal(q.float(), torch.round(padded * (127 / most)[:, None]))
         assert torch.equal(total, q.to(torch.int32).sum(1).to(torch.int32))
         assert int(q.abs().max()) == 127
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_quantize_as_a_folder_says(rows: Rows, block: int) -> None:
+    """One scale for the row, its own or a given one: the numbers of the reference, bit for bit."""
+    for size in SIZES:
+        x = random(size, seed=size) * 10.0 ** (size % 7 - 3)
+        x[size // 2] = 0.0
+        given = torch.tensor([float(x.abs().max()) / 100 or 1.0])  # the largest do not fit
+        for kind, scale in ((structs.BY_ROW, None), (structs.BY_SCALE, given)):
+            q, step, total = quantized(rows, x, block, kind, 0.0 if scale is None else given.item())
+            inputs = Inputs("int8", scale is not None)
+            assert torch.equal(
+                (q.float() * step[:, None]).flatten()[:size],
+                reference.round_inputs(x, inputs, scale),
+            )
+            assert len(set(step.tolist())) == 1 and not q.flatten()[size:].any()
+            assert torch.equal(total, q.to(torch.int32).sum(1).to(torch.int32))
 
 
 def test_quantize_ties_go_to_even(rows: Rows) -> None:
@@ -213,6 +239,9 @@ def test_quantize_marks_blocks_that_are_not_finite(rows: Rows, bad: float) -> No
     finite = scale.isfinite().tolist()
     assert finite == [False, True, True, False]
     assert bool(scale[0].isnan()) == math.isnan(bad)
+    assert not quantized(rows, x, 32, structs.BY_ROW)[1].isfinite().any()
+    _, scale, _ = quantized(rows, x, 32, structs.BY_SCALE, 0.5)
+    assert scale.isfinite().tolist() == finite
 
 
 # Activations --------------------------------------------------------------------------------------

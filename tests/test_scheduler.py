@@ -344,6 +344,7 @@ class Spy:
         self.inner = inner
         self.vocab_size, self.max_context = inner.vocab_size, inner.max_context
         self.pages, self.page_tokens = inner.pages, inner.page_tokens
+        self.choose = inner.choose
         self.steps: list[int] = []
         self.before: Callable[[Sequence[Feed]], object] = lambda batch: None
         self.after: Callable[[Feed, Fed], Fed] = lambda feed, fed: fed
@@ -411,7 +412,7 @@ def test_the_logits_of_a_draft_are_checked() -> None:
     assert isinstance(engine.generate([requests[0].prompt], requests[0].sampling)[0], Result)
     spy.after = after
     (failed,) = engine.generate([requests[0].prompt], requests[0].sampling)
-    assert isinstance(failed, FailedWork) and "12 of 12 are NaN" in str(failed)
+    assert isinstance(failed, FailedWork) and "12 are NaN" in str(failed)
     engine.audit()
 
 

@@ -122,7 +122,7 @@ def test_verification_chooses_as_the_plain_loop_does(temperature: float, right: 
     if right < 5:
         draft[right] = (draft[right] + 1) % SIZE
     reply = Reply(LETTERS, (1, 2, 3), s)  # type: ignore[arg-type]
-    for id, told in verify(reply, draft, rows):
+    for id, told in verify(draft, rows, reply.choose):
         reply.add(id, told)
     assert reply.new == expected[: right + 1]
     assert [told.id for told in reply.logprobs] == reply.new
@@ -138,7 +138,7 @@ class Counting:
         self.inner = ReferenceStepper(pages, 4, SIZE, memory=memory)
         self.vocab_size, self.max_context, self.pages, self.page_tokens = SIZE, 512, pages, 4
         self.calls, self.rows = 0, []
-        self.close = self.inner.close
+        self.choose, self.close = self.inner.choose, self.inner.close
 
     def step(self, batch: Sequence[Feed], steps: int, cancel: np.ndarray) -> list[Fed]:
         self.calls += 1
@@ -217,6 +217,7 @@ def test_no_draft_reaches_beyond_the_last_id() -> None:
 
     class Watched:
         vocab_size, max_context, pages, page_tokens = SIZE, 80, 20, 4
+        choose = staticmethod(inner.choose)
 
         def step(self, batch: Sequence[Feed], *more: Any) -> list[Fed]:
             ends.extend(feed.past + len(feed.ids) for feed in batch)

@@ -41,7 +41,7 @@ def useless(folder: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("by", ["wanda", "gradient", "taylor"])
-@pytest.mark.parametrize("budget", ["uniform", "global"])
+@pytest.mark.parametrize("budget", ["uniform", "global", "sensitivity"])
 def test_useless_neurons_go_first(tiny: Path, tmp_path: Path, by: str, budget: str) -> None:
     folder = useless(tiny, tmp_path / "useless")
     whole = load_model(folder, "fp32")
@@ -60,6 +60,18 @@ def test_useless_heads_go_first(tiny: Path, tmp_path: Path) -> None:
     assert best([5.0, 1.0, 2.0, 3.0], 2, runs=2).tolist() == [0, 3]
     model = cut(folder, CutUnits("head", "taylor", 0.5, most=None))
     assert {layer.attention.num_heads for layer in model.spec.layers} == {2}
+
+
+def test_sensitive_layers_keep_more(tiny: Path) -> None:
+    """A layer that hardly reads its neurons loses more of them, and about as many go as were asked for."""
+    model = load_model(tiny, "fp32")
+    for block, factor in zip(model.blocks(), (1.0, 0.01, 1.0), strict=True):
+        block.linear("feed_forward.down").weight.data *= factor  # type: ignore[union-attr]
+    by = CutUnits("neuron", "random", 0.4, budget="sensitivity", multiple=8, most=None)
+    apply(model, Recipe("r", (by,)), IDS)
+    first, second, third = (layer.feed_forward.width for layer in model.spec.layers)
+    assert second == 104 < max(first, third)  # 0.6 is the most that is tried
+    assert abs(first + second + third - 0.6 * 3 * 256) <= 24
 
 
 @pytest.mark.parametrize("unit", ["head", "kv_group", "neuron", "hidden"])
@@ -134,7 +146,7 @@ def test_experts_stay_equally_wide(tmp_path: Path) -> None:
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
     transformers.Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
-    for budget in ("uniform", "global"):
+    for budget in ("uniform", "global", "sensitivity"):
         model = load_model(tmp_path / "moe", "fp32", tokenizer=False)
         apply(
             model, Recipe("r", (CutUnits("neuron", "taylor", 0.4, budget=budget, most=None),)), IDS

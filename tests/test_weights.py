@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ from test_families import CASES, random_model
 from onecard.checkpoint import load
 from onecard.checkpoint.hub import SHIPPED
 from onecard.checkpoint.source import Source, unpack
-from onecard.core.errors import BadRequest
+from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import Integers
 from onecard.core.spec import KEPT_DENSE
 from onecard.kernels import cpu, layout, reference
@@ -440,6 +441,22 @@ def test_a_full_disk(when: str, model: Path, home: Path, monkeypatch) -> None:
     assert found.path is None and "No space left" in lines[0]
     for place in (model / ".onecard", home):
         assert not [path for path in place.glob("*") if "hashes" not in path.name]
+
+
+def test_an_embedding_that_cannot_be_mapped(model: Path, monkeypatch) -> None:
+    """It lies in the model's own file, and there is no room for that: the error says how much it is."""
+    source = Source(model)
+    open_weights(source, 2)
+
+    def refuse(*arguments, **more):
+        if more:  # with an offset: no file of ours
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(*arguments)
+
+    real = mmap.mmap
+    monkeypatch.setattr(weightfile.mmap, "mmap", refuse)
+    with pytest.raises(FailedWork, match=r"no memory for \d+ bytes of weights\nfree some"):
+        open_weights(source, 2)
 
 
 def test_what_a_killed_writer_left_is_removed(model: Path) -> None:

@@ -179,7 +179,8 @@ def run_peer(peer: Peer, bits: int, tokens: Path, out: Path, asked: argparse.Nam
 def run_ours(bits: int, tokens: Path, out: Path, asked: argparse.Namespace) -> Result:
     """The command a user types; the recipe says no more than the peers are told."""
     recipe = out.with_suffix(".yaml")
-    recipe.write_text(f"passes:\n  - gptq: {{bits: {bits}, group: {asked.group or 'null'}}}\n")
+    group = asked.group or "null"
+    recipe.write_text(f"passes:\n  - gptq: {{bits: {bits}, group: {group}}}\n")
     command: list[str | Path] = [sys.executable, "-m", "onecard", "compress", asked.model, out]
     command += ["--recipe", recipe, "--data", tokens]
     done = run(command, out.with_suffix(".log"), asked.threads)

@@ -31,11 +31,13 @@ def samples(tokens: Path) -> list[list[int]]:
     return found
 
 
-def say(peer: str, used: str, began: float, loaded: float, solved: float, saved: float) -> None:
+def say(
+    peer: str, used: str, began: float, loaded: float, solved: float, saved: float, **more: int
+) -> None:
     """The last line; the four times are when each step ended."""
     seconds = {
         "load_seconds": loaded - began,
         "seconds": solved - loaded,
         "save_seconds": saved - solved,
     }
-    print("\n" + json.dumps({"peer": peer, "used": used, **seconds}))
+    print("\n" + json.dumps({"peer": peer, "used": used, **seconds, **more}))

@@ -1,6 +1,7 @@
 """onecard makes a large model fit and run fast on the one card, or the one CPU, that a person has.
 
-The public names, loaded when they are first used so that `import onecard` costs nothing.
+The public names, loaded when they are first used so that `import onecard` costs nothing. Evaluation is
+in `onecard.evaluate`: `evaluate`, `choose`, `Reading`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ _WHERE = {
     "Report": "onecard.core.report",
     "apply": "onecard.passes.walked",
     "compress": "onecard.passes.job",
-    "evaluate": "onecard.evaluate",
     "find_recipe": "onecard.passes",
     "load_model": "onecard.checkpoint.load",
     "prepare": "onecard.passes.job",

@@ -86,6 +86,7 @@ class Case:
     kind: str
     count: int
     batch: int
+    behind: int = LEAD  # ids in front of those that are decoded
 
     def __str__(self) -> str:
         return f"{self.kind} {self.count}" + (f" x {self.batch}" if self.batch > 1 else "")
@@ -97,7 +98,7 @@ class Case:
     @property
     def positions(self) -> int:
         """Of one context."""
-        return self.count + (LEAD if self.kind == "decode" else 0)
+        return self.count + (self.behind if self.kind == "decode" else 0)
 
     @property
     def pages(self) -> int:
@@ -132,8 +133,9 @@ class Timed:
                 f"{case} needs {case.pages * CpuStepper.page_tokens} positions of memory",
                 f"there are {self.stepper.pages * CpuStepper.page_tokens}",
             )
-        measured = self._prompt if case.kind == "prompt" else self._decode
-        return measured(case.count, case.batch)
+        if case.kind == "prompt":
+            return self._prompt(case.count, case.batch)
+        return self._decode(case.count, case.batch, case.behind)
 
     def _prompt(self, count: int, batch: int) -> float:
         contexts = [self._ids(count) for _ in range(batch)]
@@ -158,8 +160,8 @@ class Timed:
                     read[part.context] = feed.table, fed.ids[0]
         return read
 
-    def _decode(self, count: int, batch: int) -> float:
-        read = self._read([self._ids(LEAD) for _ in range(batch)], LEAD + count)
+    def _decode(self, count: int, batch: int, behind: int) -> float:
+        read = self._read([self._ids(behind) for _ in range(batch)], behind + count)
         tables = [read[i][0] for i in range(batch)]
         last = [read[i][1] for i in range(batch)]
         seconds, done = 0.0, 0
@@ -167,7 +169,7 @@ class Timed:
             most = min(CALL, count - done)
             draw = Draw(GREEDY, NOTHING, 0, np.empty(0), NOTHING, most)
             feeds = [
-                Feed(np.array([id], np.int32), LEAD + done, table, draw=draw)
+                Feed(np.array([id], np.int32), behind + done, table, draw=draw)
                 for id, table in zip(last, tables, strict=True)
             ]
             begin = time.perf_counter()
@@ -424,7 +426,8 @@ def serve(
     """Measures on request, until the lines end: `prompt 512` or `decode 128` gives one line of JSON.
 
         ready
-        prompt 512  ->  {"seconds": 1.9, "tokens": 512, "rss": 812000000}
+        prompt 512              ->  {"seconds": 1.9, "tokens": 512, "rss": 812000000}
+        decode 128 behind 512   ->  the same; without `behind` it is LEAD ids
 
     `rss` is this process' resident memory in bytes. What cannot be done gives {"error": ...}.
     """
@@ -438,11 +441,26 @@ def serve(
 
 
 def _answer(timed: Timed, line: str) -> dict[str, float | str]:
-    kind, _, count = line.strip().partition(" ")
-    if kind not in ("prompt", "decode") or not count.isdecimal() or not 1 <= int(count) <= 1 << 20:
-        return {"error": f"{line.strip()[:80]!r} is neither `prompt N` nor `decode N`"}
     try:
-        seconds = timed.measure(Case(kind, int(count), 1))
+        case = _asked(line.split())
+        seconds = timed.measure(case)
     except Problem as problem:
         return {"error": str(problem)}
-    return {"seconds": seconds, "tokens": int(count), "rss": resident()}
+    return {"seconds": seconds, "tokens": case.count, "rss": resident()}
+
+
+def _asked(words: list[str]) -> Case:
+    match words:
+        case [("prompt" | "decode") as kind, count]:
+            return Case(kind, _number(count), 1)
+        case ["decode", count, "behind", behind]:
+            return Case("decode", _number(count), 1, _number(behind))
+    raise BadRequest(
+        f"{' '.join(words)[:80]!r} is none of `prompt N`, `decode N` and `decode N behind M`"
+    )
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or len(text) > 7 or not 1 <= int(text) <= 1 << 20:
+        raise BadRequest(f"{text[:80]!r} is no number of ids", do="1 to 1048576 is possible")
+    return int(text)

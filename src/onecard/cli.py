@@ -12,9 +12,11 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from onecard.terminal import INTERRUPTED, leave_on_interrupt, say
+from onecard.terminal import INTERRUPTED, leave_on_interrupt, open_streams, say
 
 if TYPE_CHECKING:
+    from cyclopts import CycloptsError
+
     from onecard.core.errors import Problem
 
 
@@ -23,6 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is not None:
         sys.exit(run(arguments))
     leave_on_interrupt()
+    open_streams()
     code = run(sys.argv[1:])
     leave_on_interrupt(code)  # what is left is putting away
     sys.exit(code)
@@ -35,7 +38,7 @@ def run(words: list[str]) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
 
-    from cyclopts import CycloptsError
+    from cyclopts import CycloptsError, UnusedCliTokensError
 
     from onecard.core.errors import BadRequest, Problem
     from onecard.verbs import app
@@ -44,8 +47,12 @@ def run(words: list[str]) -> int:
         app(words, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return 0
+    except UnusedCliTokensError as error:
+        unused = " ".join(map(repr, error.unused_tokens or ()))
+        advice = f"put a text of several words in quotes; {_help(error)}"
+        return _fail(BadRequest(f"nothing takes {unused}", do=advice), debug)
     except CycloptsError as error:
-        return _fail(BadRequest(str(error), do="onecard --help lists what there is"), debug)
+        return _fail(BadRequest(str(error), do=_help(error)), debug)
     except Problem as problem:
         return _fail(problem, debug)
     except ModuleNotFoundError as error:
@@ -58,6 +65,8 @@ def run(words: list[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit:  # so rich ends where nobody reads on
         return 0
     except OSError as error:
         if debug:
@@ -75,6 +84,12 @@ def run(words: list[str]) -> int:
             raise
         return _fail(Problem(f"onecard failed: {type(error).__name__}: {str(error)[:200]}",
                              do="this is a bug; --debug shows where"), debug)  # fmt: skip
+
+
+def _help(error: CycloptsError) -> str:
+    """Where to read what the words of a command line may be."""
+    verb = " ".join(error.command_chain or ())
+    return f"onecard {verb + ' ' if verb else ''}--help lists what there is"
 
 
 def _fail(problem: Problem, debug: bool) -> int:

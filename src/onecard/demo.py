@@ -24,12 +24,13 @@ from onecard.checkpoint.text import read_text
 from onecard.core.device import resident_peak
 from onecard.core.errors import BadRequest
 from onecard.core.report import Report, Row, environment, write_text
+from onecard.core.spec import parameter_count
 from onecard.evaluate import Progress, Reading, evaluate
 from onecard.kernels import cpu
 from onecard.nn.model import Model
 from onecard.passes.base import Recipe
 from onecard.passes.gptq import GPTQ
-from onecard.passes.job import Settings, compress, file_bytes, parameter_count, prepare
+from onecard.passes.job import Settings, compress, file_bytes, is_finished, prepare
 from onecard.passes.prune import Prune
 from onecard.passes.quantize import RoundToNearest
 from onecard.prove import PROMPT, SAMPLED, sample
@@ -55,31 +56,32 @@ TIMED, ROUNDS = 128, 7
 def run_demo(
     out: Path, force: bool = False, progress: Progress = lambda done, total, what: None
 ) -> Report:
-    """Make and measure all variants; OUT gets one folder each and report.json."""
+    """Make and measure all variants; OUT gets one folder each and report.json.
+
+    Killed, a second call goes on behind the last variant that was finished.
+    """
     if not (SHIPPED / "config.json").is_file():
         raise BadRequest(
             "the shipped model is missing from this installation", do="reinstall onecard"
         )
-    check_target(out, SHIPPED, force)
     given, out = out, out.resolve()
-    if force:
-        shutil.rmtree(out, ignore_errors=True)  # check_target has seen that it is a result
-        shutil.rmtree(partial_of(out), ignore_errors=True)
+    if not is_begun(out):
+        check_target(out, SHIPPED, force)
+        if force:
+            shutil.rmtree(out, ignore_errors=True)  # check_target has seen that it is a result
     out.mkdir(parents=True, exist_ok=True)
     started, steps = time.perf_counter(), len(VARIANTS) + 2
     text = read_text(None, "held_out.txt")
     progress(0, steps, "dense")
     dense = load_model(SHIPPED)
-    checkpoint, count = Checkpoint(SHIPPED), parameter_count(Source(SHIPPED))
+    checkpoint, count = Checkpoint(SHIPPED), parameter_count(Source(SHIPPED).spec)
     rows, notes = measure(dense, dense, "dense", text, checkpoint, count)
     folders = {"dense": SHIPPED}
     conventions = []
     for number, recipe in enumerate(VARIANTS):
         progress(number + 1, steps, recipe.name)
-        folder = out / recipe.name.replace(" ", "-").replace("%", "percent")
-        folders[recipe.name] = folder
-        prepared = prepare(SHIPPED, folder, recipe, Settings(CALIBRATION))
-        found = compress(prepared)
+        folder = folders[recipe.name] = out / folder_name(recipe)
+        found = made(folder, recipe)
         more, _ = measure(load_model(folder), dense, recipe.name, text, Checkpoint(folder), count)
         rows += more
         rows.append(Row(recipe.name, "compress_seconds", found.value("seconds", "walk"), "s"))
@@ -99,6 +101,26 @@ def run_demo(
     )  # fmt: skip
     write_text(out / "report.json", report.to_json())
     return report
+
+
+def folder_name(recipe: Recipe) -> str:
+    """What the folder of a variant is called."""
+    return recipe.name.replace(" ", "-").replace("%", "percent")
+
+
+def is_begun(out: Path) -> bool:
+    """OUT holds variants, finished or not, and nothing else: a demo was interrupted there."""
+    known = [Path(folder_name(recipe)) for recipe in VARIANTS]
+    names = {path.name for folder in known for path in (folder, partial_of(folder))}
+    found = [path.name for path in out.iterdir()] if out.is_dir() else []
+    return bool(found) and names.issuperset(found)
+
+
+def made(folder: Path, recipe: Recipe) -> Report:
+    """The report of one variant, which is made unless it was before an interruption."""
+    if is_finished(SHIPPED, folder, recipe, Settings(CALIBRATION)):
+        return Report.from_json((folder / "report.json").read_text(encoding="utf-8"))
+    return compress(prepare(SHIPPED, folder, recipe, Settings(CALIBRATION, force=True)))
 
 
 def measure(

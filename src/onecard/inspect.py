@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from onecard.checkpoint.hub import find_model
+from onecard.checkpoint.hub import called, find_model
 from onecard.checkpoint.packed import Schemes
 from onecard.checkpoint.shards import Checkpoint, read_json
+from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest
 from onecard.core.fusions import fusions
-from onecard.core.report import Report, Row, environment
-from onecard.core.spec import Spec
+from onecard.core.report import BITS_PER_WEIGHT, Report, Row, environment
+from onecard.core.spec import Spec, parameter_count
 from onecard.nn.families import family_of
+from onecard.roofline import DECODE, PROMPT, PROMPTED, answer, fits
+from onecard.runtime.footprint import footprint
+from onecard.runtime.pages import position_bytes
 
+MODELLED = (
+    f"modelled, not measured: {DECODE:.0%} of reading memory, {PROMPT:.0%} of the peak for a prompt of "
+    f"{PROMPTED}; of this machine as measured, of others by their makers' figures. A model that is small "
+    "for its device waits between steps and stays below this"
+)
 # The first that fits: embed_out is a head, and self_attn_layer_norm a norm.
 PARTS = (
     ("head", ("lm_head", "embed_out")),
@@ -25,10 +34,13 @@ PARTS = (
 )
 
 
-def inspect_model(model: str, context: int = 2048, batch: int = 1, fused: bool = False) -> Report:
+def inspect_model(
+    model: str, context: int = 2048, batch: int = 1, fused: bool = False, device: str | None = None
+) -> Report:
     """Bytes by part, formats, parameters and the KV cache for `context` tokens of `batch` sequences.
 
-    `fused` lists what the native engine does in one go instead.
+    `fused` lists what the native engine does in one go instead. `device` ("auto" for this machine, or a name
+    of core/devices.py) adds what it takes there in several formats, and how fast it can be.
     """
     if context < 1 or batch < 1:
         raise BadRequest(f"a context of {context} for {batch} sequences was asked for")
@@ -41,7 +53,7 @@ def inspect_model(model: str, context: int = 2048, batch: int = 1, fused: bool =
     if fused:
         return Report(
             tuple(Row(where, " + ".join(f.parts), f"{f.how} ({f.by})") for where, f in fusions(spec)),
-            environment(), f"{folder.name}: what the native engine does in one go",
+            environment(), f"{called(model)}: what the native engine does in one go",
         )  # fmt: skip
     checkpoint = Checkpoint(folder)
     if not checkpoint.entries:
@@ -53,7 +65,12 @@ def inspect_model(model: str, context: int = 2048, batch: int = 1, fused: bool =
         sizes[part_of(name)] += entry.nbytes
         dtypes[entry.dtype] += entry.nbytes
     sizes["headers"] = file_bytes - checkpoint.nbytes
-    rows = [Row.of("model", "file_bytes", file_bytes)]
+    count = parameter_count(spec)
+    rows = [
+        Row.of("model", "file_bytes", file_bytes),
+        Row.of("model", "bits_per_weight", 8 * checkpoint.nbytes / count),
+        Row.of("model", "parameters", count),
+    ]
     rows += [Row(part, "part_bytes", size, "B") for part, size in sizes.most_common()]
     rows += [
         Row("model", "architecture", family.architecture),
@@ -61,18 +78,30 @@ def inspect_model(model: str, context: int = 2048, batch: int = 1, fused: bool =
         Row("model", "hidden", spec.hidden),
         Row("model", "vocabulary", spec.vocab_size),
         Row("model", "max_context", spec.max_context),
-        Row(
-            "model",
-            "format",
-            ", ".join(formats(config) or [dtypes.most_common(1)[0][0]]),
-        ),
+        Row("model", "format", ", ".join(formats(config) or [dtypes.most_common(1)[0][0]])),
+        *(Row("model", "inputs", name) for name in inputs(config)),
         Row("kv cache", "cache_bytes", kv_bytes(spec, context, batch), "B"),
+        *(
+            Row(f"kv cache in {held}", "cache_bytes", kv_bytes(spec, context, batch, held), "B")
+            for held in ("int8", "fp8", "int4")
+        ),
     ]
-    notes = [("convention: kv cache", f"{batch} x {context} tokens, 2 bytes per number")]
+    told = f"{batch} x {context} tokens, 2 bytes per number; smaller ones with their scales"
+    notes = [("convention: bits per weight", BITS_PER_WEIGHT), ("convention: kv cache", told)]
+    if device is not None:
+        source = Source(folder)
+        if device == "auto":
+            rows += [
+                Row(part, "memory_bytes", size, "B")
+                for part, size in footprint(source, context, batch).parts()
+            ]
+        found = list(fits(source, device, context, batch))
+        rows += found
+        notes += [("answer", answer(found, context, batch)), ("convention: speed", MODELLED)]
     if context > spec.max_context:
         text = f"{context} tokens are more than the {spec.max_context} that the model is made for"
         notes.append(("context", text))
-    return Report(tuple(rows), environment(), folder.name, tuple(notes))
+    return Report(tuple(rows), environment(), called(model), tuple(notes))
 
 
 def part_of(name: str) -> str:
@@ -89,11 +118,20 @@ def formats(config: dict[str, Any]) -> list[str]:
     return Schemes(found).names() if found else []
 
 
-def kv_bytes(spec: Spec, context: int, batch: int) -> int:
-    """Bytes of keys and values in 16 bits; a layer with a window keeps no more than the window."""
+def inputs(config: dict[str, Any]) -> list[str]:
+    """How inputs of packed linears are rounded, where a folder says so."""
+    found = config.get("quantization_config")
+    return Schemes(found).inputs() if found else []
+
+
+def kv_bytes(spec: Spec, context: int, batch: int, held: str | None = None) -> int:
+    """Bytes of keys and values, in 16 bits or as the engine holds them in `held`; a layer with a window
+    keeps no more than the window."""
     total = 0
     for layer in spec.layers:
         a = layer.attention
-        kept = min(context, a.window or context)
-        total += 2 * 2 * a.num_kv_heads * a.head_dim * kept * batch
+        each = 2 * 2 * a.num_kv_heads * a.head_dim
+        if held is not None:
+            each = position_bytes(a.num_kv_heads, a.head_dim, held)
+        total += each * min(context, a.window or context) * batch
     return total

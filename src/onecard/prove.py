@@ -1,7 +1,7 @@
 """The proof that goes with a result: quality against the original on held-out text, and a sample of each.
 
 Both models are in memory for it, so it is made by itself for small models only, and for larger ones
-when it is asked for.
+when it is asked for. Whether it can be made is checked before the work whose result it is about.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from onecard.checkpoint.source import Source
 from onecard.checkpoint.text import read_text
 from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.device import available_memory
+from onecard.core.errors import BadRequest
 from onecard.core.report import Report, Row
-from onecard.evaluate import Progress, Reading, evaluate
+from onecard.core.settings import format_size
+from onecard.core.spec import parameter_count
+from onecard.evaluate import Progress, evaluate
 from onecard.runtime.engine import Result, Runner, complete, prompt_ids
 from onecard.runtime.sample import Sampling
+from onecard.windows import Pieces, Reading
 
 PROMPT, SAMPLED = "The function returns", 48
 SMALL = 100_000_000
@@ -24,12 +29,34 @@ SMALL = 100_000_000
 DOCUMENTS = Reading(documents="<|endoftext|>", limit=32)
 
 
-def is_small(parameters: int, memory: int | None) -> bool:
-    """A proof of two dense models of this size is quick, fits beside what else there is, and is possible."""
-    if find_spec("torch") is None:
+def needed(source: Source) -> int:
+    """Bytes of two dense models of a size in float32, and what reading them takes."""
+    return 2 * 4 * parameter_count(source.spec) + (1 << 30)
+
+
+def is_small(source: Source, memory: int | None) -> bool:
+    """A proof of models of this size is quick, fits beside what else there is, and is possible."""
+    if find_spec("torch") is None or parameter_count(source.spec) > SMALL:
         return False
-    needed = 2 * 4 * parameters + (1 << 30)
-    return parameters <= SMALL and needed < (available_memory() if memory is None else memory)
+    return needed(source) < (available_memory() if memory is None else memory)
+
+
+def check(source: Source, text: Path | None, memory: int | None) -> None:
+    """BadRequest where no proof of what is made of a model can be made on a text, under a cap."""
+    if find_spec("torch") is None:
+        raise BadRequest("a proof needs torch, which is not installed",
+                         do="--no-prove, or pip install 'onecard[compress]'")  # fmt: skip
+    if memory is not None and needed(source) > memory:
+        raise BadRequest(f"a proof does not fit into {format_size(memory)}",
+                         f"it takes {format_size(needed(source))}", "--no-prove, or raise --memory"
+        )  # fmt: skip
+    words, reading = _words(text)
+    next(iter(Pieces(source.tokenizer(), words, reading, source.spec.max_context)))
+
+
+def _words(text: Path | None) -> tuple[str, Reading]:
+    """The text of a proof and how it is read."""
+    return read_text(text, "held_out.txt"), DOCUMENTS if text is None else Reading()
 
 
 def sample(
@@ -50,8 +77,7 @@ def prove(
     from onecard.runtime.reference import TorchExecutor, TorchScorer
 
     dense, made = load_model(original), load_model(result)
-    words = read_text(text, "held_out.txt")
-    reading = DOCUMENTS if text is None else Reading()
+    words, reading = _words(text)
     scorer = TorchScorer(dense)
     before = evaluate(scorer, words, reading, progress=progress)
     after = evaluate(TorchScorer(made), words, reading, scorer, progress=progress)

@@ -8,10 +8,12 @@ refused rather than ignored.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token, convert
 
 from onecard.core.errors import BadRequest, nearest
 from onecard.core.report import Value
@@ -22,6 +24,18 @@ if TYPE_CHECKING:
     from onecard.runtime.cpu import CpuSettings, CpuStepper
     from onecard.runtime.engine import Runner
     from onecard.runtime.score import Scorer
+
+
+def whole(kind: type, tokens: Sequence[Token]) -> Any:
+    """Whole numbers as they were typed: 1.5 is not one, where cyclopts would round it."""
+    for token in tokens:
+        if not re.fullmatch("[+-]?[0-9]{1,18}", token.value):
+            raise ValueError(f"{token.value!r} is no whole number")
+    return convert(kind, tokens)
+
+
+Whole = Annotated[int, Parameter(converter=whole)]
+Wholes = Annotated[tuple[int, ...], Parameter(converter=whole)]
 
 DEVICES = ("cpu", "cuda")
 CONTEXT = 8192
@@ -51,13 +65,16 @@ class Compute:
 class Native:
     """How the native engine runs it."""
 
-    threads: Annotated[int | None, Parameter(help="threads (none: one per usable core)")] = None
+    threads: Annotated[Whole | None, Parameter(help="threads (none: one per usable core)")] = None
     context: Annotated[
-        int | None, Parameter(help="positions that there is memory for (none: as many as needed)")
+        Whole | None, Parameter(help="positions that there is memory for (none: as many as needed)")
     ] = None
     cache: Annotated[
-        Literal["fp16", "bf16", "int8"] | None,
-        Parameter(help="how keys and values are held (none: bf16 with tile units, else fp16)"),
+        Literal["fp16", "bf16", "int8", "fp8", "int4"] | None,
+        Parameter(
+            help="how keys and values are held (none: bf16 with tile units, else fp16; reference "
+            "engine: in what it computes in)"
+        ),
     ] = None
     head: Annotated[
         Literal["int8", "stored"],
@@ -96,7 +113,7 @@ def is_native(compute: Compute, native: Native) -> bool:
     if chosen and compute.dtype != AS_STORED.dtype:
         raise BadRequest("--dtype is for the reference engine", do="--engine reference")
     for name, value in asdict(native).items():
-        if not chosen and name != "threads" and value != getattr(USUAL, name):
+        if not chosen and name not in ("threads", "cache") and value != getattr(USUAL, name):
             raise BadRequest(f"--{name} is for the native engine", do="--engine native")
     return chosen
 
@@ -105,7 +122,7 @@ def opened(model: str, compute: Compute = AS_STORED, native: Native = USUAL) -> 
     """A model's headers and tokenizer, checked; its weights are read by what is asked of it."""
     if is_native(compute, native):
         return OnCpu(model, native)
-    return InTorch(model, compute, native.threads)
+    return InTorch(model, compute, native.threads, native.cache)
 
 
 class Opened(Protocol):
@@ -156,19 +173,27 @@ class OnCpu:
 
         f = self.flags
         inputs = "int8" + (f" but for {','.join(f.exact)}" if f.exact else "")
+        if stated := self.source.schemes.inputs() if self.source.schemes else []:
+            inputs += f" ({', '.join(stated)} stated{', fp8 run as int8' * _any_fp8(stated)})"
         return {"engine": f"native {cpu.isa()}", "threads": f.threads or usable_cores(),
                 "inputs": inputs, "cache": f.cache or usual_cache(), "head": f.head}  # fmt: skip
+
+
+def _any_fp8(names: list[str]) -> bool:
+    return any(name.startswith("fp8") for name in names)
 
 
 class InTorch:
     """Runs in torch, on a processor or a card."""
 
-    def __init__(self, model: str, compute: Compute, threads: int | None) -> None:
+    def __init__(
+        self, model: str, compute: Compute, threads: int | None, cache: str | None = None
+    ) -> None:
         import torch
 
         from onecard.checkpoint.source import Source
 
-        self.compute = compute
+        self.compute, self.cache = compute, cache
         if compute.device != "cpu" and not torch.cuda.is_available():
             raise BadRequest("no CUDA device is available here", do="--device cpu")
         if threads is not None:
@@ -188,12 +213,14 @@ class InTorch:
     def runner(self, positions: int | None = None) -> Runner:
         from onecard.runtime.reference import TorchExecutor
 
-        return TorchExecutor(self.load("cpu"), self.compute.device)
+        return TorchExecutor(self.load("cpu"), self.compute.device, cache=self.cache)
 
     def scorer(self, longest: int | None = None) -> Scorer:
         from onecard.runtime.reference import TorchScorer
 
-        return TorchScorer(self.load(self.compute.device))
+        return TorchScorer(self.load(self.compute.device), self.cache)
 
     def facts(self) -> dict[str, Value]:
-        return {"engine": f"reference {self.compute.device}", "dtype": self.compute.dtype}
+        about: dict[str, Value] = {"engine": f"reference {self.compute.device}",
+                                   "dtype": self.compute.dtype}  # fmt: skip
+        return about | ({"cache": self.cache} if self.cache else {})

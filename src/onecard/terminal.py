@@ -2,8 +2,9 @@
 
 Lines and progress go to standard error. Before work begins a Ctrl-C ends the process at once: an
 exception raised in the middle of an import is swallowed or shown by whatever is being imported. Only
-while a `Progress` is open is it a KeyboardInterrupt, for there is something to put in order. This
-file is imported before Ctrl-C is looked after, so it imports next to nothing.
+while a `Progress` is open is it a KeyboardInterrupt, for there is something to put in order; and while a
+chat answers it ends the answer, between two tokens, and not the talk. This file is imported before
+Ctrl-C is looked after, so it imports next to nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,17 @@ QUIET = 10.0
 def say(text: str) -> None:
     """A line for people, on standard error."""
     print(text, file=sys.stderr)
+
+
+def open_streams() -> None:
+    """Standard streams that are closed lead nowhere; no file that is opened later takes their place."""
+    handle = os.open(os.devnull, os.O_RDWR)
+    while handle <= 2:
+        handle = os.open(os.devnull, os.O_RDWR)
+    os.close(handle)
+    sys.stdin = sys.stdin or open(0)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
 
 
 class Leave:
@@ -49,6 +61,29 @@ def raise_on_interrupt() -> None:
     """From now on Ctrl-C is a KeyboardInterrupt where it ended the process before."""
     if isinstance(signal.getsignal(signal.SIGINT), Leave):
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Stop:
+    """While it is open the first Ctrl-C only sets `asked`; the second ends the process."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Stop:
+        now = signal.getsignal(signal.SIGINT)
+        self.leave = now if isinstance(now, Leave) else None
+        if self.leave:
+            signal.signal(signal.SIGINT, self)
+        return self
+
+    def __call__(self, *ignored: object) -> None:
+        if self.asked and self.leave:
+            self.leave()
+        self.asked = True
+
+    def __exit__(self, *failure: object) -> None:
+        if self.leave:
+            signal.signal(signal.SIGINT, self.leave)
 
 
 class Progress:

@@ -6,8 +6,9 @@ progress go to standard error.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -20,13 +21,22 @@ from onecard import __version__
 from onecard.core.errors import BadRequest
 from onecard.core.report import Report, Value, environment, write_text
 from onecard.core.settings import parse_size
-from onecard.running import AS_STORED, USUAL, Compute, Native, opened
-from onecard.terminal import Progress, say
+from onecard.running import AS_STORED, USUAL, Compute, Native, Whole, Wholes, opened
+from onecard.terminal import Progress, Stop, say
 
 if TYPE_CHECKING:
+    from onecard.checkpoint.source import Source
     from onecard.runtime.chat import Conversation
     from onecard.runtime.engine import Piece, Result, Runner
     from onecard.runtime.sample import Sampling
+
+
+def shown_default(value: object) -> str | None:
+    """A default as the help shows it: not at all where nothing is chosen by it."""
+    if value is None or value is False or value == ():
+        return None
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
 
 app = App(
     name="onecard",
@@ -35,6 +45,7 @@ app = App(
     "report; --debug shows the traceback of an error.",
     version=__version__,
     help_format="plaintext",
+    default_parameter=Parameter(negative_iterable=(), show_default=shown_default),
     suppress_keyboard_interrupt=False,  # cli.py says what it means
 )
 
@@ -50,7 +61,7 @@ Name = Annotated[str, Parameter(help="a model folder, hub id, or demo")]
 class Choice:
     """How the next token is chosen, beyond its temperature."""
 
-    top_k: Annotated[int, Parameter(help="keep the k likeliest tokens (0: all)")] = 0
+    top_k: Annotated[Whole, Parameter(help="keep the k likeliest tokens (0: all)")] = 0
     top_p: Annotated[float, Parameter(help="keep the likeliest tokens up to this probability")] = (
         0.95
     )
@@ -58,7 +69,7 @@ class Choice:
     repetition_penalty: Annotated[float, Parameter(help="above 1 makes repeating less likely")] = (
         1.0
     )
-    seed: Annotated[int | None, Parameter(help="the same seed gives the same text")] = None
+    seed: Annotated[Whole | None, Parameter(help="the same seed gives the same text")] = None
 
 
 @Parameter(name="*")
@@ -66,11 +77,11 @@ class Choice:
 class Pace:
     """How a student is trained."""
 
-    steps: Annotated[int, Parameter(help="updates")] = 1000
+    steps: Annotated[Whole, Parameter(help="updates")] = 1000
     minutes: Annotated[float | None, Parameter(help="train that long instead")] = None
-    batch: Annotated[int, Parameter(help="windows per update")] = 8
-    length: Annotated[int, Parameter(help="tokens per window")] = 256
-    accumulate: Annotated[int, Parameter(help="pieces a batch is taken in, to save memory")] = 1
+    batch: Annotated[Whole, Parameter(help="windows per update")] = 8
+    length: Annotated[Whole, Parameter(help="tokens per window")] = 256
+    accumulate: Annotated[Whole, Parameter(help="pieces a batch is taken in, to save memory")] = 1
     rate: Annotated[float, Parameter(help="learning rate")] = 3e-4
     warmup: Annotated[float, Parameter(help="share of the training in which the rate rises")] = 0.05
     decay: Annotated[float, Parameter(help="share of it in which the rate falls to zero")] = 0.5
@@ -79,7 +90,7 @@ class Pace:
     )
     weight_decay: Annotated[float, Parameter(help="of matrices")] = 0.0
     clip: Annotated[float, Parameter(help="largest norm of a gradient")] = 1.0
-    seed: Annotated[int, Parameter(help="the same seed gives the same student")] = 0
+    seed: Annotated[Whole, Parameter(help="the same seed gives the same student")] = 0
     checkpointing: Annotated[bool, Parameter(negative="", help="less memory, more time")] = False
 
 
@@ -127,12 +138,15 @@ def inspect(
     model: Name,
     /,
     *,
-    context: int = 2048,
-    batch: int = 1,
+    context: Whole = 2048,
+    batch: Whole = 1,
+    device: str | None = None,
     fusions: Annotated[bool, Flag] = False,
     json: Json = False,
 ) -> None:
     """Show what a model is made of: bytes by part, formats, KV cache. Reads headers only.
+
+    With --device also what it takes there in several formats, whether that fits, and how fast it can be.
 
     Parameters
     ----------
@@ -140,12 +154,14 @@ def inspect(
         tokens of context for the KV cache
     batch
         sequences at once for the KV cache
+    device
+        `auto` for this machine, or a known one: "RTX 4090", "Raspberry Pi 5" ...
     fusions
         list what the native engine does in one go instead
     """
     from onecard.inspect import inspect_model
 
-    show(inspect_model(model, context, batch, fusions), json)
+    show(inspect_model(model, context, batch, fusions, device), json)
 
 
 @app.command
@@ -183,9 +199,9 @@ def report(folder: Path, /, *, json: Json = False) -> None:
     if not path.is_file():
         raise BadRequest(f"there is no report at {path}", do="give a folder that onecard wrote")
     found = Report.from_json(path.read_text(encoding="utf-8"))
+    show(found, json)
     page = path.with_name("report.html")
     write_text(page, to_html(found))
-    show(found, json)
     say(f"page: {page}")
 
 
@@ -200,8 +216,8 @@ def compress(
     *,
     recipe: str = "gptq-int4",
     data: Path | None = None,
-    samples: int = 128,
-    length: int = 512,
+    samples: Whole = 128,
+    length: Whole = 512,
     dtype: Literal["auto", "fp32", "bf16"] = "auto",
     memory: str | None = None,
     dry_run: Annotated[bool, Flag] = False,
@@ -241,7 +257,6 @@ def compress(
         text to prove it on; without it, the shipped held-out text
     """
     from onecard.calibrate.data import Calibration
-    from onecard.checkpoint.text import read_text
     from onecard.passes import find_recipe
     from onecard.passes import job as jobs
 
@@ -251,33 +266,15 @@ def compress(
         say(f"{out} is finished")
         show(Report.from_json((out / "report.json").read_text(encoding="utf-8")), json)
         return
-    if held_out is not None:
-        read_text(held_out)
     prepared = jobs.prepare(model, out, find_recipe(recipe), settings)
+    proof = proof_of(prepared.source, prove, held_out, cap)
     if dry_run:
         show(Report(prepared.plan.rows(), title="Plan, nothing was done"), json)
         return
-
-    def page(folder: Path, made: Report) -> Report:
-        from onecard.render import to_html
-
-        write_text(folder / "report.html", to_html(made))
-        return made
-
     with Progress("compressing") as progress, ThreadPoolExecutor(1) as aside:
-        for later in ("onecard.render", "onecard.prove"):
-            aside.submit(import_module, later)
-        found = jobs.compress(prepared, progress, page)
-        from onecard.prove import is_small
-        from onecard.prove import prove as proof
-
-        if prove or (prove is None and is_small(int(found.value("parameters") or 0), cap)):
-            found = page(out, proof(model, out, found, held_out, progress))
-            write_text(out / "report.json", found.to_json())
-        elif prove is None:
-            say(f"its quality was not measured: onecard eval {out} --against {model}")
-    show(found, json)
-    say(f"model: {out}\nreport: {out / 'report.html'}")
+        aside.submit(import_module, "onecard.render")
+        found = jobs.compress(prepared, progress, finished(proof, progress))
+    tell(found, out, model, json, measured=proof is not None or prove is not None)
 
 
 @app.command
@@ -292,7 +289,7 @@ def distill(
     data: Path | None = None,
     documents: str | None = None,
     start: Literal["teacher", "fresh"] = "teacher",
-    rank: int = 0,
+    rank: Whole = 0,
     keep_zeros: Annotated[bool, Flag] = False,
     learned: Learned = SOFT,
     pace: Pace = STEADY,
@@ -337,12 +334,8 @@ def distill(
         text to prove it on; without it, the shipped held-out text
     """
     from onecard.calibrate.train import Training
-    from onecard.checkpoint.text import read_text
     from onecard.passes import student as students
     from onecard.passes.distill import Distil, Targets
-    from onecard.prove import is_small
-    from onecard.prove import prove as proof
-    from onecard.render import to_html
 
     cap = None if memory is None else parse_size(memory)
     training = Training(**asdict(pace), dtype=dtype)
@@ -357,21 +350,55 @@ def distill(
         say(f"{out} is finished")
         show(Report.from_json((out / "report.json").read_text(encoding="utf-8")), json)
         return
-    if held_out is not None:
-        read_text(held_out)
     job = prepared(force)
+    proof = proof_of(job.teacher, prove, held_out, cap)
     if dry_run:
         show(Report(job.plan(), title="Plan, nothing was done"), json)
         return
     with Progress("distilling") as progress:
-        found = students.teach(job, resume, progress)
-        if prove or (prove is None and is_small(int(found.value("parameters") or 0), cap)):
-            found = proof(teacher, out, found, held_out, progress)
-            write_text(out / "report.json", found.to_json())
-        elif prove is None:
-            say(f"its quality was not measured: onecard eval {out} --against {teacher}")
-    write_text(out / "report.html", to_html(found))
+        found = students.teach(job, resume, progress, finished(proof, progress))
+    tell(found, out, teacher, json, measured=proof is not None or prove is not None)
+
+
+Proof = Callable[[Path, Report, Progress], Report]
+
+
+def proof_of(
+    source: Source, wanted: bool | None, text: Path | None, cap: int | None
+) -> Proof | None:
+    """What adds quality to the report of a result made of `source`; None where that is not `wanted`.
+
+    Raises BadRequest where it could not be done.
+    """
+    if wanted is False:
+        return None
+    from onecard import prove
+
+    if wanted is None and not prove.is_small(source, cap):
+        return None
+    prove.check(source, text, cap)
+    return lambda folder, made, progress: prove.prove(source.folder, folder, made, text, progress)
+
+
+def finished(proof: Proof | None, progress: Progress) -> Callable[[Path, Report], Report]:
+    """The last steps in a result's folder before it gets its name: the proof and the page."""
+
+    def finish(folder: Path, made: Report) -> Report:
+        from onecard.render import to_html
+
+        if proof is not None:
+            made = proof(folder, made, progress)
+        write_text(folder / "report.html", to_html(made))
+        return made
+
+    return finish
+
+
+def tell(found: Report, out: Path, model: str, json: bool, measured: bool) -> None:
+    """The report of a result, where it lies, and what was not `measured`."""
     show(found, json)
+    if not measured:
+        say(f"its quality was not measured: onecard eval {out} --against {model}")
     say(f"model: {out}\nreport: {out / 'report.html'}")
 
 
@@ -413,11 +440,11 @@ def evaluate(
     *,
     data: Path | None = None,
     against: str | None = None,
-    window: int = 0,
-    stride: int = 0,
+    window: Whole = 0,
+    stride: Whole = 0,
     bos: Literal["start", "each", "none"] = "start",
     documents: str | None = None,
-    limit: int = 0,
+    limit: Whole = 0,
     task: Path | None = None,
     template: Literal["question", "plain"] = "question",
     compute: Compute = AS_STORED,
@@ -479,10 +506,10 @@ def bench(
     model: Name,
     /,
     *,
-    prompt: tuple[int, ...] = (128, 512),
-    decode: tuple[int, ...] = (128,),
-    batch: tuple[int, ...] = (1, 4),
-    repeat: int = 3,
+    prompt: Wholes = (128, 512),
+    decode: Wholes = (128,),
+    batch: Wholes = (1, 4),
+    repeat: Whole = 3,
     against: str | None = None,
     isa: tuple[str, ...] = (),
     serve: Annotated[bool, Flag] = False,
@@ -529,7 +556,7 @@ def run(
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     /,
     *,
-    max_tokens: int = 128,
+    max_tokens: Whole = 128,
     temperature: float = 0.8,
     choice: Choice = LIKELY,
     stop: tuple[str, ...] = (),
@@ -562,6 +589,7 @@ def run(
     ids = prompt_ids(subject.tokenizer, text)
     runner = subject.runner(len(ids) + max_tokens)
     result = stream(generate(runner, subject.tokenizer, ids, sampling), quiet=json)
+    assert result is not None
     finish(result, subject.facts() | {"model": model}, json)
 
 
@@ -571,14 +599,14 @@ def chat(
     /,
     *,
     system: str | None = None,
-    max_tokens: int = 512,
+    max_tokens: Whole = 512,
     temperature: float = 0.7,
     choice: Choice = LIKELY,
     compute: Compute = AS_STORED,
     native: Native = USUAL,
     json: Json = False,
 ) -> None:
-    """Talk with a model, line by line. An empty line or end of input ends it.
+    """Talk with a model, line by line. An empty line or end of input ends it, Ctrl-C an answer.
 
     Parameters
     ----------
@@ -599,7 +627,9 @@ def chat(
     result = None
     sampling = replace(sampling, max_tokens=min(max_tokens, max(1, runner.max_context // 2)))
     while question := _ask():
-        result = stream(_reply(talk, runner, question, sampling), quiet=json)
+        with Stop() as stop:
+            pieces = _reply(talk, runner, question, sampling)
+            result = stream(pieces, quiet=json, stop=stop) or result
     if result is not None:
         finish(result, subject.facts() | {"model": model}, json)
     elif json:
@@ -608,7 +638,7 @@ def chat(
 
 def _reply(
     talk: Conversation, runner: Runner, question: str, sampling: Sampling
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """The answer; the oldest turns are left out, and that is said, when the context is full."""
     while True:
         try:
@@ -629,17 +659,21 @@ def _ask() -> str:
     return sys.stdin.readline().strip()
 
 
-def stream(pieces: Iterator[Piece], quiet: bool) -> Result:
-    """Print pieces as they come; returns the whole result."""
+def stream(
+    pieces: Generator[Piece, None, None], quiet: bool, stop: Stop | None = None
+) -> Result | None:
+    """Print pieces as they come; the whole result, or None where it was stopped."""
     result = None
-    for piece in pieces:
-        if not quiet:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
-        result = piece.result or result
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            if not quiet:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+            result = piece.result
+            if stop and stop.asked:
+                break
     if not quiet:
         print(flush=True)
-    assert result is not None
     return result
 
 

@@ -42,7 +42,8 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if not 1 <= self.samples <= 1 << 20 or not 2 <= self.length <= 1 << 20:
-            raise BadRequest(f"{self.samples} samples of {self.length} tokens were asked for")
+            raise BadRequest(f"{self.samples} samples of {self.length} tokens were asked for",
+                             do=f"1 to {1 << 20} samples of 2 to {1 << 20} tokens are possible")  # fmt: skip
 
 
 def calibration_ids(

@@ -35,6 +35,7 @@ class LatentLinear(nn.Module):
     def __init__(self, linear: Linear, grid: Grid, rank: int, seed: int) -> None:
         super().__init__()
         self.shape, self.grid, self.bias = linear.shape, grid, linear.bias
+        self.read = linear.read  # it learns what to do about rounded inputs, too
         self.rank = rank if grid.latent else 0
         w = linear.matrix().clone() if grid.latent else torch.empty(0)
         if not grid.latent:
@@ -58,7 +59,7 @@ class LatentLinear(nn.Module):
         with torch.autocast("cpu", enabled=False):
             w = self.grid(self.matrix())
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, w.to(x.dtype), bias)
+        return F.linear(self.read(x), w.to(x.dtype), bias)
 
 
 class Trainee:
@@ -76,6 +77,11 @@ class Trainee:
         seed: int = 0,
     ) -> None:
         self.network = model.network
+        self.embedding, self.compute = (
+            model.network.stem.embedding,
+            model.network.stem.embedding.dtype,
+        )
+        self.embedding.compute = torch.float32
         self.linears: dict[str, LatentLinear] = {}
         self.places: dict[str, Linear] = {}
         found = [(name, linear) for name, linear in model.linears() if name.startswith(within)]
@@ -115,6 +121,7 @@ class Trainee:
             made = self.linears[name]
             linear.replace(made.grid.store(made.matrix()))
             self._put(name, linear)
+        self.embedding.compute = self.compute
         for p, dtype in self.dtypes.items():
             p.data = p.data.to(dtype)
             p.requires_grad_(False)

@@ -6,6 +6,7 @@
     mean      sum x / n         [in]
     zeros     how often x = 0   [in]
     cross     2 Y^T X / n       [in, in]   (Y: the inputs that the uncompressed model has there)
+    sample    some rows of X    [some, in] (every token, every second, every fourth ... from the first on)
 
 n counts tokens. Batches may come in any cut; a batch without tokens (an expert nobody was sent to)
 changes nothing. Sums are float32. Inputs in bfloat16 are multiplied as they are, with float32 sums,
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor
 
 HESSIAN, NORM, ABSMAX, MEAN, ZEROS = "hessian", "norm", "absmax", "mean", "zeros"
-CROSS, ORIGINAL = "cross", "original"
+CROSS, ORIGINAL, SAMPLE = "cross", "original", "sample"
 """`original` is no statistic: the pass wants to see each block whole, beside the uncompressed one."""
 PANEL = 2048
+SAMPLED_TOKENS = 512
+"""Rows of a sample, at most."""
 
 
 class Statistics:
@@ -37,12 +40,16 @@ class Statistics:
         self._sum = torch.zeros(size) if MEAN in self.needs else None
         self._zeros = torch.zeros(size) if ZEROS in self.needs else None
         self._cross = torch.zeros(size, size) if CROSS in self.needs else None
+        self._sample = torch.zeros(0, size) if SAMPLE in self.needs else None
+        self._stride = 1
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Add inputs [..., in], and for the cross products those of the uncompressed model."""
         x = x.detach().flatten(0, -2).cpu()
         if not x.shape[0]:
             return
+        if self._sample is not None:
+            self._add_sample(self._sample, x)
         self.count += x.shape[0]
         if self._products is not None:
             _add_products(self._products, x)
@@ -59,6 +66,13 @@ class Statistics:
             assert original is not None
             self._cross.addmm_(original.detach().flatten(0, -2).float().T, x.float())
 
+    def _add_sample(self, sample: Tensor, x: Tensor) -> None:
+        """Tokens whose number is a multiple of the stride, which doubles when they are too many."""
+        sample = torch.cat((sample, x[-self.count % self._stride :: self._stride].float()))
+        while sample.shape[0] > SAMPLED_TOKENS:
+            sample, self._stride = sample[::2], 2 * self._stride
+        self._sample = sample.clone()
+
     def divide(self, s: Tensor) -> None:
         """The statistics of the inputs divided by s [in], channel by channel."""
         if self._products is not None:
@@ -73,6 +87,8 @@ class Statistics:
         if self._cross is not None:
             self._cross /= s[:, None]
             self._cross /= s
+        if self._sample is not None:
+            self._sample /= s
 
     @property
     def hessian(self) -> Tensor:
@@ -91,6 +107,11 @@ class Statistics:
         """2 Y^T X / n; zeros when no token came."""
         assert self._cross is not None, "no pass asked for cross products"
         return self._cross * (2.0 / max(self.count, 1))
+
+    @property
+    def sample(self) -> Tensor:
+        assert self._sample is not None, "no pass asked for a sample"
+        return self._sample
 
     @property
     def norm(self) -> Tensor:

@@ -14,17 +14,24 @@ SHIPPED = Path(__file__).parent.parent / "shipped" / "model"
 def find_model(name: str | Path) -> Path:
     """The folder of MODEL: a path, `demo` for the shipped model, or a hub id such as `org/name`."""
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() and str(name):
         return path
-    if path.exists():
+    if path.is_file():
         raise BadRequest(f"{path} is a file", do="give the folder that holds config.json")
     if str(name) == "demo" and SHIPPED.is_dir():
         return SHIPPED
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith((".", "/")):
         raise BadRequest(
-            f"there is no folder {name}", do="give a folder or a hub id such as org/name"
+            f"there is no folder {str(name)!r}", do="give a folder or a hub id such as org/name"
         )
     return _fetch(str(name))
+
+
+def called(name: str | Path) -> str:
+    """What people call MODEL: the folder's own name, or `demo` or the hub id as it was given."""
+    path = Path(name).expanduser()
+    text = path.resolve().name if path.is_dir() else str(name)
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _fetch(name: str) -> Path:

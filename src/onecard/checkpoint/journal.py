@@ -4,7 +4,8 @@ A job writes into `.OUT.partial` beside OUT. A part (the stem, a block, the tail
 written by rename, then a line {"part", "sha256", "rows"} is appended to `journal.jsonl`. Killed at any
 moment, the job goes on behind the last line whose file has the named hash; anything after it is
 thrown away. The first line is the job's key: what it reads and does. Another job's leftovers are never
-mixed in. When all parts are there the folder is completed and renamed to OUT.
+mixed in. When all parts are there the model folder is put together in `result` (parts of a large model
+move there, and back where the job is killed before its end) and renamed to OUT.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Journal:
 
     def __init__(self, out: Path, key: Key, force: bool = False) -> None:
         self.out, self.folder = out, partial_of(out)
+        self.result = self.folder / "result"
         self.key = json.loads(json.dumps(key, sort_keys=True))
         self.lines: list[dict[str, Any]] = []
         self.fresh = not self.folder.exists()
@@ -70,8 +72,11 @@ class Journal:
                     do="--force throws it away; or finish it with the settings it was begun with",
                 )
             lines = []
-        for line in lines[1:]:
-            file = self.folder / f"{line['part']}.safetensors"
+        for number, line in enumerate(lines[1:], 1):
+            file = self.file(line["part"])
+            moved = self.result / shard_name(number, len(lines) - 1)
+            if moved.is_file():
+                os.replace(moved, file)
             if not file.is_file() or sha256_of(file) != line["sha256"]:
                 break
             self.lines.append(line)
@@ -85,12 +90,16 @@ class Journal:
         temporary.write_text(text)
         os.replace(temporary, path)
 
+    def file(self, part: str) -> Path:
+        """Where a part is written."""
+        return self.folder / f"{part}.safetensors"
+
     def __contains__(self, part: str) -> bool:
         return any(line["part"] == part for line in self.lines)
 
-    def hashes(self) -> dict[str, str]:
-        """part -> sha256 of its file."""
-        return {line["part"]: line["sha256"] for line in self.lines}
+    def hashes(self) -> dict[Path, str]:
+        """file of a part -> its sha256."""
+        return {self.file(line["part"]): line["sha256"] for line in self.lines}
 
     def rows(self, part: str) -> list[list[Any]]:
         """The rows that were noted with a finished part."""
@@ -112,7 +121,7 @@ class Journal:
 
     def write(self, part: str, arrays: Mapping[str, Array]) -> str:
         """The file of a part; returns its sha256. It counts once it is noted. For any thread."""
-        return write_file(self.folder / f"{part}.safetensors", arrays)
+        return write_file(self.file(part), arrays)
 
     def note(
         self, part: str, sha256: str, rows: list[list[Any]], state: tuple[str, str] | None = None
@@ -142,31 +151,32 @@ class Journal:
     def restart(self) -> None:
         """Forget all parts: they are made anew."""
         for line in self.lines:
-            (self.folder / f"{line['part']}.safetensors").unlink(missing_ok=True)
+            self.file(line["part"]).unlink(missing_ok=True)
         self.lines = []
         (self.folder / "journal.jsonl").write_text(json.dumps({"key": self.key}) + "\n")
 
     def discard(self) -> None:
-        """Leave nothing behind: the request turned out to be impossible."""
+        """Leave no working folder behind: the job is done, or was found to be impossible."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self, replace: bool) -> None:
-        """The completed folder gets its final name, in one step."""
-        for name in ("journal.jsonl", "lock"):
-            (self.folder / name).unlink(missing_ok=True)
-        for file in self.folder.iterdir():
-            if file.name.startswith("state-") or is_stage(file):
-                remove(file)
+        """The complete `result` gets its final name, in one step; then the journal goes."""
         old = self.out.with_name(f".{self.out.name}.replaced")
         if self.out.is_dir() and any(self.out.iterdir()):
             if not replace:
                 raise FailedWork(
-                    f"{self.out} is no longer empty", do=f"the result is in {self.folder}"
+                    f"{self.out} is no longer empty", do=f"the result is in {self.result}"
                 )
             shutil.rmtree(old, ignore_errors=True)
             os.replace(self.out, old)
-        os.replace(self.folder, self.out)
+        os.replace(self.result, self.out)
         shutil.rmtree(old, ignore_errors=True)
+        self.discard()
+
+
+def shard_name(number: int, count: int) -> str:
+    """The final name of one of `count` files, from 1 on."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def is_stage(file: Path) -> bool:
@@ -192,9 +202,14 @@ def check_target(out: Path, source: Path, force: bool) -> None:
     out, source = out.resolve(), source.resolve()
     if out == source or source in out.parents:
         raise BadRequest(f"the output {out} lies in the source", do="give another folder")
-    for kept in (source, Path.cwd().resolve(), Path.home().resolve()):
-        if out == kept or out in kept.parents:
-            raise BadRequest(f"the output {out} would replace {kept}", do="give another folder")
+    kept = {"the source": source, "the folder you are in": Path.cwd(), "your home": Path.home()}
+    for what, folder in kept.items():
+        if out == folder.resolve() or out in folder.resolve().parents:
+            raise BadRequest(f"the output {out} would replace {what}", do="give another folder")
+    if str(out).encode("utf-8", "replace").decode("utf-8") != str(out):
+        raise BadRequest(f"the path {out} is not UTF-8", do="give another folder")
+    if os.path.ismount(out):
+        raise BadRequest(f"{out} is where a disk is mounted", do="give a folder in it")
     if len(out.name.encode()) > LONGEST_NAME:
         raise BadRequest(f"the name {out.name[:40]}... is too long for a folder")
     if out.exists() and not out.is_dir():

@@ -6,7 +6,7 @@ Peak memory of reading a block: the block, plus its largest fused tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from onecard.checkpoint.finite import damaged
 from onecard.checkpoint.shards import Array
 from onecard.checkpoint.source import Place, Source, verify
-from onecard.core.errors import BadRequest
+from onecard.core.errors import BadRequest, nearest
 from onecard.core.format import Dense, Format, Integers, Weight
 from onecard.kernels.reference import DTYPES, NAMES, pack, unpack
-from onecard.nn.layers import Linear
+from onecard.nn.layers import Embedding, Linear, Matrix
 from onecard.nn.model import Model
 from onecard.nn.transformer import Block, Stem, Tail, Transformer
 
 __all__ = ["Source", "as_array", "block", "load_model", "modules", "read", "stem", "stored_arrays",
            "tail", "verify"]  # fmt: skip
+
+FLOATS = ("fp32", "bf16", "fp16")
 
 
 def modules(
@@ -83,14 +85,26 @@ def _fill(source: Source, root: nn.Module, index: int | None, dtype: torch.dtype
             kept[name] = read(source, name)
         return kept[name]
 
+    def parts_of(place: Place, format: Format) -> dict[str, Tensor]:
+        shape = (place.total, place.module.shape[1])
+        if source.bytewise(place):
+            return as_words(tensor_of(place, "weight"), tensor_of(place, "weight_scale"), format)
+        return {part: tensor_of(place, part) for part in format.parts(shape)}
+
     for _, module, place in modules(source, root, index):
         if not place.stored.of:
             kept.clear()
         format = source.format_at(place)
         for name in place.module.tensors():
-            if name == "weight" and isinstance(module, Linear) and format is not None:
-                parts = {part: tensor_of(place, part) for part in format.parts(module.shape)}
-                module.replace(_cut_packed(parts, module.shape, format, place))
+            if name == "weight" and isinstance(module, Matrix) and format is not None:
+                module.replace(_cut_packed(parts_of(place, format), module.shape, format, place))
+                if isinstance(module, Embedding):
+                    module.compute = dtype or DTYPES[source.dtype]
+                    continue
+                assert isinstance(module, Linear)
+                inputs = source.inputs_at(place)
+                stored = inputs is not None and inputs.static and source.input_scale(place)
+                module.round(inputs, tensor_of(place, "input_scale") if stored else None)
                 continue
             tensor = tensor_of(place, name)
             if name == "weight" and place.stored.transposed:
@@ -98,8 +112,21 @@ def _fill(source: Source, root: nn.Module, index: int | None, dtype: torch.dtype
             tensor = _cut(tensor, place).contiguous()
             tensor = tensor.to(dtype) if dtype else tensor
             setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-            if name == "weight" and isinstance(module, Linear):
+            if name == "weight" and isinstance(module, Matrix):
                 module.format = Dense(NAMES[tensor.dtype])
+
+
+def as_words(q: Tensor, scale: Tensor, format: Format) -> dict[str, Tensor]:
+    """The parts of integers that lie a byte each, int8 [rows, columns]."""
+    assert isinstance(format, Integers)
+    return {"weight_packed": pack(q, format.bits), "weight_scale": scale,
+            "weight_shape": torch.tensor(q.shape, dtype=torch.int64)}  # fmt: skip
+
+
+def as_bytes(held: Mapping[str, Tensor], columns: int) -> dict[str, Tensor]:
+    """The same integers of 8 bits a byte each; the inverse of `as_words`, other tensors stay."""
+    other = {name: t for name, t in held.items() if name not in ("weight_packed", "weight_shape")}
+    return {"weight": unpack(held["weight_packed"], 8, columns), **other}
 
 
 def _cut_packed(
@@ -147,7 +174,10 @@ def stored_arrays(
         if path == "head" and source.spec.tied:
             continue
         together = [found[p] for p in stored.of] or [(module, place)]
-        for part, tensor in _merged(together).items():
+        held = _merged(together)
+        if isinstance(module, Linear) and module.scheme.bytewise:
+            held = as_bytes(held, module.shape[1])
+        for part, tensor in held.items():
             arrays[f"{stored.name}.{part}"] = as_array(tensor)
     return arrays
 
@@ -164,17 +194,19 @@ def _merged(together: list[tuple[nn.Module, Place]]) -> dict[str, Tensor]:
         if stored.transposed and "weight" in held:
             held["weight"] = held["weight"].T
         return held
-    formats = {m.format for m in modules if isinstance(m, Linear)}
-    if len(formats) > 1:
+    schemes = {m.scheme for m in modules if isinstance(m, Linear)}
+    if len(schemes) > 1:
         raise BadRequest(
             f"{stored.name} is stored as one matrix, its parts have different formats",
-            seen=", ".join(sorted(format.name for format in formats)),
+            seen=", ".join(sorted(scheme.name for scheme in schemes)),
             do="give its parts one format",
         )
     merged = {}
     for name in names:
         tensors = [getattr(m, name) for m in modules]
-        if name == "weight_shape":
+        if name == "input_scale":
+            merged[name] = tensors[0]  # they read one input
+        elif name == "weight_shape":
             merged[name] = torch.tensor([sum(int(t[0]) for t in tensors), int(tensors[0][1])])
         elif name == "weight_zero_point":
             assert isinstance(first.format, Integers)
@@ -215,6 +247,10 @@ def load_model(
 
     Raises BadRequest when the folder is not a model that can be run, or is a damaged result.
     """
+    if dtype is not None and dtype not in FLOATS:
+        raise BadRequest(f"a model cannot be held in {dtype!r}", do=nearest(dtype, FLOATS))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BadRequest("no CUDA device is available here", do="device='cpu'")
     source = Source(folder)
     verify(source.folder)
     kind = DTYPES[dtype or source.dtype]
@@ -225,7 +261,7 @@ def load_model(
     network.blocks = nn.ModuleList(block(source, i, kind) for i in range(source.spec.num_layers))
     network.tail = tail(source, kind)
     if source.spec.tied:
-        network.tail.head.weight = network.stem.embedding.weight
+        network.tie()
     return Model(
         network.eval().to(device), source.spec, source.family, source.config,
         source.tokenizer() if tokenizer else None, source.folder,

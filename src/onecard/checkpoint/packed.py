@@ -1,13 +1,16 @@
 """`quantization_config`, both ways: how a folder says in which formats its matrices are.
 
-Integers are compressed-tensors' pack-quantized, fp8 its float-quantized: a scheme names the modules it
-covers (`Linear`, a module name, or `re:` and a pattern) and the grid of their weights. transformers and
-vLLM read these folders. Everything else, and what transformers cannot hold as a Linear (GPT-2's
-transposed Conv1D), is `quant_method: onecard`:
+Integers are compressed-tensors' pack-quantized (int-quantized, a byte each, where they have 8 bits and
+inputs are rounded too), fp8 its float-quantized: a scheme names the modules it covers (`Linear`, a
+module name, or `re:` and a pattern), the grid of their weights, and that of their inputs where these are
+rounded. transformers and vLLM read these folders. Everything else, and what transformers cannot hold as
+a Linear (GPT-2's transposed Conv1D), is `quant_method: onecard`:
 
-    {"quant_method": "onecard", "formats": {"nf4-g64": [module, ...], ...}, "scale": "bf16", "split": false}
+    {"quant_method": "onecard", "formats": {"nf4-g64": [module, ...], ...}, "scale": "bf16", "split": false,
+     "inputs": {"int8-token": [module, ...]}}
 
 `split`: the parts of a fused matrix lie each alone, because their formats differ or cannot be joined.
+`inputs` is only there where some are rounded.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ from typing import Any
 
 from onecard.core.errors import BadRequest
 from onecard.core.format import DENSE, Float8, Format, Integers, parse_format
+from onecard.core.scheme import Inputs, Scheme, parse_inputs
 
-LAYOUTS = {"pack-quantized": "int", "float-quantized": "float", "dense": "int"}
+LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precision", "dense")
 
 
 class Schemes:
-    """The weight formats that a `quantization_config` declares."""
+    """What a `quantization_config` declares of linears."""
 
     def __init__(self, config: Any) -> None:
         config = _object(config, "itself")
@@ -30,22 +34,22 @@ class Schemes:
         self.own = method == "onecard" and "formats" in config
         self.split = False
         self.scale: str | None = None  # of our own formats; others have it in each matrix
-        self.targets: list[tuple[str, Format]] = []
+        self.targets: list[tuple[str, Scheme]] = []
         if self.own:
             self._read_own(config)
             return
         if method not in ("compressed-tensors", "onecard") or layout not in LAYOUTS:
             raise BadRequest(
                 f"the model is quantized as {_short(method)} / {_short(layout)}, which is not read yet",
-                do="readable: compressed-tensors pack-quantized (integers of 2 to 8 bits) and "
-                "float-quantized (fp8), and onecard's own",
+                do="readable: compressed-tensors pack-quantized and int-quantized (integers of 2 to "
+                "8 bits) and float-quantized (fp8), and onecard's own",
             )
         for name, found in _object(config.get("config_groups"), "config_groups").items():
             group = _object(found, name)
-            if group.get("input_activations"):
-                raise BadRequest("the model quantizes activations too, which is not run yet")
             format = _format(_object(group.get("weights"), "weights"))
-            self.targets += [(target, format) for target in _targets(group.get("targets"))]
+            inputs = _inputs(_object(group.get("input_activations"), "input_activations"))
+            scheme = Scheme(format, inputs)
+            self.targets += [(target, scheme) for target in _targets(group.get("targets"))]
 
     def _read_own(self, config: Mapping[str, Any]) -> None:
         scale, split = config.get("scale", "bf16"), config.get("split", False)
@@ -54,23 +58,30 @@ class Schemes:
                 f"quantization_config: scale is {_short(scale)}, split is {_short(split)}"
             )
         self.scale, self.split = scale, split
+        fed: dict[str, Inputs] = {}
+        for name, modules in _object(config.get("inputs"), "inputs").items():
+            fed |= dict.fromkeys(_targets(modules), parse_inputs(str(name)))
         for name, modules in _object(config["formats"], "formats").items():
             format = parse_format(str(name)).scaled(scale)
-            self.targets += [(target, format) for target in _targets(modules)]
+            self.targets += [(t, Scheme(format, fed.get(t))) for t in _targets(modules)]
         self._exact = dict(self.targets)
 
     def names(self) -> list[str]:
         """Names of all formats."""
-        return sorted({format.name for _, format in self.targets})
+        return sorted({scheme.format.name for _, scheme in self.targets})
 
-    def find(self, module: str) -> Format | None:
-        """The format of a module; exact names win over patterns, patterns over classes."""
+    def inputs(self) -> list[str]:
+        """Names of all roundings of inputs."""
+        return sorted({scheme.inputs.name for _, scheme in self.targets if scheme.inputs})
+
+    def find(self, module: str) -> Scheme | None:
+        """The scheme of a module; exact names win over patterns, patterns over classes."""
         if self.own:
             return self._exact.get(module)
         for test in (_exact, _pattern, _class):
-            for target, format in self.targets:
+            for target, scheme in self.targets:
                 if test(target, module):
-                    return format
+                    return scheme
         return None
 
 
@@ -139,52 +150,110 @@ def _format(weights: Mapping[str, Any]) -> Format:
     return Integers(bits, group, zero_point=not symmetric)
 
 
+def _inputs(given: Mapping[str, Any]) -> Inputs | None:
+    if not given:
+        return None
+    kind = {"int": "int8", "float": "fp8"}.get(str(given.get("type", "int")))
+    how = f"{given.get('dynamic', False)} {given.get('strategy')}"
+    scale = {"True token": "token", "False tensor": "static"}.get(how)
+    if (
+        kind is None
+        or scale is None
+        or given.get("num_bits") != 8
+        or not given.get("symmetric", True)
+    ):
+        raise BadRequest(
+            f"inputs rounded to {_short(given.get('type'))}{_short(given.get('num_bits'))} per "
+            f"{_short(given.get('strategy'))} are not read yet",
+            do="readable: symmetric int8 and fp8, dynamic per token or static per tensor",
+        )
+    return parse_inputs(f"{kind}-{scale}")
+
+
 def must_split(formats: Sequence[Format | None]) -> bool:
     """Whether the parts of fused matrices have to lie alone: only integers can be cut and joined."""
     return any(format is not None and not isinstance(format, Integers) for format in formats)
 
 
 def quantization_config(
-    formats: Mapping[str, Format], linears: Sequence[str], plain: bool, split: bool, scale: str
+    schemes: Mapping[str, Scheme], linears: Sequence[str], plain: bool, split: bool, scale: str
 ) -> dict[str, Any]:
-    """The config for packed modules (`formats`: stored name -> Format) among all `linears`.
+    """The config for packed modules (`schemes`: stored name -> Scheme) among all `linears`.
 
     `plain`: every packed module is a Linear to transformers, under the name it has there. Then integers
     and fp8 load there and in vLLM.
     """
-    kinds = sorted({format.name: format for format in formats.values()}.items())
+    kinds = sorted({scheme.name: scheme for scheme in schemes.values()}.items())
     covered = {
-        name: sorted(module for module, held in formats.items() if held.name == name)
+        name: sorted(module for module, held in schemes.items() if held.name == name)
         for name, _ in kinds
     }
-    layout = next((known for known, suits in STANDARD.items()
-                   if plain and all(suits(format) for _, format in kinds)), None)  # fmt: skip
-    if layout is None:
-        return {"quant_method": "onecard", "formats": covered, "scale": scale, "split": split}
+    layouts = {layout_of(scheme) for _, scheme in kinds}
+    if not plain or layouts not in STANDARD:
+        return _own(schemes, split, scale)
     groups = {
         f"group_{number}": {
             "targets": ["Linear"] if len(kinds) == 1 else covered[name],
-            "weights": _weights(format),
-            "input_activations": None,
+            "weights": _weights(scheme.format),
+            "input_activations": _activations(scheme.inputs),
             "output_activations": None,
+            **({"format": layout_of(scheme)} if scheme.inputs else {}),
         }
-        for number, (name, format) in enumerate(kinds)
+        for number, (name, scheme) in enumerate(kinds)
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": layout,
+        "format": "mixed-precision" if len(layouts) > 1 else layouts.pop(),
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": sorted(set(linears) - set(formats)),
+        "ignore": sorted(set(linears) - set(schemes)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 
 
-STANDARD = {
-    "pack-quantized": lambda format: isinstance(format, Integers),
-    "float-quantized": lambda format: isinstance(format, Float8) and format.per != "block",
-}
+def _own(schemes: Mapping[str, Scheme], split: bool, scale: str) -> dict[str, Any]:
+    formats: dict[str, list[str]] = {}
+    inputs: dict[str, list[str]] = {}
+    for module, scheme in sorted(schemes.items()):
+        formats.setdefault(scheme.format.name, []).append(module)
+        if scheme.inputs:
+            inputs.setdefault(scheme.inputs.name, []).append(module)
+    config = {"quant_method": "onecard", "formats": dict(sorted(formats.items())), "scale": scale,
+              "split": split}  # fmt: skip
+    return config | ({"inputs": dict(sorted(inputs.items()))} if inputs else {})
+
+
+STANDARD = (
+    {"pack-quantized"},
+    {"int-quantized"},
+    {"int-quantized", "pack-quantized"},
+    {"float-quantized"},
+)
+
+
+def layout_of(scheme: Scheme) -> str | None:
+    """The layout of compressed-tensors that holds a scheme."""
+    if isinstance(scheme.format, Integers):
+        return "int-quantized" if scheme.bytewise else "pack-quantized"
+    if isinstance(scheme.format, Float8) and scheme.format.per != "block":
+        return "float-quantized"
+    return None
+
+
+def _activations(inputs: Inputs | None) -> dict[str, Any] | None:
+    """The `input_activations` of a scheme."""
+    if inputs is None:
+        return None
+    return {
+        "num_bits": 8,
+        "type": "int" if inputs.kind == "int8" else "float",
+        "symmetric": True,
+        "strategy": "tensor" if inputs.static else "token",
+        "group_size": None,
+        "dynamic": not inputs.static,
+        "actorder": None,
+    }
 
 
 def _weights(format: Format) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onecard import __version__
-from onecard.checkpoint.journal import check_target, is_stage, partial_of
+from onecard.checkpoint.journal import check_target, shard_name
 from onecard.checkpoint.packed import must_split, quantization_config
 from onecard.checkpoint.shards import (
     copy_range,
@@ -29,8 +29,8 @@ from onecard.checkpoint.shards import (
 )
 from onecard.checkpoint.source import MANIFEST, Source
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format
 from onecard.core.report import write_text
+from onecard.core.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,23 +43,23 @@ CARRIED = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "specia
            "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")  # fmt: skip
 
 
-def assemble(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
-    """Part files of a working folder become one model file, or shards with an index.
+def assemble(folder: Path, parts: Mapping[Path, str]) -> dict[str, str]:
+    """A new folder with one model file, joined of part files, or with them as shards and an index.
 
-    `hashes` gives the sha256 of each part, in order; returns those of the final weight files.
+    `parts` gives the sha256 of each part file, in order; returns those of the final weight files.
+    Parts that become shards are moved.
     """
-    files = [folder / f"{part}.safetensors" for part in hashes]
+    folder.mkdir()
+    files = list(parts)
     if sum(file.stat().st_size for file in files) <= SINGLE_FILE:
         entries = {name: entry for file in files for name, entry in read_header(file).items()}
         header, order = header_of({name: (e.dtype, e.shape) for name, e in entries.items()})
         data = itertools.chain.from_iterable(copy_range(entries[name]) for name in order)
         digest = write_chunks(folder / "model.safetensors", itertools.chain((header,), data))
-        for file in files:
-            file.unlink()
         return {"model.safetensors": digest}
     weight_map, total, finals = {}, 0, {}
-    for number, (file, digest) in enumerate(zip(files, hashes.values(), strict=True)):
-        final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+    for number, (file, digest) in enumerate(parts.items()):
+        final = shard_name(number + 1, len(files))
         for name, entry in read_header(file).items():
             weight_map[name] = final
             total += entry.nbytes
@@ -86,8 +86,7 @@ def complete(
     for name in CARRIED:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
-    small = (f for f in folder.iterdir() if f.suffix in (".json", ".yaml") and f.name != MANIFEST
-             and not is_stage(f))  # fmt: skip
+    small = (f for f in folder.iterdir() if f.suffix in (".json", ".yaml") and f.name != MANIFEST)
     files = {**weights, **{f.name: sha256_of(f) for f in small}}
     manifest = {"onecard": __version__, "files": dict(sorted(files.items())), **made}
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
@@ -99,14 +98,14 @@ def source_hashes(source: Source) -> dict[str, str]:
     return {**weights, "config.json": sha256_of(source.folder / "config.json")}
 
 
-def config_with(source: Source, formats: Mapping[str, Format], split: bool) -> dict[str, Any]:
+def config_with(source: Source, schemes: Mapping[str, Scheme], split: bool) -> dict[str, Any]:
     """The source's config.json with the `quantization_config` of packed modules (stored names)."""
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    if formats:
+    if schemes:
         linears = linear_names(source)
-        plain = set(formats) <= linears
+        plain = set(schemes) <= linears
         config["quantization_config"] = quantization_config(
-            formats, sorted(linears), plain, split, source.dtype
+            schemes, sorted(linears), plain, split, source.dtype
         )
     return config
 
@@ -130,39 +129,42 @@ def save_model(model: Model, out: str | Path, made: Mapping[str, Any] | None = N
 
     if model.source is None:
         raise BadRequest("the model has no source folder to take names and tokenizer from")
-    source, out = Source(model.source).shaped(model.spec), Path(out)
+    source, out = Source(model.source).shaped(model.spec), Path(out).expanduser().resolve()
     check_target(out, source.folder, force=False)
-    folder = partial_of(out)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    work = out.with_name(f".{out.name}.saving")
+    folder = work / "result"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     roots: list[tuple[str, nn.Module, int | None]] = [("stem", model.network.stem, None)]
     roots += [(f"block-{i:05d}", block, i) for i, block in enumerate(model.blocks())]
     roots += [("tail", model.network.tail, None)]
-    formats: dict[str, Format] = {}
-    hashes: dict[str, str] = {}
+    schemes: dict[str, Scheme] = {}
+    parts: dict[Path, str] = {}
     split = must_split([linear.format for _, linear in model.linears() if not linear.format.dense])
     for part, root, index in roots:
         arrays = stored_arrays(source, root, index, split)
-        formats |= packed_formats(source, root, index, split)
-        hashes[part] = write_file(folder / f"{part}.safetensors", arrays)
-    weights = assemble(folder, hashes)
+        schemes |= packed_schemes(source, root, index, split)
+        file = work / f"{part}.safetensors"
+        parts[file] = write_file(file, arrays)
+    weights = assemble(folder, parts)
     about = {"source": source_hashes(source), **(made or {})}
-    complete(folder, source, config_with(source, formats, split), weights, about)
+    complete(folder, source, config_with(source, schemes, split), weights, about)
     if out.is_dir():
         out.rmdir()
     os.replace(folder, out)
+    shutil.rmtree(work, ignore_errors=True)
     return out
 
 
-def packed_formats(
+def packed_schemes(
     source: Source, root: nn.Module, index: int | None, split: bool
-) -> dict[str, Format]:
-    """stored name -> Format of the packed modules of a part of the network."""
+) -> dict[str, Scheme]:
+    """stored name -> Scheme of the packed modules of a part of the network."""
     from onecard.checkpoint.load import modules
-    from onecard.nn.layers import Linear
+    from onecard.nn.layers import Matrix
 
     return {
-        place.stored.name: module.format
+        place.stored.name: module.scheme
         for _, module, place in modules(source, root, index, split)
-        if isinstance(module, Linear) and not module.format.dense
+        if isinstance(module, Matrix) and not module.format.dense
     }

@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onecard.checkpoint.hub import find_model
+from onecard.checkpoint.hub import called, find_model
 from onecard.checkpoint.packed import Schemes
 from onecard.checkpoint.shards import Checkpoint, read_json, sha256_of
 from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest
 from onecard.core.format import DENSE, Format, Integers
+from onecard.core.scheme import Inputs, byte_parts
 from onecard.core.spec import Module, Spec, block_modules, outer_modules
-from onecard.kernels.expand import expand, unpack
+from onecard.kernels.expand import expand, floats, pack, unpack
 from onecard.nn.families import Family, Stored, family_of
 
 MANIFEST = "manifest.json"
@@ -54,7 +55,7 @@ class Source:
     """A model folder. Raises BadRequest where its files do not hold what its config.json says."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = find_model(folder)
+        self.folder, self.called = find_model(folder), called(folder)
         if not (self.folder / "config.json").is_file():
             raise BadRequest(f"{self.folder} holds no model", seen="there is no config.json")
         self.config = read_json(self.folder / "config.json")
@@ -115,7 +116,8 @@ class Source:
         name = self._stored("stem.embedding")
         first = name.split(".")[0] + "." if name.count(".") else ""
         for cut, put in (("", ""), ("", self.family.prefix), (first, ""), ("", "language_model.")):
-            if f"{put}{name.removeprefix(cut)}.weight" in self.checkpoint:
+            lies = f"{put}{name.removeprefix(cut)}.weight"
+            if lies in self.checkpoint or f"{lies}_packed" in self.checkpoint:
                 return cut, put
         raise BadRequest(
             f"{self.folder} lacks the embedding", f"no tensor {name}.weight in its safetensors",
@@ -189,8 +191,11 @@ class Source:
         for name, own in place.module.tensors().items():
             shape = (place.total, *own[1:])
             if name == "weight" and format is not None:
+                rows, columns = shape
                 try:
-                    parts = format.parts((shape[0], shape[1]))
+                    parts = format.parts((rows, columns))
+                    if self.bytewise(place):
+                        parts = byte_parts(format, (rows, columns))
                 except BadRequest as problem:
                     raise BadRequest(
                         f"{place.stored.name}: {problem.what}", do=problem.do
@@ -201,10 +206,50 @@ class Source:
                 yield name, DENSE, tuple(reversed(shape))
             else:
                 yield name, DENSE, shape
+        inputs = self.inputs_at(place)
+        if inputs is not None and inputs.static:
+            yield "input_scale", DENSE, (1,)
 
     def format_at(self, place: Place) -> Format | None:
-        """The packed format of a linear, None for what is dense."""
-        return self.format_of(place.stored) if place.module.kind == "linear" else None
+        """The packed format of a linear or of the embedding, None for what is dense.
+
+        The embedding is packed in our own folders alone, as symmetric integers. BadRequest for others.
+        """
+        if place.module.kind == "linear":
+            return self.format_of(place.stored)
+        if place.path != "stem.embedding" or self.schemes is None or not self.schemes.own:
+            return None
+        format = self.format_of(place.stored)
+        if format is not None and (not isinstance(format, Integers) or format.zero_point):
+            raise BadRequest(
+                f"the embedding is stored as {format.name}", do="it is read as symmetric integers"
+            )
+        return format
+
+    def inputs_at(self, place: Place) -> Inputs | None:
+        """How a packed linear rounds what it reads."""
+        if self.schemes is None or self.format_at(place) is None:
+            return None
+        scheme = self.schemes.find(place.stored.name)
+        return scheme.inputs if scheme else None
+
+    def input_scale(self, place: Place) -> float:
+        """The stored scale of the inputs of a linear. BadRequest where it is not above zero."""
+        name = f"{place.stored.name}.input_scale"
+        dtype, array = self.array(name)
+        scale = float(floats(array, dtype)[0])
+        if not 0 < scale < np.inf:
+            raise BadRequest(f"{name} is {scale}", do="a scale is finite and above zero")
+        return scale
+
+    def bytewise(self, place: Place) -> bool:
+        """Whether the integers of a packed linear lie here a byte each."""
+        weight = self.checkpoint.entries.get(f"{place.stored.name}.weight")
+        format = self.format_at(place)
+        return (
+            weight is not None and weight.dtype == "int8"
+            and isinstance(format, Integers) and not format.zero_point
+        )  # fmt: skip
 
     def format_of(self, stored: Stored) -> Format | None:
         """The packed format of a stored module, None when it is dense."""
@@ -219,11 +264,12 @@ class Source:
                     f"{stored.name} is packed, but config.json has no quantization_config"
                 )
             return None
-        format = self.schemes.find(stored.name)
-        if format is None and scale is not None:
+        scheme = self.schemes.find(stored.name)
+        if scheme is None and scale is not None:
             raise BadRequest(
                 f"{stored.name} is packed, but no scheme of quantization_config covers it"
             )
+        format = scheme.format if scheme else None
         if format is None or self.schemes.own:
             return format
         return format.scaled(scale.dtype) if scale is not None and scale.dtype in DENSE else format
@@ -247,9 +293,9 @@ class Source:
     ) -> tuple[NDArray[np.int32], NDArray[Any], NDArray[np.int8] | None]:
         """Words, scales and zero points [rows, groups] of a packed linear."""
         name = place.stored.name
-        words, scale = (self.array(f"{name}.weight_{part}")[1] for part in ("packed", "scale"))
-        zero = None
         assert isinstance(format, Integers)
+        words, scale = self._words(place, format), self.array(f"{name}.weight_scale")[1]
+        zero = None
         if format.zero_point:
             along = self.array(f"{name}.weight_zero_point")[1]
             codes = unpack(along.T, format.bits, place.total).astype(np.int16) - 2 ** (
@@ -266,8 +312,19 @@ class Source:
 
     def parts_of(self, place: Place, format: Format) -> dict[str, NDArray[Any]]:
         """The stored parts of a packed linear, with all of its rows."""
-        names = format.parts((place.total, place.module.shape[1]))
-        return {part: self.array(f"{place.stored.name}.{part}")[1] for part in names}
+        names, name = format.parts((place.total, place.module.shape[1])), place.stored.name
+        if self.bytewise(place):
+            assert isinstance(format, Integers)
+            return {"weight_packed": self._words(place, format),
+                    "weight_scale": self.array(f"{name}.weight_scale")[1]}  # fmt: skip
+        return {part: self.array(f"{name}.{part}")[1] for part in names}
+
+    def _words(self, place: Place, format: Integers) -> NDArray[np.int32]:
+        """The packed words of integers, however they lie here."""
+        name = place.stored.name
+        if self.bytewise(place):
+            return pack(self.array(f"{name}.weight")[1], format.bits)
+        return self.array(f"{name}.weight_packed")[1]
 
 
 def _rows(stored: Stored, sizes: list[int], heads: int) -> slice | NDArray[np.int64]:

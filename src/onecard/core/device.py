@@ -37,6 +37,9 @@ FEATURES = {
 }  # fmt: skip
 
 
+KINDS = ("cpu", "cuda", "rocm", "unified", "npu", "tpu", "fpga")
+
+
 @dataclass(frozen=True)
 class Device:
     """One processor or card.
@@ -267,7 +270,7 @@ _PAIRS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "units": (str, str),
 }  # fmt: skip
 _FIELDS: dict[str, Callable[[Any], Any]] = {
-    "name": str, "kind": _one_of("cpu", "cuda"), "cores": _count, "features": _names,
+    "name": str, "kind": _one_of(*KINDS), "cores": _count, "features": _names,
     "memory_bytes": _size, "memory_available": _size, "measured": _one_of(True, False),
 }  # fmt: skip
 

@@ -11,12 +11,15 @@ from collections.abc import Iterable
 
 
 class Problem(Exception):
-    """An error for people: up to three short lines, no traceback unless asked for."""
+    """An error for people: up to three short lines, no traceback unless asked for.
+
+    Names in files are hostile until shown otherwise: what is no printable character becomes U+FFFD.
+    """
 
     exit_code = 1
 
     def __init__(self, what: str, seen: str = "", do: str = "") -> None:
-        self.what, self.seen, self.do = (" ".join(text.split()) for text in (what, seen, do))
+        self.what, self.seen, self.do = map(_line, (what, seen, do))
         super().__init__("\n".join(line for line in (self.what, self.seen, self.do) if line))
 
 
@@ -30,6 +33,12 @@ class FailedWork(Problem):
     """The work began and could not be finished; what was finished is kept."""
 
     exit_code = 1
+
+
+def _line(text: str) -> str:
+    """A text as one printable line."""
+    words = " ".join(text.split())
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in words)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

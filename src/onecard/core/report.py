@@ -28,6 +28,8 @@ UNITS = {
     "time_to_first_token": "s", "peak_memory_bytes": "B", "bandwidth_share": "",
     "operations_share": "", "energy_joules": "J",
 }  # fmt: skip
+BITS_PER_WEIGHT = "8 * bytes of all tensors / parameters, embeddings and scales included"
+"""How `bits_per_weight` is counted."""
 
 
 @dataclass(frozen=True)

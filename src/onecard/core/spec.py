@@ -7,6 +7,7 @@ from a `config.json` and writes one back. Sizes are counts (`num_` where a count
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -191,6 +192,16 @@ def outer_modules(spec: Spec) -> dict[str, Module]:
         modules["tail.project"] = Module("linear", (embed, hidden))
     modules["tail.head"] = Module("linear", (spec.vocab_size, embed), spec.head_bias)
     return modules
+
+
+def parameter_count(spec: Spec) -> int:
+    """Weights of a model of a Spec, tied tables once."""
+    outer = outer_modules(spec)
+    if spec.tied:
+        outer.pop("tail.head")
+    rows = [outer, *(block_modules(spec, layer) for layer in spec.layers)]
+    return sum(math.prod(shape) for modules in rows for module in modules.values()
+               for shape in module.tensors().values())  # fmt: skip
 
 
 KEPT_DENSE = ("feed_forward.router", "feed_forward.shared_gate")

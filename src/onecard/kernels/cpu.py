@@ -31,8 +31,8 @@ from onecard.core.format import Integers
 from onecard.core.report import Report, Row, environment, write_text
 from onecard.core.settings import parse_size
 
-ABI = 4
-CODES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3}
+ABI = 5
+CODES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3, "fp8": 4, "int4": 5}
 PEAKS = ("int8", "bf16", "fp32")
 
 SECONDS = 0.3  # for each measured number
@@ -157,6 +157,7 @@ def _with_prototypes(native: ctypes.CDLL) -> ctypes.CDLL:
              pointer, pointer],
         ),
         "oc_engine_open": (c_int, [pointer, pointer, pointer]),
+        "oc_engine_need": (c_int, [pointer, pointer, pointer, pointer]),
         "oc_engine_close": (None, [pointer]),
         "oc_engine_bytes": (c_int64, [pointer]),
         "oc_engine_step": (c_int, [pointer, pointer, c_int64, c_int, pointer]),

@@ -31,6 +31,7 @@ from onecard.core.format import (
     LowRank,
     Shape,
     Sparse,
+    words,
 )
 
 Floats = NDArray[np.float32]
@@ -137,6 +138,20 @@ def unpack(packed: NDArray[np.int32], bits: int, count: int) -> NDArray[np.uint8
     lane = np.unpackbits(octets, axis=1, bitorder="little")[:, : count * bits]
     lane = lane.reshape(len(packed), count, bits)
     return np.packbits(lane, axis=2, bitorder="little")[..., 0]
+
+
+def pack(q: NDArray[np.int8], bits: int) -> NDArray[np.int32]:
+    """Integers [rows, count] of `bits` bits and a sign -> int32 [rows, words], as formats pack them."""
+    rows, count = q.shape
+    u = (q.view(np.uint8) + np.uint8(2 ** (bits - 1))) & np.uint8(2**bits - 1)
+    out = np.zeros((rows, 4 * words(count, bits)), np.uint8)
+    if bits == 8:
+        out[:, :count] = u
+    else:
+        lane = np.unpackbits(u[..., None], axis=2, bitorder="little")[..., :bits]
+        octets = np.packbits(lane.reshape(rows, -1), axis=1, bitorder="little")
+        out[:, : octets.shape[1]] = octets
+    return out.view(np.int32)
 
 
 def hashed(shape: Shape, size: int) -> tuple[NDArray[np.int64], Floats]:

@@ -164,6 +164,13 @@ def checksum(data: Bytes, threads: int) -> int:
     return found.value
 
 
+def to_bf16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Finite float32 as the bits of the nearest bfloat16, ties to even."""
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    rounded: NDArray[np.uint16] = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return rounded
+
+
 def exactly_bf16(weight: NDArray[Any]) -> bool:
     """Whether every number of an fp16 or fp32 array is one of bf16 too."""
     flat, step = weight.reshape(-1), 1 << 16

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onecard.core.format import Dense, Integers, Weight, words
+from onecard.core.scheme import Inputs
 from onecard.core.spec import Norm, Rope
 
 DTYPES = {
@@ -161,6 +162,46 @@ def round_to_nearest(w: Tensor, format: Integers) -> Weight:
     scale, zero = grid(blocks, format)
     q = encode(blocks, scale[..., None], zero[..., None], format)
     return hold(q.flatten(1), scale, zero, format)
+
+
+# Rounded inputs --------------------------------------------------------------------------------
+
+
+def round_inputs(x: Tensor, inputs: Inputs, scale: Tensor | None = None) -> Tensor:
+    """x [..., in] as 8 bits hold it, in x's dtype: per token (`scale` None), or on one stored scale [1].
+
+    A token of zeros stays. The gradient goes straight through (arXiv 1308.3432).
+    """
+    wide = x.detach().float()
+    if scale is None:
+        most = wide.abs().amax(-1, keepdim=True)
+        top = torch.full_like(most, inputs.top)  # a plain number over a tensor is rounded twice
+        q, s = wide * torch.where(most > 2.0**-120, top / most, 0.0), most / inputs.top
+    else:
+        s = scale.float()
+        q = wide / s
+    q = q.clamp(-inputs.top, inputs.top)
+    q = q.round() if inputs.kind == "int8" else q.to(torch.float8_e4m3fn).float()
+    y = (q * s).to(x.dtype)
+    return x + (y - x).detach() if x.requires_grad else y
+
+
+def round_cache(x: Tensor, cache: str) -> Tensor:
+    """Keys or values x [..., D] as a cache holds them, in x's dtype.
+
+    int8 and fp8 have a scale per vector, as rounded inputs. int4 has one in bf16 for each 32 numbers, the
+    one of the largest magnitude over -8: the grid from -8 to 7 holds that number itself.
+    """
+    if cache in ("fp16", "bf16"):
+        return x.to(DTYPES[cache]).to(x.dtype)
+    if cache in ("int8", "fp8"):
+        return round_inputs(x, Inputs("int8" if cache == "int8" else "fp8"))
+    assert cache == "int4", cache
+    wide = F.pad(x.float(), (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    most = wide.gather(-1, wide.abs().argmax(-1, keepdim=True))
+    scale = (most * -0.125).bfloat16().float()
+    q = (wide * torch.where(scale == 0, 0.0, 1 / scale)).round().clamp(-8, 7)
+    return (q * scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 
 # Norms, positions, attention -------------------------------------------------------------------

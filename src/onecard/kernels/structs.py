@@ -9,6 +9,7 @@ import ctypes
 from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 
 PLAIN, TABLE, TABLES, SPARSE = 0, 1, 2, 3
+BY_BLOCK, BY_ROW, BY_SCALE = 0, 1, 2
 RMS, LAYER = 0, 1
 SILU, RELU, GELU, GELU_TANH = 0, 1, 2, 3
 PRE, POST, SANDWICH, PARALLEL = 0, 1, 2, 3
@@ -23,6 +24,7 @@ class Matrix(Structure):
         ("bits", c_int32), ("block", c_int32), ("dtype", c_int32), ("zero_point", c_int32),
         ("exact", c_int32), ("kind", c_int32),
         ("slots", c_int64),
+        ("rounding", c_int32), ("input_scale", c_float),
         ("bias", c_void_p),
         ("right", c_void_p), ("rest", c_void_p),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 from onecard.core.spec import KEPT_DENSE, Spec
 from onecard.nn.families import Family
-from onecard.nn.layers import Linear
+from onecard.nn.layers import Linear, Matrix
 from onecard.nn.transformer import Block, Transformer
 
 
@@ -40,9 +40,10 @@ class Model:
     def parameters(self) -> int:
         """Weights counted once, tied tables once."""
         total = {id(p): p.numel() for p in self.network.parameters()}
+        once = self.network.tail.head if self.spec.tied else None
         packed = (
             m.shape[0] * m.shape[1]
             for m in self.network.modules()
-            if isinstance(m, Linear) and not m.format.dense
+            if isinstance(m, Matrix) and not m.format.dense and m is not once
         )
         return sum(total.values()) + sum(packed)

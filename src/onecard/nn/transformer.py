@@ -55,11 +55,14 @@ class Parts:
 
 
 class Cache:
-    """Keys and values of every layer, [B, G, capacity, D], allocated once."""
+    """Keys and values of every layer, [B, G, capacity, D], allocated once.
+
+    `held` names a smaller format: they are rounded as it would hold them (kernels/reference.py).
+    """
 
     def __init__(self, spec: Spec, batch: int, capacity: int, dtype: torch.dtype,
-                 device: torch.device | str = "cpu") -> None:  # fmt: skip
-        self.capacity, self.length = capacity, 0
+                 device: torch.device | str = "cpu", held: str | None = None) -> None:  # fmt: skip
+        self.capacity, self.length, self.held = capacity, 0, held
         self.valid = torch.ones(batch, capacity, dtype=torch.bool, device=device)
         shapes = [
             (batch, layer.attention.num_kv_heads, capacity, layer.attention.head_dim)
@@ -70,6 +73,8 @@ class Cache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append [B, G, T, D] behind `length`; returns all keys and values seen so far."""
+        if self.held is not None:
+            k, v = reference.round_cache(k, self.held), reference.round_cache(v, self.held)
         end = self.length + k.shape[2]
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
@@ -309,12 +314,14 @@ class Tail(nn.Module):
         self.head = parts.linear("tail.head")
 
     def forward(self, h: Tensor) -> Tensor:
-        h = _maybe(self.norm, h)
-        if self.project is not None:
-            h = self.project(h)
-        logits = self.head(h)
+        logits = self.head(self.read(h))
         cap = self.spec.final_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def read(self, h: Tensor) -> Tensor:
+        """What the head reads."""
+        h = _maybe(self.norm, h)
+        return h if self.project is None else self.project(h)
 
 
 class Transformer(nn.Module):
@@ -327,7 +334,14 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(spec, i, dtype) for i in range(spec.num_layers))
         self.tail = Tail(spec, dtype)
         if spec.tied:
+            self.tie()
+
+    def tie(self) -> None:
+        """The table of the embedding is the head's matrix."""
+        if self.stem.embedding.format.dense:
             self.tail.head.weight = self.stem.embedding.weight
+        else:
+            self.tail.head.replace(self.stem.embedding.held())
 
     def forward(
         self, ids: Tensor, valid: Tensor | None = None, cache: Cache | None = None

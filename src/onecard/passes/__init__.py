@@ -21,6 +21,7 @@ from onecard.core.settings import fill
 from onecard.passes.base import Pass, Recipe
 
 if TYPE_CHECKING:
+    from onecard.passes.activations import Activations as Activations
     from onecard.passes.autoround import AutoRound as AutoRound
     from onecard.passes.awq import AWQ as AWQ
     from onecard.passes.codebook import Cluster as Cluster
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from onecard.passes.scales import Smooth as Smooth
     from onecard.passes.sparsegpt import SparseGPT as SparseGPT
     from onecard.passes.structure import CutUnits as CutUnits
+    from onecard.passes.tables import Tables as Tables
 
 PASSES = {
     "rtn": ("quantize", "RoundToNearest"),
@@ -55,6 +57,7 @@ PASSES = {
     "autoround": ("autoround", "AutoRound"),
     "hqq": ("hqq", "HQQ"),
     "scale": ("scales", "Scale"),
+    "activations": ("activations", "Activations"),
     "rotate": ("rotate", "Rotate"),
     "smooth": ("scales", "Smooth"),
     "prune": ("prune", "Prune"),
@@ -68,6 +71,7 @@ PASSES = {
     "recover": ("recover", "Recover"),
     "distil": ("distill", "Distil"),
     "qat": ("qat", "QAT"),
+    "tables": ("tables", "Tables"),
     "fuse": ("fuse", "Fuse"),
 }
 """key -> file and class, imported when a recipe names it: one that only rounds does without torch."""
@@ -88,10 +92,29 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
     ("mixed-4", [{"mixed": {"mean": 4.0}}],
       "the bytes of int4, spent where the answers suffer most; measures every site first"),
     ("mixed-3", [{"mixed": {"mean": 3.0}}], "the bytes of int3, spent where the answers suffer most"),
+    ("mixed-tables-4", [{"mixed": {"mean": 4.0, "correct": 1.0, "sweeps": 1}}, {"tables": {"bits": 6}}],
+     "mixed-4 aimed at the original's outputs, embedding and head in 6 bits: for small models, where these "
+     "are most of the bytes"),
+    ("mixed-tables-3", [{"mixed": {"mean": 3.0, "correct": 1.0, "sweeps": 1}}, {"tables": {"bits": 6}}],
+     "the same at 3 bits: closer than gptq-int3, and far smaller where the vocabulary is large"),
+    ("mixed-tables-3-distil",
+     [{"mixed": {"mean": 3.0, "correct": 1.0, "sweeps": 1}}, {"tables": {"bits": 6}},
+      {"distil": {"training": {"rate": 5e-4}}}],
+     "a chain: the same, then taught by the original around what was rounded"),
     ("gptq-nf4", [{"gptq-levels": {"table": "nf4"}}],
       "rtn-nf4 with the errors made good while rounding"),
+    ("w8a8", [{"smooth": {}}, {"rtn": {"bits": 8, "group": None}}, {"activations": {}}],
+      "weights and inputs in int8, a scale per row and per token: for machines that multiply int8"),
+    ("w8a8-static", [{"smooth": {"sites": "all"}}, {"rtn": {"bits": 8, "group": None}},
+                     {"activations": {"inputs": "int8-static", "search": 20}}],
+      "w8a8 with stored scales of inputs: nothing to look for while it runs, more is lost"),
+    ("w4a8", [{"smooth": {}}, {"gptq": {"bits": 4}}, {"activations": {}}],
+      "int4 by GPTQ and inputs in int8, a scale per token"),
+    ("w8a8-fp8", [{"levels": {"table": "fp8-row"}}, {"activations": {"inputs": "fp8-token"}}],
+      "weights and inputs in fp8, a scale per row and per token; no data"),
     ("gptq-int8", [{"gptq": {"bits": 8}}], "int8 with the last of its error made good"),
-    ("gptq-int4", [{"gptq": {"bits": 4}}], "the usual choice: a quarter of the size, little lost"),
+    ("gptq-int4", [{"gptq": {"bits": 4}}],
+     "the usual choice: a quarter of the size, little lost"),
     ("gptq-int4-g32", [{"gptq": {"bits": 4, "group": 32}}],
      "4.5 bits per weight, closer to the original"),
     ("gptq-int3", [{"gptq": {"bits": 3}}],
@@ -207,10 +230,11 @@ def find_recipe(name: str) -> Recipe:
     for known, passes, good_for in SHIPPED:
         if known == name:
             return recipe_of({"name": name, "passes": passes, "good_for": good_for}, name)
+    close = nearest(name, [known for known, _, _ in SHIPPED])
     raise BadRequest(
         f"there is no recipe {name!r}",
-        nearest(name, [known for known, _, _ in SHIPPED]),
-        "or give a file that ends in .yaml",
+        close if close.startswith("did") else "",
+        "`onecard recipes` lists them; or give a file that ends in .yaml",
     )
 
 

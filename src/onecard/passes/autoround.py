@@ -112,7 +112,7 @@ class Learned(nn.Module):
         super().__init__()
         held = linear.held()
         assert isinstance(held.format, Integers)
-        self.format, self.bias = held.format, linear.bias
+        self.format, self.bias, self.read = held.format, linear.bias, linear.read
         codes, scale, zero = reference.codes(held)
         self.w = reference.grouped(w, self.format)  # [out, groups, size]
         self.first, self.zero = scale[..., None], zero[..., None]
@@ -134,7 +134,7 @@ class Learned(nn.Module):
         scale = self.scale()
         w = ((self.codes(scale) - self.zero) * scale).flatten(1)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, w.to(x.dtype), bias)
+        return F.linear(self.read(x), w.to(x.dtype), bias)
 
     @torch.no_grad()
     def stored(self) -> Weight:

@@ -28,6 +28,7 @@ from onecard.checkpoint.packed import must_split
 from onecard.core.errors import BadRequest
 from onecard.core.format import Dense, Format, Grouped, Integers, LowRank, Shape, Sparse
 from onecard.core.report import Row
+from onecard.core.scheme import Inputs, Scheme
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 
 if TYPE_CHECKING:
@@ -102,8 +103,9 @@ class Pass(ABC):
             return
         if self.quantizes:
             raise BadRequest(
-                "it quantizes twice", f"{packed.title}, {self.title}", "keep one of them"
-            )
+                "it quantizes twice", f"{packed.title}, {self.title}",
+                f"put {self.title} first" if packed.takes_packed else "keep one of them",
+            )  # fmt: skip
         raise BadRequest(
             "it changes weights after quantizing them", f"{self.title} follows {packed.title}",
             f"put {self.title} first",
@@ -146,6 +148,11 @@ class BlockPass(Pass):
     def format_for(self, shape: Shape) -> Format | None:
         """The same for a matrix of `shape`; the largest it can come to, where its weights decide."""
         return self.format_of(shape[1])
+
+    @property
+    def rounding(self) -> Inputs | None:
+        """How it leaves inputs rounded; None keeps what it found."""
+        return None
 
     @property
     def zeros(self) -> Zeros | None:
@@ -299,14 +306,24 @@ def output_bytes(stage: Sequence[BlockPass], spec: Spec, layer: LayerSpec, store
     shapes = linear_shapes(spec, layer)
     touched = {name for site in sites(layer) for name in site.linears}
     total, zeros = 0, zeros_of(stage)
+    inputs = next((p.rounding for p in reversed(stage) if p.rounding), None)
     for name, shape in shapes.items():
         format = (output_format(stage, shape) if name in touched else None) or Dense(stored)
         if zeros is not None and name in touched:
             format = zeros.stored(format, shape)
         if isinstance(format, LowRank):
             format = format.stored_in(stored)
-        total += format.scaled(stored).bytes(shape)
+        scheme = Scheme(format.scaled(stored), inputs if name in touched else None)
+        total += scheme.bytes(shape, stored)
     return total
+
+
+def check_width(format: Grouped, width: int) -> None:
+    """The group size divides the rows of the embedding and the head."""
+    try:
+        format.groups((1, width))
+    except BadRequest as error:
+        raise BadRequest(f"embedding and head: {error.what}", do=error.do) from error
 
 
 def check_groups(format: Grouped, spec: Spec, explicit: bool) -> None:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from onecard.calibrate.stats import Statistics
@@ -35,6 +34,7 @@ from onecard.kernels.reference import from_dense
 from onecard.nn.model import Model
 from onecard.passes.base import Survey
 from onecard.passes.criteria import CRITERIA, Name, Seen, Shape, keep_mask, pieces, scored
+from onecard.passes.judge import Judge, judge_bytes
 from onecard.passes.memory import (
     ModelBlocks,
     Watched,
@@ -72,6 +72,16 @@ def global_shares(histograms: Mapping[str, Tensor], share: float) -> dict[str, f
         name: (float(counts[:edge].sum()) + part * float(counts[edge])) / max(1, int(counts.sum()))
         for name, counts in histograms.items()
     }
+
+
+def few(ids: Tensor) -> Tensor:
+    """The rows that sensitivity is measured on."""
+    return ids[: max(1, PROBED // ids.shape[1])]
+
+
+def probes(share: float) -> list[float]:
+    """The shares that a block is tried at, rising."""
+    return sorted({min(MOST, round(p * share, 6)) for p in PROBES})
 
 
 def allocate(
@@ -167,7 +177,8 @@ class WholeModel(Survey):
     def whole_bytes(self, spec: Spec, ids: Tensor | None) -> int:
         weights = sum(weight_count(spec, layer) for layer in spec.layers)
         sums = 8 * weights if self.settings.gradients else 0
-        return gradient_bytes(spec, ids) + sums + 8 * PROBED * spec.vocab_size
+        judged = judge_bytes(spec, PROBED) if self.settings.spread == "sensitivity" else 0
+        return gradient_bytes(spec, ids) + sums + judged
 
     def model(self, model: Model, ids: Tensor, progress: Progress) -> None:
         if self.settings.gradients:
@@ -236,29 +247,24 @@ def sensitive_shares(
     model: Model, ids: Tensor, settings: Budget, seen: Mapping[str, Seen], progress: Progress
 ) -> dict[str, float]:
     """where -> share, by what pruning each block alone does to the output."""
-    ids = ids[: max(1, PROBED // ids.shape[1])]
-    with torch.no_grad():
-        whole = F.log_softmax(model.network(ids).float(), -1)
+    judge = Judge(model, few(ids))
     linears: dict[str, list[str]] = {}
     matrices = dict(model.linears())
     for where in matrices:
         linears.setdefault(".".join(where.split(".")[:2]), []).append(where)
-    shares = sorted({min(MOST, round(p * settings.share, 6)) for p in PROBES})
     curves = []
     for number, (block, names) in enumerate(linears.items()):
         progress(number, len(linears), f"sensitivity of {block}")
         kept = {where: matrices[where].held() for where in names}
         curve = []
-        for share in shares:
+        for share in probes(settings.share):
             for where in names:
                 w = matrices[where].matrix()
                 score = scored(w, seen[where], settings.criterion)
                 mask = keep_mask(score, share, settings.shape)
                 stored = kept[where].parts["weight"].dtype
                 matrices[where].replace(from_dense((w * mask).to(stored)))
-            with torch.no_grad():
-                less = F.log_softmax(model.network(ids).float(), -1)
-            curve.append((share, float((whole.exp() * (whole - less)).sum(-1).mean())))
+            curve.append((share, judge.moved(number)))
             for where in names:
                 matrices[where].replace(kept[where])
         curves.append(curve)

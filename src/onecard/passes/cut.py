@@ -113,5 +113,5 @@ def cut_model(model: Model, plan: Surgery) -> Model:
     assert isinstance(stem, Stem) and isinstance(tail, Tail)
     network.stem, network.blocks, network.tail = stem, nn.ModuleList(blocks), tail
     if plan.spec.tied:
-        network.tail.head.weight = network.stem.embedding.weight
+        network.tie()
     return replace(model, network=network.eval(), spec=plan.spec, config=config)

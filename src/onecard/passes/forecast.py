@@ -24,7 +24,7 @@ from onecard.passes.base import BlockPass, ModelPass, Recipe, Stage, Survey, nee
 from onecard.passes.cut import Cut
 from onecard.passes.plan import Plan, Settings, beyond_cap, disk_bytes
 
-SLACK, LIBRARIES = 32 << 20, 64 << 20
+SLACK, LIBRARIES = 48 << 20, 64 << 20
 """Allowance for the allocator, and for what matrix libraries keep once they have run."""
 
 

@@ -12,7 +12,6 @@ that was finished. How parts come about is the recipe's: what only rounds goes f
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from collections.abc import Callable, Mapping
@@ -30,8 +29,9 @@ from onecard.checkpoint.shards import Checkpoint, read_json
 from onecard.checkpoint.source import MANIFEST, Source, verify
 from onecard.core.device import resident_peak
 from onecard.core.errors import BadRequest
-from onecard.core.report import Report, Row, environment, write_text
+from onecard.core.report import BITS_PER_WEIGHT, Report, Row, environment, write_text
 from onecard.core.settings import format_size
+from onecard.core.spec import parameter_count
 from onecard.passes import rounding, to_yaml
 from onecard.passes.base import Recipe
 from onecard.passes.plan import Plan, Prepared, Settings
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from onecard.calibrate.walk import Progress
 
 __all__ = ["Plan", "Prepared", "Settings", "compress", "file_bytes", "is_finished",
-           "parameter_count", "prepare"]  # fmt: skip
+           "prepare"]  # fmt: skip
 
 
 def way_of(recipe: Recipe) -> ModuleType:
@@ -100,14 +100,15 @@ def compress(
             if journal.fresh:
                 journal.discard()
             raise
-        weights = assemble(journal.folder, journal.hashes())
-        write_text(journal.folder / "recipe.yaml", to_yaml(recipe))
+        folder = journal.result
+        weights = assemble(folder, journal.hashes())
+        write_text(folder / "recipe.yaml", to_yaml(recipe))
         about = {"source": hashes.result(), **made(job)}
-        config = config_with(last.source, last.formats, last.split)
-        complete(journal.folder, source, config, weights, about)
-        report = summary(job, last.rows, journal.folder, time.perf_counter() - started)
-        report = finish(journal.folder, report)
-        write_text(journal.folder / "report.json", report.to_json())
+        config = config_with(last.source, last.schemes, last.split)
+        complete(folder, source, config, weights, about)
+        report = summary(job, last.rows, folder, time.perf_counter() - started)
+        report = finish(folder, report)
+        write_text(folder / "report.json", report.to_json())
         journal.publish(job.settings.force)
     return report
 
@@ -128,10 +129,9 @@ def summary(job: Prepared, rows: list[Row], folder: Path, seconds: float) -> Rep
     """The report of a finished job, whose result lies in `folder`."""
     source, made = job.source, Checkpoint(folder)
     before, after = file_bytes(source.checkpoint), file_bytes(made)
-    count, left = parameter_count(source), parameter_count(Source(folder))
+    count, left = parameter_count(source.spec), parameter_count(Source(folder).spec)
     notes = [(f"reference: {p.title}", p.paper) for p in job.recipe.passes]
-    notes.append(("convention: bits per weight", "8 * bytes of all tensors / parameters, "
-                  "embeddings and scales included"))  # fmt: skip
+    notes.append(("convention: bits per weight", BITS_PER_WEIGHT))
     notes.append(("run", f'onecard run {shlex.quote(str(job.out))} "The"'))
     if source.extra:
         notes.append(
@@ -148,12 +148,12 @@ def summary(job: Prepared, rows: list[Row], folder: Path, seconds: float) -> Rep
             *rows,
         ),
         environment(
-            model=source.folder.name, recipe=job.recipe.name, onecard=__version__,
+            model=source.called, recipe=job.recipe.name, onecard=__version__,
             dtype=job.plan.dtype, **way_of(job.recipe).facts(),
             calibration_samples=0 if job.ids is None else job.ids.shape[0],
             calibration_tokens=0 if job.ids is None else job.ids.numel(),
         ),
-        f"{source.folder.name} by {job.recipe.name}: {format_size(before)} to {format_size(after)}",
+        f"{source.called} by {job.recipe.name}: {format_size(before)} to {format_size(after)}",
         tuple(notes),
     )  # fmt: skip
 
@@ -161,16 +161,6 @@ def summary(job: Prepared, rows: list[Row], folder: Path, seconds: float) -> Rep
 def file_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the weight files on disk."""
     return sum(path.stat().st_size for path in checkpoint.files)
-
-
-def parameter_count(source: Source) -> int:
-    """Weights of a model from its headers; packed matrices count what they stand for."""
-    total = 0
-    for index in source.parts():
-        for place in source.places(index):
-            if not (place.path == "tail.head" and source.spec.tied):
-                total += sum(math.prod(shape) for shape in place.module.tensors().values())
-    return total
 
 
 def is_finished(model: str | Path, out: str | Path, recipe: Recipe, settings: Settings) -> bool:

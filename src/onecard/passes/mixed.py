@@ -27,9 +27,9 @@ from onecard.core.report import Row
 from onecard.core.spec import Spec, linear_shapes, sites
 from onecard.kernels import convert
 from onecard.nn.model import Model
-from onecard.nn.transformer import Context
 from onecard.passes.base import Survey
 from onecard.passes.gptq import GPTQ
+from onecard.passes.judge import Judge, judge_bytes
 from onecard.passes.quantize import make_format
 
 STEPS = 4096
@@ -97,8 +97,7 @@ class Sensitivity(Survey):
         self.settings, self.bits = settings, dict[str, int]()
 
     def whole_bytes(self, spec: Spec, ids: Tensor | None) -> int:
-        tokens = self.settings.tried
-        return 4 * tokens * (3 * spec.vocab_size + (spec.num_layers + 8) * spec.hidden)
+        return judge_bytes(spec, self.settings.tried)
 
     def model(self, model: Model, ids: Tensor, progress: Progress) -> None:
         names, counts = [], []
@@ -113,7 +112,9 @@ class Sensitivity(Survey):
         harm = []
         for number, (index, site) in enumerate(names):
             progress(number, len(names), f"sensitivity of block {index}")
-            harm.append([judge.harm(index, site.linears, bits, self.settings) for bits in choices])
+            harm.append(
+                [rounded(judge, index, site.linears, bits, self.settings) for bits in choices]
+            )
         chosen = allot(harm, counts, list(choices), self.settings.mean)
         for (index, site), bits in zip(names, chosen, strict=True):
             self.bits[f"blocks.{index}.{site.name}"] = bits
@@ -122,37 +123,18 @@ class Sensitivity(Survey):
         return self.bits
 
 
-class Judge:
-    """A model's answers to some text, and how far they move when one site is rounded."""
-
-    def __init__(self, model: Model, ids: Tensor) -> None:
-        self.model, self.inputs = model, list[Tensor]()
-        self.blocks = list(model.blocks())
-        with torch.no_grad():
-            h, _ = model.network.start(ids)
-            self.context = Context(model.spec, torch.arange(h.shape[1]).expand(h.shape[:2]))
-            for block in self.blocks:
-                self.inputs.append(h)
-                h = block(h, self.context)
-            self.wanted = torch.log_softmax(model.network.tail(h).float(), -1)
-
-    def harm(self, index: int, names: Sequence[str], bits: int, settings: Mixed) -> float:
-        """Mean KL in nats of the answers with these linears of a block rounded."""
-        linears = [self.blocks[index].linear(name) for name in names]
-        held = [linear.held() for linear in linears]
+def rounded(judge: Judge, index: int, names: Sequence[str], bits: int, settings: Mixed) -> float:
+    """What rounding these linears of a block does to the answers."""
+    linears = [judge.blocks[index].linear(name) for name in names]
+    held = [linear.held() for linear in linears]
+    for linear, was in zip(linears, held, strict=True):
+        format = make_format(bits, settings.group, settings.zero_point, linear.shape[1])
+        linear.replace(convert.round_to_nearest(was.parts["weight"], format))
+    try:
+        return judge.moved(index)
+    finally:
         for linear, was in zip(linears, held, strict=True):
-            format = make_format(bits, settings.group, settings.zero_point, linear.shape[1])
-            linear.replace(convert.round_to_nearest(was.parts["weight"], format))
-        try:
-            with torch.no_grad():
-                h = self.inputs[index]
-                for block in self.blocks[index:]:
-                    h = block(h, self.context)
-                logp = torch.log_softmax(self.model.network.tail(h).float(), -1)
-                return float((self.wanted.exp() * (self.wanted - logp)).sum(-1).mean())
-        finally:
-            for linear, was in zip(linears, held, strict=True):
-                linear.replace(was)
+            linear.replace(was)
 
 
 def allot(

@@ -21,6 +21,7 @@ from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest
 from onecard.core.format import DTYPE_BYTES, Format, Sparse, parse_format
 from onecard.core.report import Row
+from onecard.core.scheme import Scheme, parse_inputs
 from onecard.core.settings import format_size
 from onecard.core.spec import linear_shapes
 from onecard.passes.base import Recipe
@@ -121,7 +122,7 @@ def beyond_cap(
 ) -> BadRequest:  # fmt: skip
     """The error about a memory cap that cannot be kept; `base` is what the process takes already."""
     return BadRequest(
-        f"{recipe.name} on {source.folder.name} does not fit into {format_size(cap)}",
+        f"{recipe.name} on {source.called} does not fit into {format_size(cap)}",
         f"the smallest cap that works is {format_size(least)}"
         f" ({format_size(base)} of it is the running process)" + (f"; {where}" if where else ""),
         do,
@@ -130,35 +131,36 @@ def beyond_cap(
 
 @dataclass(frozen=True)
 class Made:
-    """What lies in a journal when it is full: the layout it was written in, the formats of packed
+    """What lies in a journal when it is full: the layout it was written in, the schemes of packed
     modules by stored name, what was measured, whether fused matrices lie in parts.
     """
 
     source: Source
-    formats: Mapping[str, Format]
+    schemes: Mapping[str, Scheme]
     rows: list[Row]
     split: bool = False
 
 
 def made_of(
-    source: Source, journal: Journal, split: bool = False, held: Mapping[str, Format] | None = None
+    source: Source, journal: Journal, split: bool = False, held: Mapping[str, Scheme] | None = None
 ) -> Made:
     """What was noted with every part of a model that kept its layout; `held` was packed before."""
     parts = ("stem", *(part_name(i) for i in range(source.spec.num_layers)), "tail")
     rows = [Row(*row) for part in parts for row in journal.rows(part)]
-    return Made(source, {**(held or {}), **output_formats(source, rows, split)}, rows, split)
+    return Made(source, {**(held or {}), **output_schemes(source, rows, split)}, rows, split)
 
 
-def output_formats(source: Source, rows: list[Row], split: bool) -> dict[str, Format]:
-    """stored name -> Format, from the `format` rows of the blocks."""
+def output_schemes(source: Source, rows: list[Row], split: bool) -> dict[str, Scheme]:
+    """stored name -> Scheme, from the `format` and `inputs` rows of the blocks."""
     named = {row.where: parse_format(str(row.value)) for row in rows if row.what == "format"}
-    formats = {}
+    fed = {row.where: parse_inputs(str(row.value)) for row in rows if row.what == "inputs"}
+    schemes = {}
     for index in range(source.spec.num_layers):
         for place in source.places(index, split):
-            format = named.get(f"blocks.{index}.{place.path}")
-            if format is not None:
-                formats[place.stored.name] = format
-    return formats
+            path = f"blocks.{index}.{place.path}"
+            if path in named:
+                schemes[place.stored.name] = Scheme(named[path], fed.get(path))
+    return schemes
 
 
 def quantized(format: Format) -> bool:

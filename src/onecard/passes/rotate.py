@@ -123,6 +123,7 @@ def rotation(size: int, seed: int) -> Tensor:
 
 def rotate_stem(stem: Stem, r: Tensor) -> None:
     table = stem.embedding.weight
+    assert table is not None
     stem.embedding.weight = _parameter(table.double() @ r, table)
 
 

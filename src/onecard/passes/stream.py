@@ -25,7 +25,7 @@ from onecard.checkpoint.load import block as read_block
 from onecard.checkpoint.load import stem as read_stem
 from onecard.checkpoint.load import tail as read_tail
 from onecard.checkpoint.packed import must_split
-from onecard.checkpoint.save import packed_formats
+from onecard.checkpoint.save import packed_schemes
 from onecard.checkpoint.shards import (
     Array,
     Buffers,
@@ -34,8 +34,9 @@ from onecard.checkpoint.shards import (
     read_header,
 )
 from onecard.checkpoint.source import Source
-from onecard.core.format import DENSE, Format
+from onecard.core.format import DENSE
 from onecard.core.report import Row, write_text
+from onecard.core.scheme import Scheme
 from onecard.core.spec import sites
 from onecard.kernels.reference import DTYPES
 from onecard.nn.graph import Surgery, cut_block, cut_outer
@@ -156,7 +157,7 @@ def walked(stage: tuple[BlockPass, ...], work: Work) -> Made:
     hidden = _hidden(work, dtype) if needs_of(stage) else []
     walk(blocks, chosen, hidden, first, work.replay, work.data.progress)
     copy_outer(source, journal, "tail")
-    return made_of(source, journal, split, held_formats(source))
+    return made_of(source, journal, split, held_schemes(source))
 
 
 def cut(stage: Cut, work: Work) -> Made:
@@ -167,19 +168,21 @@ def cut(stage: Cut, work: Work) -> Made:
     target = source.shaped(plan.spec)
     rows += judged(stage, plan, work)
     outer(source, target, plan, journal, "stem")
-    before, formats = held_formats(source), dict[str, Format]()
+    before = held_schemes(source)
+    outside = {place.stored.name for place in source.places(None)}
+    schemes = {name: scheme for name, scheme in before.items() if name in outside}
     for index, old in enumerate(plan.layers):
         work.data.progress(index, len(plan.layers), f"block {index}")
         mine = {place.path: before.get(place.stored.name) for place in source.places(old)}
         for place in target.places(index):
-            format = mine.get(place.path)
-            if format is not None:
-                formats[place.stored.name] = format
+            scheme = mine.get(place.path)
+            if scheme is not None:
+                schemes[place.stored.name] = scheme
         if part_name(index) not in journal:
             block = cut_block(read_block(source, old), plan, index)
             journal.add(part_name(index), stored_arrays(target, block, index, source.split), [])
     outer(source, target, plan, journal, "tail")
-    return Made(target, formats, rows, source.split)
+    return Made(target, schemes, rows, source.split)
 
 
 def judged(stage: Cut, plan: Surgery, work: Work) -> list[Row]:
@@ -218,14 +221,14 @@ def whole(stage: tuple[BlockPass, ...] | ModelPass, work: Work) -> Made:
     roots: list[tuple[str, nn.Module, int | None]] = [("stem", model.network.stem, None)]
     roots += [(part_name(i), block, i) for i, block in enumerate(model.blocks())]
     roots += [("tail", model.network.tail, None)]
-    formats: dict[str, Format] = {}
+    schemes: dict[str, Scheme] = {}
     split = must_split([linear.format for _, linear in model.linears() if not linear.format.dense])
     journal.restart()
     for part, root, index in roots:
         journal.add(part, stored_arrays(target, root, index, split), [])
-        formats |= packed_formats(target, root, index, split)
+        schemes |= packed_schemes(target, root, index, split)
     write_text(path, json.dumps(notes_of(rows)))
-    return Made(target, formats, rows, split)
+    return Made(target, schemes, rows, split)
 
 
 def copy_outer(source: Source, journal: Journal, part: str) -> None:
@@ -272,8 +275,8 @@ def _hidden(work: Work, dtype: torch.dtype | None) -> list[Tensor]:
     return [torch.frombuffer(data, dtype=DTYPES[e.dtype]).view(e.shape) for e, data in found]
 
 
-def held_formats(source: Source) -> dict[str, Format]:
-    """stored name -> Format of what is packed already."""
-    places = (place for index in source.parts() for place in source.places(index))
-    found = ((place.stored.name, source.format_at(place)) for place in places)
-    return {name: format for name, format in found if format is not None}
+def held_schemes(source: Source) -> dict[str, Scheme]:
+    """stored name -> Scheme of what is packed already."""
+    places = [place for index in source.parts() for place in source.places(index)]
+    found = ((place, source.format_at(place)) for place in places)
+    return {p.stored.name: Scheme(f, source.inputs_at(p)) for p, f in found if f is not None}

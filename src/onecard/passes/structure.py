@@ -9,8 +9,9 @@ A unit is scored by what is summed over its entries on the sides where it lives 
     gradient    |mean_b g_b|    g_b = sum w dL_b/dw over the columns that read it, which is the slope of
     taylor      mean_b g_b^2    batch b's loss along a gate on the unit (arXiv 1905.10650, 1906.10771)
 
-Neighbouring layers lose the same number each (`uniform`), or all units of the model are ranked together
-(`global`) and layers end up different; no layer loses its last one. Heads that share a key/value head
+Every layer loses the same number (`uniform`); or all units of the model are ranked together (`global`), or
+one layer at a time is cut at a few shares and what that does to the answers decides (`sensitivity`, see
+budget.py), and layers end up different. No layer loses its last one. Heads that share a key/value head
 are taken evenly from all groups. The experts of a layer stay equally wide.
 
 A cut is exact (the masked model is the cut one) and may still wreck the model: magnitude says little
@@ -37,6 +38,7 @@ from onecard.calibrate.walk import Progress, Reached
 from onecard.core.errors import BadRequest
 from onecard.core.report import Row
 from onecard.core.spec import LayerSpec, Spec
+from onecard.kernels.reference import Weight, from_dense
 from onecard.nn.graph import (
     HIDDEN,
     Group,
@@ -50,12 +52,16 @@ from onecard.nn.graph import (
 )
 from onecard.nn.model import Model
 from onecard.passes.base import BlockPass, Pass, Survey
+from onecard.passes.budget import PROBED, allocate, few, probes
 from onecard.passes.criteria import highest
 from onecard.passes.cut import Cut
-from onecard.passes.memory import differentiated, gradient, gradient_bytes
+from onecard.passes.judge import Judge, judge_bytes
+from onecard.passes.memory import differentiated, gradient, gradient_bytes, look
 
 GRADIENTS = ("gradient", "taylor")
 Scores = dict[str, list[float]]
+"""Group name -> a score per unit; under SHARE the share of its units that a layer is to lose, if known."""
+SHARE = "share"
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class CutUnits(Cut):
     by: Literal["l1", "l2", "random", "wanda", "apoz", "gradient", "taylor"] = "taylor"
     share: float = 0.25
     keep: int | None = None
-    budget: Literal["uniform", "global"] = "uniform"
+    budget: Literal["uniform", "global", "sensitivity"] = "uniform"
     multiple: int = 1
     most: float | None = 3.0
     seed: int = 0
@@ -125,8 +131,8 @@ class CutUnits(Cut):
         ]
         return surgery(spec, range(spec.num_layers), rows, self.unit).spec
 
-    def left(self, count: int, runs: int = 1) -> int:
-        """How many of `count` units stay, the same number in each of `runs`."""
+    def left(self, count: int, runs: int = 1, share: float | None = None) -> int:
+        """How many of `count` units stay where `share` of them go, the same number in each of `runs`."""
         if self.keep is not None:
             if self.keep > count or self.keep % runs:
                 raise BadRequest(
@@ -137,10 +143,12 @@ class CutUnits(Cut):
                 )  # fmt: skip
             return self.keep
         step = _common(self.multiple, runs)
-        return min(count, max(step, round((1 - self.share) * count / step) * step))
+        share = self.share if share is None else share
+        return min(count, max(step, round((1 - share) * count / step) * step))
 
     def survey(self, spec: Spec) -> Survey:
-        return (Slopes if self.by in GRADIENTS else Sums)(self, spec)
+        scores = (Slopes if self.by in GRADIENTS else Sums)(self, spec)
+        return Sensitivity(self, scores) if self.budget == "sensitivity" else scores
 
     def decide(self, spec: Spec, found: Any) -> tuple[Surgery, list[Row]]:
         if self.unit == "hidden":
@@ -161,8 +169,12 @@ class CutUnits(Cut):
     def counts(self, spec: Spec, found: Sequence[Scores]) -> list[dict[str, int]]:
         """Group name -> units that stay, per layer."""
         every = [groups(layer, self.unit) for layer in spec.layers]
-        if self.budget == "uniform":
-            return [{g.name: self.left(g.count, g.runs) for g in own} for own in every]
+        if self.budget != "global":
+            shares = [row[SHARE][0] if SHARE in row else None for row in found]
+            return [
+                {g.name: self.left(g.count, g.runs, share) for g in own}
+                for own, share in zip(every, shares, strict=True)
+            ]
         scores = torch.tensor([v for row in found for name in row for v in row[name]])
         wanted = len(scores) - round(self.share * len(scores))
         stay = highest(scores, wanted)
@@ -294,3 +306,59 @@ class Slopes(Survey):
             {name: (total / self.batches).abs().tolist() for name, total in row.items()}
             for row in self.found
         ]
+
+
+class Sensitivity(Survey):
+    """Scores, and the share of its units that each layer is to lose: the least that moves the answers.
+
+    A layer is tried with the columns that read its worst units set to zero, which is what cutting them does.
+    """
+
+    whole = True
+
+    def __init__(self, settings: CutUnits, scores: Survey) -> None:
+        self.settings, self.scores = settings, scores
+        self.found: list[Scores] = []
+
+    def whole_bytes(self, spec: Spec, ids: Tensor | None) -> int:
+        return self.scores.whole_bytes(spec, ids) + judge_bytes(spec, PROBED)
+
+    def model(self, model: Model, ids: Tensor, progress: Progress) -> None:
+        self.found = look(model, self.scores, ids, progress)
+        judge, spec = Judge(model, few(ids)), model.spec
+        curves, sizes = [], []
+        for index, layer in enumerate(spec.layers):
+            progress(index, spec.num_layers, f"sensitivity of block {index}")
+            own = groups(layer, self.settings.unit)
+            curves.append(
+                [
+                    (share, self.tried(judge, index, own, share))
+                    for share in probes(self.settings.share)
+                ]
+            )
+            sizes.append(sum(group.count for group in own))
+        shares = allocate(curves, sizes, self.settings.share)
+        for row, share in zip(self.found, shares, strict=True):
+            row[SHARE] = [share]
+
+    def tried(self, judge: Judge, index: int, own: Sequence[Group], share: float) -> float:
+        """Nats that the answers move by without the worst units of a layer."""
+        block = judge.blocks[index]
+        held: dict[str, Weight] = {}
+        for group in own:
+            left = self.settings.left(group.count, group.runs, share)
+            stay = torch.zeros(group.count)
+            stay[best(self.found[index][group.name], left, group.runs)] = 1
+            for side in group.readers:
+                linear = block.linear(side.path)
+                was = held.setdefault(side.path, linear.held())
+                kept = linear.matrix() * stay.repeat_interleave(side.size)
+                linear.replace(from_dense(kept.to(was.parts["weight"].dtype)))
+        try:
+            return judge.moved(index)
+        finally:
+            for path, was in held.items():
+                block.linear(path).replace(was)
+
+    def result(self) -> Any:
+        return self.found

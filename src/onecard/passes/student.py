@@ -14,11 +14,10 @@ from __future__ import annotations
 import copy
 import fcntl
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,7 +40,7 @@ from onecard.core.errors import BadRequest
 from onecard.core.format import DTYPE_BYTES
 from onecard.core.report import Report, Row, environment, write_text
 from onecard.core.settings import format_size
-from onecard.core.spec import Spec, block_modules, outer_modules
+from onecard.core.spec import Spec, block_modules, outer_modules, parameter_count
 from onecard.nn.families import family_of
 from onecard.nn.graph import (
     Kind,
@@ -182,22 +181,12 @@ class Job:
         tokens = training.steps * training.batch * self.ids.shape[1]
         return (
             Row("plan", "planned_peak_bytes", self.peak, "B"),
-            Row("plan", "teacher_parameters", count(self.teacher.spec)),
-            Row("plan", "student_parameters", count(self.spec)),
+            Row("plan", "teacher_parameters", parameter_count(self.teacher.spec)),
+            Row("plan", "student_parameters", parameter_count(self.spec)),
             Row("plan", "training_windows", len(self.ids)),
             Row("plan", "training_tokens", tokens) if training.minutes is None
             else Row("plan", "training_seconds", 60 * training.minutes, "s"),
         )  # fmt: skip
-
-
-def count(spec: Spec) -> int:
-    """Weights of a model of a Spec."""
-    outer = dict(outer_modules(spec))
-    if spec.tied:
-        outer.pop("tail.head")
-    rows = [outer, *(block_modules(spec, layer) for layer in spec.layers)]
-    return sum(math.prod(shape) for modules in rows for m in modules.values()
-               for shape in m.tensors().values())  # fmt: skip
 
 
 def prepare_distillation(
@@ -234,17 +223,17 @@ def prepare_distillation(
     ids = training_ids(
         source.tokenizer(), data, settings.training, source.spec.vocab_size, documents
     )
-    stored = DTYPE_BYTES[source.dtype] * (count(source.spec) + count(spec))
-    teacher_bytes = 4 * count(source.spec)
+    stored = DTYPE_BYTES[source.dtype] * (parameter_count(source.spec) + parameter_count(spec))
+    teacher_bytes = 4 * parameter_count(source.spec)
     peak = resident() + stored + teacher_bytes + training_bytes(
         spec, settings.training, settings.rank, teacher=True) + (128 << 20)  # fmt: skip
     if memory is not None and peak > memory:
         raise BadRequest(
-            f"distilling {source.folder.name} does not fit into {format_size(memory)}",
+            f"distilling {source.called} does not fit into {format_size(memory)}",
             f"the smallest cap that works is {format_size(peak)}",
             "raise --memory, lower --batch or --length, raise --accumulate, or give --checkpointing",
         )
-    check_space(out, DTYPE_BYTES[source.dtype] * count(spec) + 12 * count(spec))
+    check_space(out, DTYPE_BYTES[source.dtype] * parameter_count(spec) + 12 * parameter_count(spec))
     return Job(source, opened, spec, start, out, settings, ids, data.name if data else "shipped",
                force, peak)  # fmt: skip
 
@@ -284,9 +273,15 @@ def as_stored(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def teach(
-    job: Job, adopt: bool = False, progress: Progress = lambda done, total, what: None
+    job: Job,
+    adopt: bool = False,
+    progress: Progress = lambda done, total, what: None,
+    finish: Callable[[Path, Report], Report] = lambda folder, report: report,
 ) -> Report:
-    """Carry out a distillation; OUT appears when it is complete. Killed, a second call goes on."""
+    """Carry out a distillation; OUT appears when it is complete. Killed, a second call goes on.
+
+    `adopt` goes on from unfinished work of other settings too; `finish` is that of `job.compress`.
+    """
     started = time.perf_counter()
     with workplace(job.out, job.force) as folder:
         teacher = load_model(job.teacher.folder)
@@ -301,7 +296,7 @@ def teach(
             sum(p.stat().st_size for p in files)
             for files in (made.files, job.teacher.checkpoint.files)
         ]
-        counts = count(job.spec), count(job.teacher.spec)
+        counts = parameter_count(job.spec), parameter_count(job.teacher.spec)
         report = Report(
             (
                 Row.of("model", "file_bytes", *sizes),
@@ -314,12 +309,13 @@ def teach(
                 Row.of("distil", "peak_memory_bytes", resident_peak()),
             ),
             environment(
-                teacher=job.teacher.folder.name, threads=torch.get_num_threads(),
+                teacher=job.teacher.called, threads=torch.get_num_threads(),
                 torch=torch.__version__, onecard=__version__, training_text=job.text,
             ),
-            f"{job.teacher.folder.name} distilled: {format_size(sizes[1])} to {format_size(sizes[0])}",
+            f"{job.teacher.called} distilled: {format_size(sizes[1])} to {format_size(sizes[0])}",
             ((f"reference: {Distil.title}", Distil.paper),),
         )  # fmt: skip
+        report = finish(result, report)
         write_text(result / "report.json", report.to_json())
         publish(result, job.out)
         (folder / STATE).unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from onecard.checkpoint.save import assemble, complete, config_with
 from onecard.checkpoint.source import Source, verify
 from onecard.core.errors import BadRequest
 from onecard.core.report import Report, Row, Value, environment, write_text
+from onecard.core.spec import Spec
 from onecard.nn.model import Model
 from onecard.passes.base import Data, ModelPass, Recipe
 from onecard.passes.cut import Cut
@@ -41,9 +42,12 @@ def facts() -> dict[str, Value]:
 def apply(model: Model, recipe: Recipe, ids: Tensor | None) -> Report:
     """Apply a recipe to a model in memory. `ids` [samples, length] calibrate it, if it needs any.
 
-    The object is changed: it holds what the last stage made, which may have other sizes.
+    The object is changed: it holds what the last stage made, which may have other sizes. Raises
+    BadRequest before that where recipe, model and ids do not go together.
     """
     recipe.check(model.spec)
+    if ids is not None:
+        check_ids(ids, model.spec)
     if any(quantized(linear.format) for _, linear in model.linears()):
         raise BadRequest("the model is compressed already", do="start from the original model")
     if recipe.calibrated and ids is None:
@@ -55,6 +59,20 @@ def apply(model: Model, recipe: Recipe, ids: Tensor | None) -> Report:
         model.network, model.spec, model.config = made.network, made.spec, made.config
         rows += staged(found, number, len(stages))
     return Report(tuple(rows), environment(recipe=recipe.name), title=recipe.name)
+
+
+def check_ids(ids: Tensor, spec: Spec) -> None:
+    """BadRequest where they are no samples of tokens that a model can read."""
+    if ids.ndim != 2 or ids.is_floating_point() or not ids.numel() or ids.shape[1] < 2:
+        raise BadRequest(f"ids are {str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}",
+                         do="int64 [samples, length] is needed, of 2 tokens or more each")  # fmt: skip
+    if ids.shape[1] > spec.max_context:
+        raise BadRequest(
+            f"samples of {ids.shape[1]} tokens, the model's context is {spec.max_context}"
+        )
+    if int(ids.min()) < 0 or int(ids.max()) >= spec.vocab_size:
+        raise BadRequest(f"ids from {int(ids.min())} to {int(ids.max())}",
+                         do=f"the model knows {spec.vocab_size} tokens, from 0 on")  # fmt: skip
 
 
 def kept_original(model: Model, recipe: Recipe) -> Callable[[], Model]:
@@ -103,11 +121,11 @@ def fill(job: Prepared, journal: Journal, progress: Progress) -> Made:
         ))  # fmt: skip
         rows += staged(done.rows, number, len(stages))
         if not last:
-            weights = assemble(own.folder, own.hashes())
+            weights = assemble(own.result, own.hashes())
             complete(
-                own.folder,
+                own.result,
                 job.source,
-                config_with(done.source, done.formats, done.split),
+                config_with(done.source, done.schemes, done.split),
                 weights,
                 {},
             )

@@ -106,7 +106,8 @@ def terminal(report: Report, console: Console) -> None:
     """The answer, the tables, a summary of the layers, conventions and notes."""
     page = _page(cleaned(report))
     console.print(Text(page.title, "bold"))
-    console.print(Text(page.answer))
+    if page.answer:
+        console.print(Text(page.answer))
     few = page.every_layer is not None and len(page.every_layer.groups[0][1]) <= FEW
     for table in (*page.tables, *([page.every_layer] if few else page.layers)):
         if table:
@@ -219,7 +220,7 @@ def _answer(rows: list[Row], variants: list[str]) -> str:
     if rows and is_listing(rows):
         return "Each name, and what it is good for."
     if not parts:
-        return f"{len(rows)} values were recorded." if rows else "Nothing was measured."
+        return "" if rows else "Nothing was measured."
     return f"{capital('; '.join(parts))}."
 
 

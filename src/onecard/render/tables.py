@@ -29,10 +29,10 @@ GROUPS = {
 }  # fmt: skip
 REST = "Memory and work"
 HEADLINE = ("format", "file_bytes", "bits_per_weight", "perplexity", "kl", "top1_agreement",
-            "accuracy", "decode_tokens_per_second")  # fmt: skip
+            "accuracy", "needed_bytes", "fits", "longest_context", "decode_tokens_per_second")  # fmt: skip
 MORE_IS_BETTER = {*GROUPS["Speed"], "top1_agreement", "accuracy", "accuracy_by_length",
                   "calibration_tokens"} - {"time_to_first_token", "energy_joules"}  # fmt: skip
-VARIANT = {"file_bytes", "bits_per_weight", *GROUPS["Quality"]} - {
+VARIANT = {"file_bytes", "bits_per_weight", "needed_bytes", *GROUPS["Quality"]} - {
     "predicted_tokens", "questions"}  # fmt: skip
 
 FEW, WORST, MOST = 12, 5, 2000
@@ -85,6 +85,8 @@ def before_after(rows: list[Row]) -> list[Table]:
     head = ("", "before", "after", "change") if changed else ("", "value")
     if len(groups) == 1:
         groups = [("", groups[0][1])]
+    if all(row.where == "plan" for row in rows):
+        return [Table("Planned", head, groups)]
     title = "Before and after" if changed else "Measured"
     return [Table(title if usual == "model" else f"{title}: {usual}", head, groups)]
 

@@ -16,7 +16,8 @@ LABELS = {
     "decode_tokens_per_second": "decode", "prompt_tokens_per_second": "prompt reading",
     "bandwidth_share": "share of bandwidth", "operations_share": "share of operations",
     "foreign_share": "taken by other programs", "peak_memory_bytes": "peak memory",
-    "planned_peak_bytes": "planned peak memory",
+    "planned_peak_bytes": "planned peak memory", "needed_bytes": "memory needed",
+    "memory_bytes": "memory",
     "seconds": "time", "time_to_first_token": "first token",
 }  # fmt: skip
 SHARES = {"top1_agreement", "accuracy", "accuracy_by_length", "bandwidth_share",

@@ -23,7 +23,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ class Conversation:
 
     def ask(
         self, executor: Runner, text: str, sampling: Sampling = GREEDY, **more: Any
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Pieces of the reply. Raises BadRequest at once, with the history as it was.
 
         Question and reply join the history when the pieces end or their reader stops: then with
@@ -197,7 +197,9 @@ class Conversation:
         settings = chat_sampling(self.tokenizer, sampling)
         return self._reply(question, generate(executor, self.tokenizer, ids, settings))
 
-    def _reply(self, question: Message, pieces: Generator[Piece, None, None]) -> Iterator[Piece]:
+    def _reply(
+        self, question: Message, pieces: Generator[Piece, None, None]
+    ) -> Generator[Piece, None, None]:
         reply = ""
         try:
             with contextlib.closing(pieces):

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onecard.checkpoint.source import Source
 from onecard.core.device import usable_cores
 from onecard.core.errors import BadRequest, FailedWork, nearest
-from onecard.core.spec import FeedForward, LayerSpec, Rope
+from onecard.core.spec import FeedForward, LayerSpec, Rope, sites
 from onecard.kernels import cpu, rope, structs, tune
-from onecard.runtime.sample import Logprobs
+from onecard.runtime.pages import CACHES
+from onecard.runtime.sample import Logits, Logprobs
 from onecard.runtime.steps import Draw, Fed, Feed, Ids
-from onecard.runtime.weights import HEADS, Head, open_weights
+from onecard.runtime.weights import HEADS, Head, Weights, open_weights
 
 PAGE = 32
 ACTIVATIONS = {"silu": structs.SILU, "relu": structs.RELU, "gelu": structs.GELU,
@@ -29,9 +31,10 @@ ACTIVATIONS = {"silu": structs.SILU, "relu": structs.RELU, "gelu": structs.GELU,
 ORDERS = {"pre": structs.PRE, "post": structs.POST, "sandwich": structs.SANDWICH,
           "parallel": structs.PARALLEL}  # fmt: skip
 WANT = {"none": structs.NONE, "last": structs.LAST, "all": structs.ALL}
-CACHES = ("fp16", "bf16", "int8")
 NOT_FINITE = -3
 NO_MEMORY = -2
+NOTHING = np.empty(0, np.int32)
+MOST = {"threads": 1024, "context": 1 << 20, "rows": 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,10 @@ class CpuSettings:
             raise BadRequest(f"there is no cache {self.cache!r}", do=nearest(self.cache, CACHES))
         if self.head not in HEADS:
             raise BadRequest(f"there is no head {self.head!r}", do=nearest(self.head, HEADS))
-        for name in ("threads", "context", "rows"):
+        for name, most in MOST.items():
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= 1 << 20:
-                raise BadRequest(f"{name} is {value}", do="1 to 1048576 is possible")
+            if value is not None and not 1 <= value <= most:
+                raise BadRequest(f"{name} is {value}", do=f"1 to {most} is possible")
 
 
 def usual_cache() -> str:
@@ -62,75 +65,40 @@ def usual_cache() -> str:
     return "bf16" if cpu.isa() == "amx" else "fp16"
 
 
-class CpuStepper:
-    """A model that is ready to run on this processor. Raises BadRequest where it cannot be."""
+class Described:
+    """A model as the native engine sees it: structs with the addresses of its weights. Nothing runs yet."""
 
     page_tokens = PAGE
 
-    def __init__(self, folder: str | Path | Source, settings: CpuSettings = CpuSettings()) -> None:
-        source = folder if isinstance(folder, Source) else Source(folder)
-        self.spec, self.settings = source.spec, settings
-        tune.settle()
+    def __init__(self, source: Source, settings: CpuSettings, weights: Weights) -> None:
+        self.spec, self.settings, self.weights = source.spec, settings, weights
         self.threads = settings.threads or usable_cores()
         self.cache = settings.cache or usual_cache()
         self.vocab_size = self.spec.vocab_size
         context = settings.context or min(self.spec.max_context, 4096)
         self.max_context = min(self.spec.max_context, context)
         self.pages = -(-context // PAGE)
-        self.weights = open_weights(source, self.threads, settings.head)
         self._kept: list[Any] = [self.weights]
         self._check_names()
         self._model = self._described()
+        self._check_inputs()
         self._native = cpu.library()
-        self._engine = ctypes.c_void_p()
-        asked = structs.EngineSettings(
+        self._asked = structs.EngineSettings(
             self.threads, cpu.CODES[self.cache], self.pages, settings.rows
         )
-        error = self._native.oc_engine_open(
-            ctypes.byref(self._model), ctypes.byref(asked), ctypes.byref(self._engine)
+
+    def need(self) -> tuple[int, int]:
+        """Bytes that the engine would take: work space, and keys and values."""
+        work, kv = ctypes.c_int64(), ctypes.c_int64()
+        error = self._native.oc_engine_need(
+            ctypes.byref(self._model),
+            ctypes.byref(self._asked),
+            ctypes.byref(work),
+            ctypes.byref(kv),
         )
-        if error == NO_MEMORY:
-            raise FailedWork(
-                f"there is no memory for a context of {context} positions",
-                do="ask for a smaller context, or hold keys and values in int8",
-            )
         if error:
-            raise BadRequest(f"the engine cannot run {source.folder}", seen=f"its error {error}")
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the engine: keys and values, activations; without the weights."""
-        return int(self._native.oc_engine_bytes(self._engine))
-
-    def close(self) -> None:
-        """Give the memory back. Closing twice does no harm."""
-        if self._engine:
-            self._native.oc_engine_close(self._engine)
-            self._engine = ctypes.c_void_p()
-
-    def __del__(self) -> None:
-        if getattr(self, "_engine", None):
-            self.close()
-
-    # one step
-
-    def step(self, batch: Sequence[Feed], steps: int, cancel: Ids) -> list[Fed]:
-        """See `Stepper`. Raises BadRequest for a feed that makes no sense, FailedWork without memory."""
-        if not self._engine:
-            raise ValueError("the stepper is closed")
-        calls = [_Call(feed, self.vocab_size) for feed in batch]
-        feeds = (structs.Feed * len(calls))(*(call.feed for call in calls))
-        error = self._native.oc_engine_step(
-            self._engine, feeds, len(calls), steps, cancel.ctypes.data
-        )
-        if error == NO_MEMORY:
-            raise FailedWork("the engine found no memory for a step", do="run fewer requests")
-        if error:
-            raise BadRequest(
-                "a step makes no sense to the engine",
-                seen=f"{sum(len(feed.ids) for feed in batch)} new ids, {self.settings.rows} at most",
-            )
-        return [call.fed(feed) for call, feed in zip(calls, feeds, strict=True)]
+            raise BadRequest("the engine cannot run this model", seen=f"its error {error}")
+        return work.value, kv.value
 
     # the model as structs
 
@@ -169,6 +137,21 @@ class CpuStepper:
             if name != "all" and not any(_is(path, name) for path in paths):
                 known = {path.rpartition(".")[2] for path in paths}
                 raise BadRequest(f"the model has no linear {name!r}", do=nearest(name, known))
+
+    def _check_inputs(self) -> None:
+        """An input is rounded once, for all linears that read it."""
+        for index, layer in enumerate(self.spec.layers):
+            for site in sites(layer):
+                linears = {name: self.matrix(f"blocks.{index}.{name}") for name in site.linears}
+                read = [
+                    (w.rounding, w.input_scale) for w in linears.values() if w.bits and not w.exact
+                ]
+                if len(set(read)) > 1:
+                    raise BadRequest(
+                        f"blocks.{index}: linears that read one input round it each in its own way",
+                        seen=", ".join(linears),
+                        do="run it with --engine reference",
+                    )
 
     def _rope(self, spec: Rope) -> structs.Rope:
         inverse, scale = rope.frequencies(spec, self.max_context, self.spec.max_context)
@@ -210,6 +193,69 @@ class CpuStepper:
             width = f.experts.shared_width
         parts = {part: self.matrix(f"{path}.{part}") for part in ("gate", "up", "down")}
         return structs.Mlp(width=width, activation=ACTIVATIONS[f.activation], **parts)
+
+
+class CpuStepper(Described):
+    """A model that is ready to run on this processor. Raises BadRequest where it cannot be."""
+
+    def __init__(self, folder: str | Path | Source, settings: CpuSettings = CpuSettings()) -> None:
+        source = folder if isinstance(folder, Source) else Source(folder)
+        tune.settle()
+        threads = settings.threads or usable_cores()
+        super().__init__(source, settings, open_weights(source, threads, settings.head))
+        self._scratch = np.empty(self._native.oc_sample_scratch(self.vocab_size), np.uint8)
+        self._engine = ctypes.c_void_p()
+        error = self._native.oc_engine_open(
+            ctypes.byref(self._model), ctypes.byref(self._asked), ctypes.byref(self._engine)
+        )
+        if error == NO_MEMORY:
+            raise FailedWork(
+                f"there is no memory for a context of {self.pages * PAGE} positions",
+                do="ask for a smaller context, or hold keys and values in int8 or int4",
+            )
+        if error:
+            raise BadRequest(f"the engine cannot run {source.folder}", seen=f"its error {error}")
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the engine: keys and values, activations; without the weights."""
+        return int(self._native.oc_engine_bytes(self._engine))
+
+    def close(self) -> None:
+        """Give the memory back. Closing twice does no harm."""
+        if self._engine:
+            self._native.oc_engine_close(self._engine)
+            self._engine = ctypes.c_void_p()
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", None):
+            self.close()
+
+    # one step
+
+    def step(self, batch: Sequence[Feed], steps: int, cancel: Ids) -> list[Fed]:
+        """See `Stepper`. Raises BadRequest for a feed that makes no sense, FailedWork without memory."""
+        if not self._engine:
+            raise ValueError("the stepper is closed")
+        calls = [_Call(feed, self.vocab_size) for feed in batch]
+        feeds = (structs.Feed * len(calls))(*(call.feed for call in calls))
+        error = self._native.oc_engine_step(
+            self._engine, feeds, len(calls), steps, cancel.ctypes.data
+        )
+        if error == NO_MEMORY:
+            raise FailedWork("the engine found no memory for a step", do="run fewer requests")
+        if error:
+            raise BadRequest(
+                "a step makes no sense to the engine",
+                seen=f"{sum(len(feed.ids) for feed in batch)} new ids, {self.settings.rows} at most",
+            )
+        return [call.fed(feed) for call, feed in zip(calls, feeds, strict=True)]
+
+    def choose(self, logits: Logits, draw: Draw) -> Fed:
+        """See `Stepper`."""
+        call = _Call(Feed(NOTHING, 0, NOTHING, draw=draw), self.vocab_size)
+        call.choose(logits, draw, self._scratch)
+        return call.fed(call.feed)
 
 
 def _is(path: str, name: str) -> bool:
@@ -259,6 +305,17 @@ class _Call:
             self.feed.logprobs = self.logprobs.ctypes.data
         self.feed.likeliest_ids = self.ids.ctypes.data
         self.feed.likeliest_logprobs = self.likely.ctypes.data
+
+    def choose(self, logits: Logits, draw: Draw, scratch: NDArray[np.uint8]) -> None:
+        """The first id, from these logits."""
+        feed, s = self.feed, self.feed.sampling
+        assert logits.dtype == np.float32 and logits.flags.c_contiguous
+        s.draw = draw.uniforms[0] if feed.draws else 0.0
+        s.logprob, s.ids, s.logprobs = feed.logprobs, feed.likeliest_ids, feed.likeliest_logprobs
+        id = cpu.library().oc_sample(
+            logits.ctypes.data, len(logits), ctypes.byref(s), scratch.ctypes.data
+        )
+        feed.status, feed.chosen_count, self.chosen[0] = min(id, 0), int(id >= 0), id
 
     def fed(self, feed: structs.Feed) -> Fed:
         logits = self.logits if len(self.logits) else None

@@ -55,6 +55,9 @@ class ReferenceStepper:
     def close(self) -> None:
         self.closed = True
 
+    def choose(self, logits: Logits, draw: Draw) -> Fed:
+        return _drawn(Fed(), draw, logits)
+
     def logits(self, ids: Ids, past: int, table: Ids) -> Logits:
         """One pass: logits [len(ids), vocabulary]."""
         end, shape = past + len(ids), self.page_tokens

@@ -11,6 +11,12 @@ keyed hashes, key = h(key of the page before, own ids), with a salt of the pool'
 only if its ids, and the page before it, are really those asked for: a collision shares nothing. Only
 whole pages are shared, so nobody ever writes to a shared page.
 
+What a page takes is told by `position_bytes`: both of a key and a value of each head are held in
+
+    fp16, bf16   2 bytes per number, the head padded to 16 numbers (keys: to 2)
+    int8, fp8    1 byte per number, and a float32 scale
+    int4         half a byte per number, and a bf16 scale for each 32 of them
+
 Whoever holds a known page holds the pages before it. So idle pages leave leaves first, and a known page
 never outlives the one that it continues.
 """
@@ -29,6 +35,16 @@ from numpy.typing import NDArray
 from onecard.core.errors import FailedWork
 
 Hash = Callable[[bytes], bytes]
+CACHES = ("fp16", "bf16", "int8", "fp8", "int4")
+
+
+def position_bytes(kv_heads: int, head_dim: int, cache: str) -> int:
+    """Exact bytes of one position of one layer, as the native engine holds it."""
+    keys, values = -(-head_dim // 2) * 2, -(-head_dim // 16) * 16
+    if cache == "int4":
+        groups = -(-head_dim // 32)
+        return kv_heads * (keys // 2 + 16 * groups + 2 * 2 * groups)
+    return kv_heads * (keys + values + 2 * 4 if cache in ("int8", "fp8") else 2 * (keys + values))
 
 
 class Exhausted(FailedWork):

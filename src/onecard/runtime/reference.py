@@ -19,7 +19,7 @@ import torch
 from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest, FailedWork, nearest
 from onecard.kernels.reference import DTYPES, from_dense
-from onecard.nn.layers import Linear
+from onecard.nn.layers import Matrix
 from onecard.nn.model import Model
 from onecard.nn.transformer import Cache, Transformer
 from onecard.runtime.sample import Logits
@@ -35,18 +35,21 @@ SCORED_TOKENS = 2048
 class TorchExecutor:
     """A Model on a device, ready to run. The Model itself is left as it was.
 
-    `dtype` is the compute dtype: fp32, bf16, fp16, or None for the model's own.
+    `dtype` is the compute dtype: fp32, bf16, fp16, or None for the model's own. `cache`: keys and values
+    are rounded as the native engine would hold them (None: not at all).
     """
 
     def __init__(
-        self, model: Model, device: str = "cpu", dtype: str | None = None, expand: bool = True
-    ) -> None:
+        self, model: Model, device: str = "cpu", dtype: str | None = None, expand: bool = True,
+        cache: str | None = None,
+    ) -> None:  # fmt: skip
+        self.cache = cache
         self.spec = model.spec
         self.vocab_size, self.max_context = model.spec.vocab_size, model.spec.max_context
         self.device = _device(device)
         if dtype is not None and dtype not in COMPUTE:
             raise BadRequest(f"there is no compute dtype {dtype!r}", do=nearest(dtype, COMPUTE))
-        self.dtype = DTYPES[dtype] if dtype else model.network.stem.embedding.weight.dtype
+        self.dtype = DTYPES[dtype] if dtype else model.network.stem.embedding.dtype
         self.network = _placed(model.network, self.device, self.dtype)
         if expand:
             _expand(self.network, self.dtype)
@@ -66,7 +69,7 @@ class TorchSession:
     def __init__(self, executor: TorchExecutor, capacity: int) -> None:
         self.network = executor.network
         self.cache: Cache | None = Cache(
-            executor.spec, 1, capacity, executor.dtype, executor.device
+            executor.spec, 1, capacity, executor.dtype, executor.device, executor.cache
         )
 
     def prefill(self, ids: Sequence[int]) -> Logits:
@@ -98,10 +101,11 @@ class TorchSession:
 
 
 class TorchScorer:
-    """The network of a Model as a Scorer (score.py), on the device where it lies."""
+    """The network of a Model as a Scorer (score.py), on the device where it lies; `cache` as above."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, cache: str | None = None) -> None:
         assert isinstance(model.tokenizer, Tokenizer)
+        self.cache = cache
         self.network, self.tokenizer = model.network, model.tokenizer
         self.vocab_size, self.max_context = model.spec.vocab_size, model.spec.max_context
 
@@ -143,7 +147,12 @@ class TorchScorer:
 
     def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """The last hidden states [B, T - 1, hidden]; the last id is not read."""
-        h, context = self.network.start(ids[:, :-1])
+        cache = None
+        if self.cache is not None:
+            batch, count = ids[:, :-1].shape
+            dtype = self.network.stem.embedding.dtype
+            cache = Cache(self.network.spec, batch, count, dtype, ids.device, self.cache)
+        h, context = self.network.start(ids[:, :-1], None, cache)
         for block in self.network.blocks:
             h = block(h, context)
         return h
@@ -186,10 +195,12 @@ def _placed(network: Transformer, device: torch.device, dtype: torch.dtype) -> T
         moved[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=False)
     for buffer in network.buffers():
         moved[id(buffer)] = buffer.to(device)
-    return copy.deepcopy(network, moved).eval()
+    placed = copy.deepcopy(network, moved).eval()
+    placed.stem.embedding.compute = dtype
+    return placed
 
 
 def _expand(network: Transformer, dtype: torch.dtype) -> None:
     for module in network.modules():
-        if isinstance(module, Linear) and not module.format.dense:
+        if isinstance(module, Matrix) and not module.format.dense:
             module.replace(from_dense(module.matrix(dtype)))

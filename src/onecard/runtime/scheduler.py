@@ -40,8 +40,8 @@ from onecard.core.errors import BadRequest, FailedWork, Problem
 from onecard.runtime.engine import Request, check
 from onecard.runtime.pages import Leak, Pool
 from onecard.runtime.reply import Piece, Reply, Result
-from onecard.runtime.sample import GREEDY, Logprobs, Sampling
-from onecard.runtime.speculate import NOTHING, Lookup, verify
+from onecard.runtime.sample import GREEDY, Logits, Logprobs, Sampling
+from onecard.runtime.speculate import NOTHING, Chosen, Lookup, verify
 from onecard.runtime.steps import Draw, Fed, Feed, Ids, Stepper
 
 FEW = 4
@@ -388,9 +388,7 @@ class Engine:
         if live.pending > part.count:
             return Feed(ids, live.done, live.held)
         most = 1 + self._stretch(live, min(steps, reply.room) - 1)
-        uniforms = reply.uniforms.of(len(reply.new), most)
-        draw = Draw(reply.sampling, reply.ids, reply.prompt, uniforms, live.ends, most)
-        return Feed(ids, live.done, live.held, draw=draw)
+        return Feed(ids, live.done, live.held, draw=_draw(live, most))
 
     def _again(self, feed: Feed) -> Fed:
         """A call failed and it is not known for whom: each is tried alone."""
@@ -431,11 +429,19 @@ class Engine:
                 f"the model could not be run at token {len(reply.ids)}", fed.seen or "it gave no id"
             )
 
-    def _chosen(self, part: Part, fed: Fed) -> Iterator[tuple[int, Logprobs | None]]:
+    def _chosen(self, part: Part, fed: Fed) -> Iterator[Chosen]:
         if len(part.draft) and fed.status == "ok":
             assert fed.logits is not None
-            return verify(part.live.reply, part.draft, fed.logits)
+            return verify(part.draft, fed.logits, lambda row: self._choose(part.live, row))
         return itertools.zip_longest(fed.ids, fed.logprobs)
+
+    def _choose(self, live: Live, logits: Logits) -> Chosen:
+        fed = self.stepper.choose(logits, _draw(live, 1))
+        if fed.status == "not numbers":
+            raise live.reply.useless(fed.seen)
+        if fed.status != "ok":
+            raise FailedWork("no id could be chosen", fed.seen)
+        return fed.ids[0], fed.logprobs[0] if fed.logprobs else None
 
     def _add(self, live: Live, id: int, told: Logprobs | None) -> str:
         if not 0 <= id < self.vocab_size:
@@ -597,3 +603,10 @@ class Clock:
 
 def _number(live: Live) -> int:
     return live.number
+
+
+def _draw(live: Live, most: int) -> Draw:
+    """How the next ids of a request are chosen."""
+    reply = live.reply
+    uniforms = reply.uniforms.of(len(reply.new), most)
+    return Draw(reply.sampling, reply.ids, reply.prompt, uniforms, live.ends, most)

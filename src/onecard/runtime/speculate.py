@@ -3,10 +3,10 @@
 Replies repeat their prompt and themselves: names, code, quotations. So the ids that followed the last
 occurrence of the newest few ids are a good guess at what follows now (prompt lookup). A step over the newest
 id and a draft of n costs little more than one over the id alone, as both read all weights once, and gives
-n + 1 rows of logits. The scheduler chooses from them row by row, each with the draw that its place in
-the reply has anyway, for as long as the draft said the same: `verify`. So the ids are those without
-speculation, greedy or sampled. Keys and values of what was guessed wrong lie behind the sequence's end,
-where the next ids overwrite them.
+n + 1 rows of logits. The stepper chooses from them row by row as it does in a step, each with the draw that
+its place in the reply has anyway, for as long as the draft said the same: `verify`. So ids and their
+probabilities are those without speculation, greedy or sampled, to the bit. Keys and values of what was
+guessed wrong lie behind the sequence's end, where the next ids overwrite them.
 
 Guessing that does not come true costs time: `Lookup` counts, adapts how far it guesses, and pauses, longer
 each time, when too little comes true.
@@ -14,11 +14,10 @@ each time, when too little comes true.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from onecard.runtime.reply import Reply
 from onecard.runtime.sample import Logits, Logprobs
 from onecard.runtime.steps import Ids
 
@@ -29,6 +28,9 @@ ENOUGH = 0.25
 SHORT_PAUSE, LONG_PAUSE = 16, 256
 """Ids without guessing, after the first failure and at most."""
 NOTHING = np.empty(0, dtype=np.int32)
+
+Chosen = tuple[int, Logprobs | None]
+Choose = Callable[[Logits], Chosen]
 
 
 def lookup(ids: Ids, most: int) -> Ids:
@@ -77,10 +79,10 @@ class Lookup:
             self.share, self.far = 2 * ENOUGH, 1
 
 
-def verify(reply: Reply, draft: Ids, logits: Logits) -> Iterator[tuple[int, Logprobs | None]]:
+def verify(draft: Ids, logits: Logits, choose: Choose) -> Iterator[Chosen]:
     """The next ids from logits [len(draft) + 1, vocabulary]; the reader adds each to the reply or leaves."""
     for place, row in enumerate(logits):
-        id, told = reply.choose(row)
+        id, told = choose(row)
         yield id, told
         if place == len(draft) or id != draft[place]:
             return

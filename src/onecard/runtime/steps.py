@@ -86,5 +86,8 @@ class Stepper(Protocol):
         then any of its positions may be written or not, and the feeds may be given again.
         """
 
+    def choose(self, logits: Logits, draw: Draw) -> Fed:
+        """The one id that a step would choose from these logits [vocabulary], to the bit of its logprobs."""
+
     def close(self) -> None:
         """Give the memory back. Closing twice does no harm."""

@@ -211,12 +211,27 @@ def _mapped(file: int, length: int) -> Bytes:
 
 
 def map_file(path: Path, begin: int, end: int) -> Bytes:
-    """The bytes [begin, end) of a file, mapped read-only. BadRequest if it has fewer."""
+    """The bytes [begin, end) of a file, mapped read-only. BadRequest if it has fewer, FailedWork where
+    there is no room for them.
+    """
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < end:
             raise BadRequest(f"{path} is shorter than when it was opened", do="load it again")
-        memory = mmap.mmap(file.fileno(), end, mmap.MAP_SHARED, mmap.PROT_READ)
-    return np.frombuffer(memory, np.uint8)[begin:]
+        first = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        try:
+            memory = mmap.mmap(
+                file.fileno(), end - first, mmap.MAP_SHARED, mmap.PROT_READ, offset=first
+            )
+        except OSError as error:
+            raise _no_memory(end - first) from error
+    return np.frombuffer(memory, np.uint8)[begin - first :]
+
+
+def _no_memory(count: int) -> FailedWork:
+    return FailedWork(
+        f"there is no memory for {count} bytes of weights",
+        do="free some, or raise the limit of this process (ulimit -v)",
+    )
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -254,7 +269,7 @@ def in_memory(parts: Sequence[tuple[str, About]], fill: Fill) -> Mapped:
     try:
         memory = mmap.mmap(-1, max(end, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError) as error:
-        raise FailedWork(f"there is no memory for {end} bytes of weights") from error
+        raise _no_memory(end) from error
     with suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole, found = np.frombuffer(memory, np.uint8), {}
@@ -274,7 +289,10 @@ def _encoded(header: Header, parts: Sequence[tuple[str, About]], sums: Sequence[
 
 
 def _aligned(count: int) -> Bytes:
-    memory = np.empty(count + layout.LINE, np.uint8)
+    try:
+        memory = np.empty(count + layout.LINE, np.uint8)
+    except MemoryError as error:
+        raise _no_memory(count) from error
     begin = -memory.ctypes.data % layout.LINE
     return memory[begin : begin + count]
 

@@ -3,7 +3,8 @@
 Every linear is in the kernel layout (kernels/layout.py and forms.py), norms (their offset added), biases
 and learned positions are float32. The embedding is not copied: its rows are gathered from the model's
 own file, mapped. The router and the gate of shared experts are dense float32. The head is rounded to int8 in
-blocks of 32 where it is dense, unless `head` is "stored".
+blocks of 32 where it is dense, unless `head` is "stored". A packed embedding is expanded, to bf16 where the
+model is stored in it, else to float32.
 
 The file is `MODEL/.onecard/KEY.weights`, or lies in `$XDG_CACHE_HOME/onecard/weights` where the model's
 folder cannot be written (or is the package's own); where neither has room it is memory of this
@@ -92,6 +93,19 @@ def open_weights(
     return Weights(source, head, made)
 
 
+def planned_weights(source: Source, head: Head = "int8", format: Format | None = None) -> Weights:
+    """The weights as they would be laid out, of which nothing is: sizes without memory, for planning.
+
+    `format`: of all linears of blocks that may be packed, instead of what is stored.
+    """
+    parts: dict[str, tuple[About, Bytes]] = {}
+    for part in _planned(source, head, format):
+        about = part.choices[-1]
+        unreal = np.broadcast_to(np.zeros(1, np.uint8), (weightfile.size(about),))
+        parts[part.name] = about, unreal
+    return Weights(source, head, Mapped(np.empty(0, np.uint8), parts))
+
+
 class Weights:
     """Addresses and descriptions of everything by module path: `blocks.3.attention.q`, `tail.head` ...
 
@@ -103,14 +117,15 @@ class Weights:
         self.source, self.head, self.path = source, head, mapped.path
         self._parts = mapped.parts
         self._kept: list[Matrix] = []  # that others point to
+        self._fed = dict(_fed(source))
         embedding = next(p for p in source.places(None) if p.path == "stem.embedding")
-        entry = source.checkpoint.entries[f"{embedding.stored.name}.weight"]
-        self.embedding_dtype = entry.dtype
-        self._embedding = (
-            self._parts["stem.embedding"][1]
-            if "stem.embedding" in self._parts
-            else weightfile.map_file(entry.path, entry.begin, entry.end)
-        )
+        if "stem.embedding" in self._parts:
+            about, self._embedding = self._parts["stem.embedding"]
+            self.embedding_dtype = str(about[1])
+        else:
+            entry = source.checkpoint.entries[f"{embedding.stored.name}.weight"]
+            self.embedding_dtype = entry.dtype
+            self._embedding = weightfile.map_file(entry.path, entry.begin, entry.end)
 
     def __contains__(self, path: str) -> bool:
         return path in self._parts
@@ -118,8 +133,7 @@ class Weights:
     @property
     def nbytes(self) -> int:
         """Bytes of all parts and of the embedding."""
-        inside = sum(data.size for _, data in self._parts.values())
-        return inside + (0 if "stem.embedding" in self._parts else self._embedding.size)
+        return sum(self.sizes().values())
 
     def linears(self) -> dict[str, int]:
         """Bytes of the matrix, or matrices, of every linear."""
@@ -130,6 +144,11 @@ class Weights:
                 sizes[linear] = sizes.get(linear, 0) + data.size
         return sizes
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every part and of the embedding, by path."""
+        found = {path: data.size for path, (_, data) in self._parts.items()}
+        return {"stem.embedding": self._embedding.size} | found
+
     def matrix(self, path: str, exact: bool = False) -> Matrix:
         """The oc_matrix of a linear with its bias; one without data where the model has none such."""
         if path not in self._parts:
@@ -138,6 +157,9 @@ class Weights:
         found = weightfile.matrix(about)
         found.data, found.exact = data.ctypes.data, int(exact)
         found.bias = self.vector(f"{path}.bias")
+        if f"{path}:right" not in self._parts:  # its inputs are the linear's
+            how = self._fed.get(path.partition(":")[0], (structs.BY_BLOCK, 0.0))
+            found.rounding, found.input_scale = how
         for end in (":right", ":rest"):
             if path + end in self._parts:
                 inner = self.matrix(path + end, exact)
@@ -165,6 +187,21 @@ class Weights:
         return self._embedding if path == "stem.embedding" else self._parts[path][1]
 
 
+def _fed(source: Source) -> Iterator[tuple[str, tuple[int, float]]]:
+    """How the inputs of linears are rounded where the folder says it. Floats of 8 bits are not among
+    it: what a folder wants rounded so is rounded to int8 per block, like all that it says nothing of."""
+    for index in source.parts():
+        for place in source.places(index):
+            inputs = source.inputs_at(place)
+            if inputs is None or inputs.kind != "int8":
+                continue
+            name = place.path if index is None else f"blocks.{index}.{place.path}"
+            if inputs.static:
+                yield name, (structs.BY_SCALE, source.input_scale(place))
+            else:
+                yield name, (structs.BY_ROW, 0.0)
+
+
 # What there is to lay out -------------------------------------------------------------------------
 
 
@@ -182,13 +219,15 @@ class Part:
     piece: str = ""  # of a product of two: `left_`, `right_` or `rest_`
 
 
-def _planned(source: Source, head: Head) -> Iterator[Part]:
-    """Every part in its order, from headers alone."""
+def _planned(source: Source, head: Head, other: Format | None = None) -> Iterator[Part]:
+    """Every part in its order, from headers alone; linears of blocks in another format, if there is one."""
     for index in source.parts():
         for place in source.places(index):
             name = place.path if index is None else f"blocks.{index}.{place.path}"
             kind = place.module.kind
             format = source.format_at(place) if kind == "linear" else None
+            if other is not None and kind == "linear" and index is not None:
+                format = other.for_row(place.module.shape[1])
             if isinstance(format, LowRank) and place.path not in KEPT_DENSE:
                 for piece, (own, size) in format.pieces(
                     (place.total, place.module.shape[1])
@@ -198,13 +237,13 @@ def _planned(source: Source, head: Head) -> Iterator[Part]:
                     about = (weightfile.about_matrix(made),)
                     yield Part(name + PIECES[piece], place, "weight", about, piece)
             elif kind == "linear":
-                yield Part(name, place, "weight", _matrices(source, place, head))
+                yield Part(name, place, "weight", _matrices(source, place, head, format))
             elif kind == "norm" or place.path == "stem.positions":
                 yield Part(name, place, "weight", (_floats(place.module.shape),))
             elif not _gathered(source, place):
                 rows, columns = place.module.shape
-                dtype = source.checkpoint.entries[f"{place.stored.name}.weight"].dtype
-                yield Part(name, place, "weight", (("array", dtype, rows * columns),))
+                about = (("array", _table_dtype(source, place), rows * columns),)
+                yield Part(name, place, "weight", about)
             if place.module.bias:
                 yield Part(f"{name}.bias", place, "bias", (_floats(place.module.shape[:1]),))
 
@@ -213,9 +252,8 @@ def _floats(shape: tuple[int, ...]) -> About:
     return ("array", "fp32", int(np.prod(shape, dtype=np.int64)))
 
 
-def _matrices(source: Source, place: Place, head: Head) -> tuple[About, ...]:
+def _matrices(source: Source, place: Place, head: Head, format: Format | None) -> tuple[About, ...]:
     shape = place.module.shape[0], place.module.shape[1]
-    format = source.format_at(place)
     if place.path in KEPT_DENSE:
         made = [layout.dense(shape, "fp32")]
     elif format is not None:
@@ -240,9 +278,18 @@ def _layout(format: Format, shape: Shape, stored: Shape) -> Matrix:
 
 def _gathered(source: Source, place: Place) -> bool:
     """Whether rows of the embedding can be read where they lie."""
+    if source.format_at(place) is not None:
+        return False
     entry = source.checkpoint.entries[f"{place.stored.name}.weight"]
     whole = not place.stored.transposed and not place.stored.of
     return whole and entry.begin % DTYPE_BYTES[entry.dtype] == 0
+
+
+def _table_dtype(source: Source, place: Place) -> str:
+    """The dtype of the copy of an embedding that cannot be read where it lies."""
+    if source.format_at(place) is not None:
+        return "bf16" if source.dtype == "bf16" else "fp32"
+    return source.checkpoint.entries[f"{place.stored.name}.weight"].dtype
 
 
 # Laying out ---------------------------------------------------------------------------------------
@@ -288,7 +335,7 @@ def _settled(source: Source, part: Part) -> About:
 def _fill(source: Source, part: Part, about: About, out: Bytes, threads: int) -> None:
     place, kind = part.place, about[0]
     if kind == "array":
-        dtype, array = source.dense(place, part.tensor)
+        dtype, array = _array(source, part)
         name = f"{place.stored.name}.{part.tensor}"
         _require_finite(name, dtype, array.reshape(-1))
         if place.module.kind != "embedding" or place.path == "stem.positions":
@@ -331,6 +378,15 @@ def _fill(source: Source, part: Part, about: About, out: Bytes, threads: int) ->
         ) from problem
 
 
+def _array(source: Source, part: Part) -> tuple[str, NDArray[Any]]:
+    """What is laid out as it is; a packed embedding in the dtype of its copy."""
+    format = source.format_at(part.place) if part.place.path == "stem.embedding" else None
+    if format is None:
+        return source.dense(part.place, part.tensor)
+    table, dtype = source.expanded(part.place, format), _table_dtype(source, part.place)
+    return dtype, table if dtype == "fp32" else layout.to_bf16(table)
+
+
 def _fill_piece(
     source: Source, part: Part, format: LowRank, matrix: Matrix, out: Bytes, threads: int
 ) -> None:
@@ -345,6 +401,8 @@ def _fill_piece(
 def _check_embedding(source: Source) -> None:
     """The embedding is finite, where nothing else reads it."""
     place = next(p for p in source.places(None) if p.path == "stem.embedding")
+    if source.format_at(place) is not None:
+        return
     name = f"{place.stored.name}.weight"
     entry = source.checkpoint.entries[name]
     table = weightfile.map_file(entry.path, entry.begin, entry.end)

@@ -14,7 +14,7 @@
 // Work. A task takes up to `most_rows` rows (a row is a query and a head) that share a key/value head, or
 // one segment of a single query. For many rows the panels of a segment are expanded to float32 once and
 // stay in the second-level cache; few rows read them as they are stored; both multiply in the same order.
-// Tiles read bf16 as it is stored, and int8 expanded to bf16, for any number of rows.
+// Tiles read bf16 as it is stored, and bytes expanded to bf16, for any number of rows; int4 is always expanded.
 
 #include "engine.h"
 #include "panels.h"
@@ -35,7 +35,7 @@ constexpr int few_rows = 16;    // up to here panels are read as they are stored
 // What turns products into scores, and weights into factors of values.
 struct Scales {
   float cap;  // 0: none
-  const float *of_page[pages_of_segment];  // [2][page], of keys and of values; int8 only
+  const float *of_page[pages_of_segment];  // [2][page], of keys and of values; where positions have scales
 };
 
 // Positions of one page that are not among [from, to) get a score that weighs nothing.
@@ -49,7 +49,7 @@ inline void hide(float *s, int from, int to) {
 // The products s of one row, of which the positions [from, to) are seen, become scores; returns the largest.
 template <class T>
 inline float peak(float *s, const Scales &scales, int from, int to) {
-  constexpr bool scaled = sizeof(typename T::Stored) == 1;
+  constexpr bool scaled = T::scaled;
   constexpr int parts = page / width;
   const int first = from / page, last = (to - 1) / page;
   for (int p = first; scaled && p <= last; p++)
@@ -71,11 +71,11 @@ inline float peak(float *s, const Scales &scales, int from, int to) {
 }
 
 // The scores s of one row over the pages [begin, end), of which the positions [from, to) are seen, become
-// weights 2^(s - m), else 0: float32 in place or, for tiles, bf16 from s on. Returns their sum. For int8 they
-// are then multiplied by the scales of the values.
+// weights 2^(s - m), else 0: float32 in place or, for tiles, bf16 from s on. Returns their sum. Where
+// positions have scales, they are then multiplied by those of the values.
 template <class T, bool tiles>
 inline float weigh(float *s, const Scales &scales, int begin, int end, int from, int to, float m) {
-  constexpr bool scaled = sizeof(typename T::Stored) == 1;
+  constexpr bool scaled = T::scaled;
   const int first = from / page, last = (to - 1) / page;
 #if defined(OC_TILES)
   if constexpr (tiles) {
@@ -307,7 +307,7 @@ template <class T>
 struct View {
   typedef typename T::Stored Stored;
   static constexpr bool tiles = has_tiles && T::pair == 2;
-  static constexpr bool narrow = sizeof(Stored) == 1;
+  static constexpr bool narrow = sizeof(Stored) == 1, packed = T::packed;
 
   const Attend &job;
   const Task &task;
@@ -370,7 +370,7 @@ struct View {
   // The pages of a segment that the rows [first, last) see.
   void open(int64_t first, int64_t last) {
     const int begin = from(first) / page, end = (to(last - 1) + page - 1) / page;
-    expanded = tiles ? narrow : last - first > few_rows;
+    expanded = packed || (tiles ? narrow : last - first > few_rows);
     for (int p = begin; p < end; p++) {
       const auto *const stored = reinterpret_cast<const Stored *>(
           job.pages.data + task.span->table[number * pages_of_segment + p] * job.pages.page_bytes +
@@ -385,14 +385,22 @@ struct View {
       if constexpr (tiles && narrow) {
         const int64_t numbers = head.keys() + head.values();
         auto *const to = reinterpret_cast<uint16_t *>(scratch.keys) + p * numbers;
-        expand_to_bf16(stored, numbers, ahead(stored, keys[p + 1 < end ? p + 1 : p]), to);
+        if constexpr (packed)
+          expand_int4_to_bf16(head, Packed(head, stored), to, to + head.keys());
+        else
+          expand_to_bf16(stored, numbers, ahead(stored, keys[p + 1 < end ? p + 1 : p]), to);
         keys[p] = to;
         values[p] = to + head.keys();
         continue;
       }
 #endif
-      expand<T>(stored, head.k_rows, page, scratch.keys + p * head.keys(), head.k_rows, 0);
-      expand<T>(stored + head.keys(), page, head.v_columns, scratch.values, segment, p * page);
+      float *const to = scratch.keys + p * head.keys();
+      if constexpr (packed) {
+        expand_int4(head, Packed(head, stored), to, scratch.values, segment, p * page);
+      } else {
+        expand<T>(stored, head.k_rows, page, to, head.k_rows, 0);
+        expand<T>(stored + head.keys(), page, head.v_columns, scratch.values, segment, p * page);
+      }
     }
   }
 
@@ -434,10 +442,10 @@ struct View {
     const float *const q = scratch.q + u.row * line;
     for (int p = u.begin; p < u.end; p++) {
       float *const s = u.scores + p * page;
-      if (expanded)
+      if (packed || expanded)
         multiply_panels<Float>(u.rows, q, scratch.keys + p * head.keys(), head.k_rows, page, 0, head.k_rows,
                                false, 0, s);
-      else
+      else if constexpr (!packed)
         multiply_panels<T>(u.rows, q, static_cast<const Stored *>(keys[p]), head.k_rows, page, 0, head.k_rows,
                            false, ahead(keys[p], p + 1 < u.end ? keys[p + 1] : values[u.begin]), s);
     }
@@ -446,10 +454,11 @@ struct View {
     if (expanded)
       multiply_panels<Float>(u.rows, u.scores + u.begin * page, scratch.values, segment, head.v_columns,
                              u.begin * page, (u.end - u.begin) * page, false, 0, u.part);
-    for (int p = u.begin; !expanded && p < u.end; p++)
-      multiply_panels<T>(u.rows, u.scores + p * page, static_cast<const Stored *>(values[p]), page,
-                         head.v_columns, 0, page, p > u.begin,
-                         ahead(values[p], values[p + 1 < u.end ? p + 1 : p]), u.part);
+    if constexpr (!packed)
+      for (int p = u.begin; !expanded && p < u.end; p++)
+        multiply_panels<T>(u.rows, u.scores + p * page, static_cast<const Stored *>(values[p]), page,
+                           head.v_columns, 0, page, p > u.begin,
+                           ahead(values[p], values[p + 1 < u.end ? p + 1 : p]), u.part);
   }
 
   // Adds a unit's segment to what its rows have seen so far.
@@ -578,6 +587,8 @@ void run(const Attend &job, int64_t index, void *memory) {
   if (job.pages.dtype == OC_FP16) attend<Half>(job, task, scratch);
   if (job.pages.dtype == OC_BF16) attend<Brain>(job, task, scratch);
   if (job.pages.dtype == OC_INT8) attend<Int8>(job, task, scratch);
+  if (job.pages.dtype == OC_FP8) attend<Float8>(job, task, scratch);
+  if (job.pages.dtype == OC_INT4) attend<Int4>(job, task, scratch);
 }
 
 void merge(const Attend &job, int64_t index) {

@@ -4,7 +4,8 @@
 //   Codec(w, g, tile, part)   stands before the first block of a part of a tile
 //   seek(first)               stands before another block, one that begins at a multiple of 256 columns
 //   block()                   goes on to the next block
-//   quad(i)                   u of the columns 4 i .. 4 i + 3 of the block, i rising
+//   group(k)                  goes on to the columns k .. k + 31 of the block, k rising
+//   quad(j)                   u of the columns 4 j .. 4 j + 3 of the group, j rising
 //
 // u - zero times the block's scale is the weight, zero = 2^(width - 1). The order of sums, and with it every bit,
 // is that of integers of `width` bits without a zero point (matmul.cpp).
@@ -41,15 +42,16 @@ void few_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const 
       }
       codec.block();
       for (int k = 0; k < w.block; k += 32) {
-        codec.call_ahead(k);
+        codec.group(k);
+        codec.call_ahead();
+        const int8_t *const group = q + k / 64 * Quantized::chunk + k % 64;
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) {
-          const Bytes u = codec.quad(k / 4 + j);
-          const int8_t *const quad = q + k / 64 * Quantized::chunk + k % 64 + 4 * j;
+          const Bytes u = codec.quad(j);
 #pragma GCC unroll 8
           for (int m = 0; m < rows; m++) {
             Ints &dot = dots[j % chains][m];
-            dot = Lanes::template dot_code<Codec::width>(dot, u, quad + 64 * m);
+            dot = Lanes::template dot_code<Codec::width>(dot, u, group + 4 * j + 64 * m);
           }
         }
       }
@@ -99,7 +101,8 @@ void exact_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, cons
       };
       codec.block();
       for (int i = 0; i < w.block / 4; i++) {
-        const Bytes u = codec.quad(i);
+        if (i % 8 == 0) codec.group(4 * i);
+        const Bytes u = codec.quad(i % 8);
         column(4 * i, Lanes::template column_of<0>(u));
         column(4 * i + 1, Lanes::template column_of<1>(u));
         column(4 * i + 2, Lanes::template column_of<2>(u));
@@ -124,11 +127,13 @@ void unpack_codes(const oc_matrix &w, const Geometry &g, const uint8_t *tile, in
     _mm512_store_si512(&panel.zero[b][place * tile_rows], _mm512_setzero_si512());
     _mm512_store_ps(&panel.scale[b][place * tile_rows], scale_of(w, g, tile, first + b, 0));
     codec.block();
-    for (int i = 0; i < quads; i += 8)
+    for (int i = 0; i < quads; i += 8) {
+      codec.group(4 * i);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; j++)
         _mm512_store_si512(panel.bytes + place_of(int64_t(b) * quads + i + j, place),
-                           _mm512_sub_epi8(codec.quad(i + j), shift));
+                           _mm512_sub_epi8(codec.quad(j), shift));
+    }
   }
 }
 #endif

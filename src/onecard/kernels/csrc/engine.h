@@ -31,6 +31,12 @@ struct Quantized {
   }
 };
 
+// Of a matrix that rounds its inputs: OC_BY_BLOCK ..., and the scale where it is given.
+struct Rounding {
+  int kind;
+  float scale;
+};
+
 // What a matrix multiplies: float rows, and for integer matrices that are not `exact` their rounding.
 struct Input {
   const float *x;
@@ -77,9 +83,10 @@ struct Rows {
   void (*gather)(const void *table, int dtype, int64_t id, int64_t width, float scale, float *out);
   // y may be x. The sums are float32, 16 lanes (column modulo 16), halves added to halves.
   void (*norm)(const oc_norm &norm, const float *x, int64_t width, float *y);
-  // q, scale and sum of one row. scale = max|x| / 127, q = rint(x * (127 / max|x|)), half to even; a
-  // block of zeros, or of less than 2^-120, has scale 0. A block with NaN or infinity has that in its scale.
-  void (*quantize)(const float *x, int64_t columns, const Quantized &to, int64_t row);
+  // q, scale and sum of one row. scale = max|x| / 127, q = rint(x * (127 / max|x|)), half to even, the
+  // maximum that of a block or of the row; one of zeros, or of less than 2^-120, has scale 0. With a given
+  // scale q = rint(x / scale), at most 127 either way. A block with NaN or infinity has that in its scale.
+  void (*quantize)(const float *x, int64_t columns, const Rounding &how, const Quantized &to, int64_t row);
   // y[i] = act(gate[i]) * up[i]; up NULL: act(gate[i]). y may be either.
   void (*activate)(int activation, const float *gate, const float *up, int64_t count, float *y);
   // cos and sin [half] of position * inverse (a float32 product), times scale.
@@ -113,7 +120,7 @@ constexpr int most_head_dim = 256;
 struct Pages {
   uint8_t *data;
   int64_t page_bytes;
-  int dtype;  // OC_FP16, OC_BF16 or OC_INT8
+  int dtype;  // OC_FP16, OC_BF16, OC_INT8, OC_FP8 or OC_INT4
   int kv_heads, head_dim;
 };
 
@@ -131,8 +138,8 @@ struct Work {
 };
 
 // One layer's attention in one step. Query heads lie side by side in a row of q and of y; q and y may not
-// overlap. Of the layer its window, scale, soft cap and numbers of heads are read. In class amx, bf16 and
-// int8 caches are multiplied in bf16, to which queries and weights are rounded; elsewhere both stay float32.
+// overlap. Of the layer its window, scale, soft cap and numbers of heads are read. In class amx, all caches but
+// fp16 are multiplied in bf16, to which queries and weights are rounded; elsewhere both stay float32.
 struct Attend {
   const oc_layer *layer;
   Pages pages;

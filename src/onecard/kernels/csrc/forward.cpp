@@ -174,8 +174,15 @@ void each_matrix(const oc_model &m, const See &see) {
   for (int i = 0; i < m.layers; i++) each_matrix(m.layer[i], see);
 }
 
+Rounding rounding_of(const oc_matrix &w) { return {w.rounding, w.input_scale}; }
+
+bool sound_rounding(const oc_matrix &w) {
+  if (w.rounding == OC_BY_SCALE) return w.input_scale > 0 && std::isfinite(w.input_scale);
+  return (w.rounding == OC_BY_BLOCK || w.rounding == OC_BY_ROW) && w.input_scale == 0;
+}
+
 bool is_one(const oc_matrix &w, int64_t rows, int64_t columns) {
-  return w.data && w.rows == rows && w.columns == columns && oc_layout_bytes(&w) > 0;
+  return w.data && w.rows == rows && w.columns == columns && oc_layout_bytes(&w) > 0 && sound_rounding(w);
 }
 bool is_part(const oc_matrix &w, int64_t rows, int64_t columns) {
   return is_one(w, rows, columns) && !w.right && !w.rest && !w.bias;
@@ -187,6 +194,30 @@ bool is(const oc_matrix &w, int64_t rows, int64_t columns) {
 }
 bool may_be(const oc_matrix &w, int64_t rows, int64_t columns) { return !w.data || is(w, rows, columns); }
 
+// see(matrix) for those that multiply rounded inputs themselves, of matrices of one input.
+template <class See>
+void each_rounding(std::initializer_list<const oc_matrix *> matrices, const See &see) {
+  for (const oc_matrix *w : matrices)
+    for (const oc_matrix *part : {w->right ? w->right : w, w->rest})
+      if (part && part->data && Sizes::block_bit(*part)) see(*part);
+}
+
+// How one input is rounded for all of them.
+Rounding rounding_of(std::initializer_list<const oc_matrix *> matrices) {
+  Rounding found{OC_BY_BLOCK, 0};
+  each_rounding(matrices, [&](const oc_matrix &w) { found = rounding_of(w); });
+  return found;
+}
+
+bool alike(std::initializer_list<const oc_matrix *> matrices) {
+  const Rounding all = rounding_of(matrices);
+  bool same = true;
+  each_rounding(matrices, [&](const oc_matrix &w) {
+    same = same && w.rounding == all.kind && w.input_scale == all.scale;
+  });
+  return same;
+}
+
 // A router's inputs are never rounded.
 bool is_router(const oc_matrix &w, int64_t rows, int64_t columns) {
   return is_part(w, rows, columns) && (!w.bits || w.exact);
@@ -196,7 +227,8 @@ bool sound(const oc_norm &norm) { return !norm.weight || norm.kind == OC_RMS || 
 
 bool sound(const oc_mlp &mlp, int64_t hidden) {
   return mlp.width >= 1 && mlp.activation >= OC_SILU && mlp.activation <= OC_GELU_TANH &&
-         may_be(mlp.gate, mlp.width, hidden) && is(mlp.up, mlp.width, hidden) && is(mlp.down, hidden, mlp.width);
+         may_be(mlp.gate, mlp.width, hidden) && is(mlp.up, mlp.width, hidden) && is(mlp.down, hidden, mlp.width) &&
+         alike({&mlp.gate, &mlp.up}) && alike({&mlp.down});
 }
 
 bool sound(const oc_layer &l, const oc_model &m) {
@@ -210,7 +242,9 @@ bool sound(const oc_layer &l, const oc_model &m) {
     if (!sound(*norm)) return false;
   if ((l.order == OC_POST || l.order == OC_SANDWICH) && (!l.attention_out.weight || !l.feed_forward_out.weight))
     return false;
-  if (!is(l.q, q, m.hidden) || !is(l.k, k, m.hidden) || !is(l.v, k, m.hidden) || !is(l.o, m.hidden, q)) return false;
+  if (!is(l.q, q, m.hidden) || !is(l.k, k, m.hidden) || !is(l.v, k, m.hidden) || !is(l.o, m.hidden, q) ||
+      !alike({&l.q, &l.k, &l.v}) || !alike({&l.o}))
+    return false;
   if (l.experts < 0 || l.experts > 4096 || !l.mlps) return false;
   if (l.experts && (l.order == OC_PARALLEL || l.top < 1 || l.top > l.experts || l.shared < 0 || l.shared > 1 ||
                     !is_router(l.router, l.experts, m.hidden) ||
@@ -237,6 +271,12 @@ bool sound(const oc_model &m) {
   return true;
 }
 
+bool sound(const oc_engine_settings &s) {
+  constexpr int64_t most_pages = int64_t(1) << 31, most_rows = 1 << 20;
+  return s.threads >= 1 && s.threads <= most_threads && s.pages >= 1 && s.pages <= most_pages && s.rows >= 1 &&
+         s.rows <= most_rows && s.kv_dtype >= OC_FP16 && s.kv_dtype <= OC_INT4;
+}
+
 }  // namespace
 
 struct oc_engine {
@@ -245,6 +285,7 @@ struct oc_engine {
   const Class c;
   Pool pool;
   Sizes sizes;
+  int64_t work_bytes, kv_bytes;
   Memory arena, kv, partial;
   std::vector<Pages> pages;  // of each layer
 
@@ -268,16 +309,13 @@ struct oc_engine {
   int64_t phases;
   std::vector<std::atomic<int64_t>> counters;  // [1 + threads][phases]: everybody's, and of a thread's own run
 
-  oc_engine(const oc_model &model, const oc_engine_settings &settings)
-      : m(model), set(settings), c(chosen_class()), pool(settings.threads) {
+  // `planned`: no memory is taken and nothing can be run; `work_bytes` and `kv_bytes` say what it would take.
+  oc_engine(const oc_model &model, const oc_engine_settings &settings, bool planned = false)
+      : m(model), set(settings), c(chosen_class()), pool(planned ? 1 : settings.threads) {
     measure();
     Carver carver;
     carve(carver);
-    phases = count_phases();
-    counters = std::vector<std::atomic<int64_t>>(size_t(phases * (settings.threads + 1)));
-    arena = Memory(carver.bytes());
-    carver.start(arena.at());
-    carve(carver);
+    work_bytes = up_to(carver.bytes(), 4096);
     int64_t bytes = 0;
     for (int i = 0; i < m.layers; i++) {
       const oc_layer &l = m.layer[i];
@@ -285,7 +323,14 @@ struct oc_engine {
                        l.kv_heads, l.head_dim});
       bytes = bytes_of(bytes + up_to(bytes_of(set.pages, pages.back().page_bytes), 4096), 1);
     }
-    kv = Memory(bytes);
+    kv_bytes = bytes;
+    if (planned) return;
+    phases = count_phases();
+    counters = std::vector<std::atomic<int64_t>>(size_t(phases * (settings.threads + 1)));
+    arena = Memory(work_bytes);
+    carver.start(arena.at());
+    carve(carver);
+    kv = Memory(kv_bytes);
     bytes = 0;
     for (Pages &p : pages) {
       p.data = kv.at() + bytes;
@@ -471,9 +516,8 @@ class Walk {
   Prepared prepare(const oc_norm *norm, const float *from, int64_t stride, int64_t count, int64_t columns,
                    std::initializer_list<const oc_matrix *> matrices) {
     unsigned blocks = 0;
-    for (const oc_matrix *w : matrices)
-      for (const oc_matrix *part : {w->right ? w->right : w, w->rest})
-        if (part && part->data) blocks |= Sizes::block_bit(*part);
+    each_rounding(matrices, [&](const oc_matrix &w) { blocks |= Sizes::block_bit(w); });
+    const Rounding how = rounding_of(matrices);
     if (norm && !norm->weight) norm = nullptr;
     const bool alone = count == 1;
     // One thread's own, or everybody's: the shared one has its shape set by all alike.
@@ -488,7 +532,7 @@ class Walk {
         row = normed + r * e_.hidden_stride;
       }
       for (int i = 0; i < 3; i++)
-        if (blocks >> i & 1) c_.rows->quantize(row, columns, rounded.sizes[i], r);
+        if (blocks >> i & 1) c_.rows->quantize(row, columns, how, rounded.sizes[i], r);
     };
     if (alone) {
       work(0);
@@ -522,7 +566,7 @@ class Walk {
       for (int i = 0; i < count; i++) {
         const oc_matrix &w = *in.low[i].w;
         if (Sizes::block_bit(w))
-          c_.rows->quantize(e_.low[i] + r * e_.low_stride, w.columns, *in.low[i].rounded->of(w.block), r);
+          c_.rows->quantize(e_.low[i] + r * e_.low_stride, w.columns, rounding_of(w), *in.low[i].rounded->of(w.block), r);
       }
     };
     if (alone) return work(0);
@@ -941,14 +985,21 @@ int oc_engine::step(oc_feed *feeds, int64_t count, int steps, const volatile int
 // ------------------------------------------------------------------------------------- interface
 
 int oc_engine_open(const oc_model *model, const oc_engine_settings *settings, oc_engine **engine) {
-  constexpr int64_t most = int64_t(1) << 31;
-  if (!model || !settings || !engine || !sound(*model)) return OC_BAD_ARGUMENT;
-  const oc_engine_settings &s = *settings;
-  if (s.threads < 1 || s.threads > most_threads || s.pages < 1 || s.pages > most || s.rows < 1 || s.rows > 1 << 20 ||
-      s.kv_dtype < OC_FP16 || s.kv_dtype > OC_INT8)
-    return OC_BAD_ARGUMENT;
+  if (!model || !settings || !engine || !sound(*model) || !sound(*settings)) return OC_BAD_ARGUMENT;
   try {
-    *engine = new oc_engine(*model, s);
+    *engine = new oc_engine(*model, *settings);
+  } catch (const std::exception &) {
+    return OC_NO_MEMORY;
+  }
+  return 0;
+}
+
+int oc_engine_need(const oc_model *model, const oc_engine_settings *settings, int64_t *work, int64_t *kv) {
+  if (!model || !settings || !work || !kv || !sound(*model) || !sound(*settings)) return OC_BAD_ARGUMENT;
+  try {
+    const oc_engine engine(*model, *settings, true);
+    *work = engine.work_bytes;
+    *kv = engine.kv_bytes;
   } catch (const std::exception &) {
     return OC_NO_MEMORY;
   }
@@ -971,7 +1022,7 @@ int oc_engine_step(oc_engine *engine, oc_feed *feeds, int64_t count, int steps, 
 int oc_multiply(const oc_matrix *matrix, const float *x, int64_t rows, int threads, int repeats, float *y,
                 double *seconds) {
   constexpr int64_t most_rows = 1 << 20;
-  if (!matrix || !matrix->data || oc_layout_bytes(matrix) <= 0 || matrix->right || matrix->rest || !x || !y || rows < 1 || rows > most_rows ||
+  if (!matrix || !matrix->data || oc_layout_bytes(matrix) <= 0 || !sound_rounding(*matrix) || matrix->right || matrix->rest || !x || !y || rows < 1 || rows > most_rows ||
       threads < 1 || threads > most_threads || repeats < 1)
     return OC_BAD_ARGUMENT;
   const oc_matrix &w = *matrix;
@@ -995,7 +1046,7 @@ int oc_multiply(const oc_matrix *matrix, const float *x, int64_t rows, int threa
     rounded.fit(w.columns);
     const bool integers = w.bits && !w.exact;
     if (integers)
-      for (int64_t r = 0; r < rows; r++) c.rows->quantize(x + r * w.columns, w.columns, *rounded.of(w.block), r);
+      for (int64_t r = 0; r < rows; r++) c.rows->quantize(x + r * w.columns, w.columns, rounding_of(w), *rounded.of(w.block), r);
     const Input in = {x, w.columns, rows, integers ? rounded.of(w.block) : nullptr};
     Pool pool(threads);
     const int64_t tiles = stride / 16;

@@ -74,7 +74,7 @@ void few_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const 
         for (int j = 0; j < at_once; j++) {
           const int k = i + j;
           if (k * lines % quads < lines) calls.line(k * lines / quads);
-          const Bytes u = quad_of<bits>(codes, block, k, part);
+          const Bytes u = quad_of<bits>(codes, codes + 4 * block, k, part);
           const int8_t *const quad = q + k / 16 * Quantized::chunk + k % 16 * 4;
 #pragma GCC unroll 8
           for (int m = 0; m < rows; m++) {
@@ -131,7 +131,7 @@ void columns_of_block(const oc_matrix &w, const uint8_t *codes, int part, Ints z
   for (int i = 0; i < w.block / 4; i += 4)
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-      const Bytes u = quad_of<bits>(codes, w.block, i + j, part);
+      const Bytes u = quad_of<bits>(codes, codes + 4 * w.block, i + j, part);
       const int k = 4 * (i + j);
       each(k, Lanes::floats(Lanes::sub(Lanes::template column_of<0>(u), zero)));
       each(k + 1, Lanes::floats(Lanes::sub(Lanes::template column_of<1>(u), zero)));

@@ -21,9 +21,9 @@ extern "C" {
 #endif
 
 /* Raised whenever a signature below changes: the loader refuses a library of another age. */
-enum { OC_ABI = 4 };
+enum { OC_ABI = 5 };
 
-enum { OC_FP32 = 0, OC_FP16 = 1, OC_BF16 = 2, OC_INT8 = 3 };
+enum { OC_FP32 = 0, OC_FP16 = 1, OC_BF16 = 2, OC_INT8 = 3, OC_FP8 = 4, OC_INT4 = 5 };
 
 enum {
   OC_BAD_ARGUMENT = -1, /* a size, a code or a pointer that makes no sense */
@@ -168,6 +168,10 @@ OC_API int oc_search_grid(const float *weight, const float *importance, int64_t 
  */
 enum { OC_PLAIN = 0, OC_TABLE = 1, OC_TABLES = 2, OC_SPARSE = 3 };
 
+/* Inputs x become q * scale with q from -127 to 127: a block's scale is its own max|x| / 127, or that of the
+ * whole row, or given. Matrices that read one input round it alike. */
+enum { OC_BY_BLOCK = 0, OC_BY_ROW = 1, OC_BY_SCALE = 2 };
+
 typedef struct oc_matrix {
   const void *data;   /* NULL: there is no such matrix */
   int64_t rows, columns;
@@ -175,9 +179,11 @@ typedef struct oc_matrix {
   int32_t block;      /* 32, 64 or 128; 0 for dense */
   int32_t dtype;      /* of the scales, or of the dense weights: OC_FP32, OC_FP16 or OC_BF16 */
   int32_t zero_point; /* 1 if there are zeros */
-  int32_t exact;      /* 1: inputs stay float32; 0: integers multiply inputs rounded to int8 per block */
+  int32_t exact;      /* 1: inputs stay float32; 0: integers multiply inputs rounded to int8 */
   int32_t kind;       /* OC_PLAIN (integers, dense), OC_TABLE, OC_TABLES (one per row) or OC_SPARSE */
   int64_t slots;      /* sparse: that many weights are not zero, at most; else 0 */
+  int32_t rounding;   /* of inputs: OC_BY_BLOCK, OC_BY_ROW or OC_BY_SCALE */
+  float input_scale;  /* OC_BY_SCALE: above 0; else 0 */
   const float *bias;  /* [rows] or NULL */
   /* A product of two, and what it leaves: y = this (right x) + rest x + bias. The engine alone knows it; neither
    * of them has a bias, a right or a rest of its own. */
@@ -185,7 +191,8 @@ typedef struct oc_matrix {
   const struct oc_matrix *rest;  /* NULL: 0 */
 } oc_matrix;
 
-/* Bytes of the kernel layout that a matrix describes (its `data`, `exact` and `bias` do not matter), or
+/* Bytes of the kernel layout that a matrix describes (its `data`, `exact`, `rounding`, `input_scale` and `bias` do not
+ * matter), or
  * OC_BAD_ARGUMENT for a description that makes no sense. Rows and columns are at most 2^30.
  *
  * The functions below fill that many bytes at `out`, which is aligned to 64 bytes. Tiles know nothing of
@@ -318,13 +325,16 @@ typedef struct oc_engine oc_engine;
 
 typedef struct {
   int32_t threads;
-  int32_t kv_dtype; /* OC_FP16, OC_BF16 or OC_INT8 */
+  int32_t kv_dtype; /* OC_FP16, OC_BF16, OC_INT8, OC_FP8 or OC_INT4 */
   int64_t pages;
   int64_t rows; /* new ids of a step, at most */
 } oc_engine_settings;
 
 /* The model, and what it points to, stay where they are until the engine is closed. 0 or an error. */
 OC_API int oc_engine_open(const oc_model *model, const oc_engine_settings *settings, oc_engine **engine);
+/* What it would take, of which nothing is: its work space, and keys and values. Matrices need no data but an
+ * address that is not NULL. 0 or an error. */
+OC_API int oc_engine_need(const oc_model *model, const oc_engine_settings *settings, int64_t *work, int64_t *kv);
 OC_API void oc_engine_close(oc_engine *engine);
 OC_API int64_t oc_engine_bytes(const oc_engine *engine); /* of memory that it holds */
 
@@ -368,8 +378,8 @@ OC_API int oc_multiply(const oc_matrix *matrix, const float *x, int64_t rows, in
  *
  * Attention of one layer. Request i has past[i] old positions and count[i] new ones behind them; k and v
  * are [sum of past + count][kv_heads * head_dim], q and y [sum of count][heads * head_dim], one request
- * after another. Keys and values are stored in a paged cache of `dtype` (OC_FP16, OC_BF16 or OC_INT8); the
- * new positions then attend to all positions up to themselves, at most `window` of them (0: all), with
+ * after another. Keys and values are stored in a paged cache of `dtype` (OC_FP16 to OC_INT4, but
+ * for OC_FP32); the new positions then attend to all positions up to themselves, at most `window` of them (0: all), with
  * scores cap * tanh(scale * q.k / cap), or scale * q.k where cap is 0. A query's bits depend on itself, on
  * what it sees and on its position, and on nothing else here. This is done `repeats` times; `seconds`,
  * if not NULL, becomes the least time of one: storing, then attention. head_dim is at most 256. 0 or an

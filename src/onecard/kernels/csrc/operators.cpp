@@ -97,7 +97,7 @@ int oc_attend(int heads, int kv_heads, int head_dim, int64_t window, float scale
   constexpr int64_t most = int64_t(1) << 30;
   if (heads < 1 || heads > 4096 || kv_heads < 1 || heads % kv_heads || head_dim < 1 ||
       head_dim > oc::most_head_dim || window < 0 || window > most || !std::isfinite(scale) || !(cap >= 0) ||
-      (dtype != OC_FP16 && dtype != OC_BF16 && dtype != OC_INT8))
+      dtype < OC_FP16 || dtype > OC_INT4)
     return OC_BAD_ARGUMENT;
   if (requests < 1 || requests > most || threads < 1 || threads > most_threads || repeats < 1 || !past ||
       !count || !k || !v || !q || !y)

@@ -53,7 +53,7 @@ inline void unpack(const oc_matrix &w, const Geometry &g, const uint8_t *tile, i
     for (int i = 0; i < quads; i += 4)
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
-        const Bytes u = quad_of<bits>(codes, w.block, i + j, 0);
+        const Bytes u = quad_of<bits>(codes, codes + 4 * w.block, i + j, 0);
         uint8_t *const out = panel.bytes + place_of(int64_t(b) * quads + i + j, place);
         _mm512_store_si512(out, signed_panel ? _mm512_sub_epi8(u, shift) : u);
       }

@@ -1,11 +1,15 @@
 // How a paged cache stores keys and values, and the products with them: in float32 on vectors, or in bf16 on
 // tile registers.
 //
-// A page holds, for each key/value head, K, V and for int8 their scales [2][32]. K is a matrix
+// A page holds, for each key/value head, K, V and for int8 and fp8 their scales [2][32]. K is a matrix
 // [head_dim][32 positions] and V a matrix [32 positions][head_dim], so that the sum runs down the rows of
 // both and lanes are columns. Either is stored as panels of 32 columns (the last may be 16), each
-// contiguous. fp16 panels are row-major; in bf16 and int8 panels two rows are interleaved, number by
-// number, which is what dot products of pairs and tiles read.
+// contiguous. fp16 panels are row-major; in the others two rows are interleaved, number by number, which
+// is what dot products of pairs and tiles read.
+//
+// int4 has a bf16 scale for each 32 numbers of a key or value and is expanded before it is multiplied. A
+// number is (code - 8) * scale; keys are bytes [head_dim / 2][32 positions], two rows in a byte, values
+// bytes [32 positions][groups][16], columns i and 16 + i of a group in a byte; then scales [2][groups][32].
 #pragma once
 
 #include "engine.h"
@@ -25,21 +29,21 @@ inline int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // How the numbers of a panel are stored. `load` reads `pair` rows of `width` columns as float32.
 struct Float {
-  static constexpr bool stored = false;
+  static constexpr bool stored = false, scaled = false;
   typedef float Stored;
   static constexpr int pair = 1;
   static inline void load(const float *from, floats *x) { x[0] = ::load(from); }
 };
 
 struct Half {
-  static constexpr bool stored = true;
+  static constexpr bool stored = true, scaled = false, packed = false;
   typedef uint16_t Stored;
   static constexpr int pair = 1;
   static inline void load(const uint16_t *from, floats *x) { x[0] = widen_fp16(take<halves>(from)); }
 };
 
 struct Brain {
-  static constexpr bool stored = true;
+  static constexpr bool stored = true, scaled = false, packed = false;
   typedef uint16_t Stored;
   static constexpr int pair = 2;
   static inline void load(const uint16_t *from, floats *x) {
@@ -49,15 +53,43 @@ struct Brain {
   }
 };
 
+// Numbers in a byte, with a scale per position: `top` is the largest, and a read number times `unit` is it.
 struct Int8 {
-  static constexpr bool stored = true;
+  static constexpr bool stored = true, scaled = true, packed = false;
   typedef int8_t Stored;
   static constexpr int pair = 2;
+  static constexpr float top = 127, unit = 1;
+  static inline int8_t code(float x) { return int8_t(pattern(x + magic)); }
   static inline void load(const int8_t *from, floats *x) {
     const ints both = __builtin_convertvector(take<shorts>(from), ints);
     x[0] = __builtin_convertvector((ints)((words)both << 24) >> 24, floats);
     x[1] = __builtin_convertvector(both >> 8, floats);
   }
+};
+
+// e4m3 is read as the fp16 with the same bits, whose exponent counts from another place.
+struct Float8 {
+  static constexpr bool stored = true, scaled = true, packed = false;
+  typedef uint8_t Stored;
+  static constexpr int pair = 2;
+  static constexpr float top = 448, unit = 256;
+  static inline uint8_t code(float x) {
+    const uint32_t sign = pattern(x) >> 24 & 0x80, bits = pattern(x) & 0x7fffffff;
+    const uint32_t tiny = pattern(number(bits) * 0x1p9f + magic) - pattern(magic);
+    const uint32_t normal = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);
+    return uint8_t(sign | (bits < pattern(0x1p-6f) ? tiny : normal));
+  }
+  static inline void load(const uint8_t *from, floats *x) {
+    const halves both = take<halves>(from);
+    x[0] = widen_fp16((both << 8 & 0x8000) | (both << 7 & 0x3f80));
+    x[1] = widen_fp16((both & 0x8000) | (both >> 1 & 0x3f80));
+  }
+};
+
+struct Int4 {
+  static constexpr bool stored = true, scaled = false, packed = true;
+  typedef uint8_t Stored;
+  static constexpr int pair = 2;
 };
 
 // Where a matrix [rows][columns] has an element.
@@ -74,10 +106,24 @@ struct Head {
   explicit Head(int head_dim) : k_rows((head_dim + 1) & ~1), v_columns((head_dim + 15) & ~15) {}
   int64_t keys() const { return k_rows * page; }
   int64_t values() const { return v_columns * page; }
+  int64_t groups() const { return (v_columns + panel_columns - 1) / panel_columns; }
   int64_t bytes(int dtype) const {
     const int64_t numbers = keys() + values();
-    return dtype == OC_INT8 ? numbers + 2 * page * 4 : 2 * numbers;
+    if (dtype == OC_INT4) return keys() / 2 + groups() * page * 16 + 2 * groups() * page * 2;
+    return dtype == OC_INT8 || dtype == OC_FP8 ? numbers + 2 * page * 4 : 2 * numbers;
   }
+};
+
+// The parts of an int4 head of a page.
+template <class Byte, class Scale>
+struct Nibbles {
+  Byte *keys, *values;
+  Scale *key_scale, *value_scale;
+
+  Nibbles(const Head &head, Byte *at)
+      : keys(at), values(keys + head.keys() / 2),
+        key_scale(reinterpret_cast<Scale *>(values + head.groups() * page * 16)),
+        value_scale(key_scale + head.groups() * page) {}
 };
 
 int64_t page_bytes(int dtype, int kv_heads, int head_dim) {
@@ -112,35 +158,79 @@ void store_float(const Head &head, int head_dim, int pair, uint8_t *to, int at, 
   for (int i = 0; i < head_dim; i++) values[offset(pair, page, head.v_columns, at, i)] = value[i];
 }
 
-// q and scale with x = q * scale; scale = max|x| / 127. Returns whether all is finite.
-inline bool quantize(const float *x, int count, int8_t *q, float *scale) {
+inline uint32_t largest(const float *x, int count) {  // its pattern; infinity and NaN are above all
   uint32_t most = 0;
   for (int i = 0; i < count; i++) {
     const uint32_t bits = pattern(x[i]) & 0x7fffffff;
     most = bits > most ? bits : most;
   }
-  const float top = number(most), up = most >= pattern(0x1p-100f) ? 127 / top : 0;
+  return most;
+}
+
+// Codes and scale with x = code * scale; scale = max|x| / top. Returns whether all is finite.
+template <class T>
+inline bool quantize(const float *x, int count, typename T::Stored *q, float *scale) {
+  const uint32_t most = largest(x, count);
+  const float top = number(most), up = most >= pattern(0x1p-100f) ? T::top / top : 0;
   if (most >= 0x7f800000) return false;
-  for (int i = 0; i < count; i++) q[i] = int8_t(pattern(x[i] * up + magic));
-  *scale = up ? top / 127 : 0;
+  for (int i = 0; i < count; i++) q[i] = T::code(x[i] * up);
+  *scale = up ? top / T::top * T::unit : 0;
   return true;
 }
 
-void store_int8(const Head &head, int head_dim, uint8_t *to, int at, const float *k, const float *v) {
-  int8_t key[oc::most_head_dim], value[oc::most_head_dim];
+template <class T>
+void store_scaled(const Head &head, int head_dim, uint8_t *to, int at, const float *k, const float *v) {
+  typedef typename T::Stored Stored;
+  Stored key[oc::most_head_dim], value[oc::most_head_dim];
   float k_scale, v_scale;
-  if (!quantize(k, head_dim, key, &k_scale) || !quantize(v, head_dim, value, &v_scale)) {
+  if (!quantize<T>(k, head_dim, key, &k_scale) || !quantize<T>(v, head_dim, value, &v_scale)) {
     memset(key, 0, sizeof key);
     memset(value, 0, sizeof value);
     k_scale = __builtin_nanf("");
     v_scale = 0;
   }
-  int8_t *const keys = reinterpret_cast<int8_t *>(to), *const values = keys + head.keys();
+  Stored *const keys = reinterpret_cast<Stored *>(to), *const values = keys + head.keys();
   for (int i = 0; i < head_dim; i++) keys[offset(2, head.k_rows, page, i, at)] = key[i];
   for (int i = 0; i < head_dim; i++) values[offset(2, page, head.v_columns, at, i)] = value[i];
   float *const scale = reinterpret_cast<float *>(to + head.keys() + head.values());
   scale[at] = k_scale;
   scale[page + at] = v_scale;
+}
+
+// Codes of a group and the bits of its scale: the number of the largest magnitude over -8, so that the
+// grid from -8 to 7 holds it; the others are at most 7 of it on its other side.
+inline void quantize_group(const float *x, int count, uint8_t *code, uint16_t *scale) {
+  float most = 0;
+  for (int i = 0; i < count; i++)
+    if (pattern(x[i]) << 1 > pattern(most) << 1) most = x[i];
+  const bool some = (pattern(most) & 0x7fffffff) >= pattern(0x1p-100f);
+  *scale = some ? Bf16::round(most * -0.125f) : 0;
+  const float up = some ? 1 / Bf16::read(*scale) : 0;
+  for (int i = 0; i < panel_columns; i++) {
+    const int32_t q = i < count ? int32_t(pattern(x[i] * up + magic) - pattern(magic)) : 0;
+    code[i] = uint8_t(8 + (q > 7 ? 7 : q < -8 ? -8 : q));
+  }
+}
+
+void store_int4(const Head &head, int head_dim, uint8_t *to, int at, const float *k, const float *v) {
+  constexpr uint16_t nan = 0x7fc0;
+  const Nibbles<uint8_t, uint16_t> all(head, to);
+  const bool good = largest(k, head_dim) < 0x7f800000 && largest(v, head_dim) < 0x7f800000;
+  for (int64_t g = 0; g < head.groups(); g++) {
+    const int first = int(g) * panel_columns, count = int(least_of(panel_columns, head_dim - first));
+    uint8_t key[panel_columns], value[panel_columns];
+    uint16_t k_scale = nan, v_scale = 0;
+    memset(key, 8, sizeof key);
+    memset(value, 8, sizeof value);
+    if (good) quantize_group(k + first, count, key, &k_scale);
+    if (good) quantize_group(v + first, count, value, &v_scale);
+    for (int i = 0; i < count; i += 2)
+      all.keys[(first + i) / 2 * page + at] = uint8_t(key[i] | key[i + 1] << 4);
+    for (int i = 0; i < 16; i++)
+      all.values[(at * head.groups() + g) * 16 + i] = uint8_t(value[i] | value[16 + i] << 4);
+    all.key_scale[g * page + at] = k_scale;
+    all.value_scale[g * page + at] = v_scale;
+  }
 }
 
 void store(const oc::Pages &pages, const int32_t *table, int64_t position, const float *k, const float *v) {
@@ -151,7 +241,9 @@ void store(const oc::Pages &pages, const int32_t *table, int64_t position, const
     uint8_t *const place = to + i * head.bytes(pages.dtype);
     if (pages.dtype == OC_FP16) store_float<Fp16>(head, head_dim, 1, place, at, k, v);
     if (pages.dtype == OC_BF16) store_float<Bf16>(head, head_dim, 2, place, at, k, v);
-    if (pages.dtype == OC_INT8) store_int8(head, head_dim, place, at, k, v);
+    if (pages.dtype == OC_INT8) store_scaled<Int8>(head, head_dim, place, at, k, v);
+    if (pages.dtype == OC_FP8) store_scaled<Float8>(head, head_dim, place, at, k, v);
+    if (pages.dtype == OC_INT4) store_int4(head, head_dim, place, at, k, v);
   }
 }
 
@@ -254,10 +346,48 @@ void expand(const typename T::Stored *from, int64_t stored, int64_t columns, flo
   }
 }
 
+// The two numbers of each byte.
+inline void nibbles(const uint8_t *from, floats *low, floats *high) {
+  const ints both = __builtin_convertvector(take<bytes>(from), ints);
+  *low = __builtin_convertvector((both & 15) - 8, floats);
+  *high = __builtin_convertvector((both >> 4) - 8, floats);
+}
+
+inline floats widen_bf16(const uint16_t *from) {
+  return floats_of(__builtin_convertvector(take<halves>(from), words) << 16);
+}
+
+typedef Nibbles<const uint8_t, const uint16_t> Packed;
+
+// Keys of a page as rows of 32, and values as rows of a matrix [to_stored][v_columns] from `to_first` on.
+inline void expand_int4(const Head &head, const Packed &from, float *keys, float *values, int64_t to_stored,
+                        int64_t to_first) {
+  floats low, high;
+  for (int64_t row = 0; row < head.k_rows; row += 2)
+    for (int i = 0; i < page; i += width) {
+      const floats scale = widen_bf16(from.key_scale + row / panel_columns * page + i);
+      nibbles(from.keys + row / 2 * page + i, &low, &high);
+      give(keys + row * page + i, low * scale);
+      give(keys + (row + 1) * page + i, high * scale);
+    }
+  for (int64_t g = 0; g < head.groups(); g++) {
+    const int64_t column = g * panel_columns, across = least_of(head.v_columns - column, panel_columns);
+    float *out = values + column * to_stored + to_first * across;
+    for (int at = 0; at < page; at++, out += across) {
+      const floats scale = splat(Bf16::read(from.value_scale[g * page + at]));
+      for (int i = 0; i < 16; i += width) {
+        nibbles(from.values + (at * head.groups() + g) * 16 + i, &low, &high);
+        give(out + i, low * scale);
+        if (across > 16) give(out + 16 + i, high * scale);
+      }
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------------- tiles
 
-// With tile registers, bf16 and int8 caches are multiplied in bf16 (exact for int8), 16 rows at a time; the
-// queries and the weights are rounded. A row of a tile knows nothing of the others.
+// With tile registers, all caches but fp16 are multiplied in bf16 (exact for int8 and fp8), 16 rows at a
+// time; the queries and the weights are rounded. A row of a tile knows nothing of the others.
 #if defined(OC_TILES)
 constexpr bool has_tiles = true;
 constexpr int unit_tiles = 2;  // of 16 rows, that are worked on together
@@ -356,15 +486,56 @@ inline void round_row(const float *q, int count, float factor, uint16_t *to) {
   }
 }
 
+inline __m512i widen_codes(const int8_t *from) {
+  return (__m512i)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, take<__m128i>(from)));
+}
+
+inline __m512i widen_codes(const uint8_t *from) {
+  const __m256i x = _mm256_cvtepu8_epi16(take<__m128i>(from));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8);
+  const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7f)), 7);
+  return (__m512i)widen_fp16((halves)_mm256_or_si256(sign, rest));
+}
+
 // A stored matrix in bf16, panels as they are; what lies `ahead` bytes behind it is fetched meanwhile.
-inline void expand_to_bf16(const int8_t *from, int64_t count, int64_t ahead, uint16_t *to) {
+template <class Code>
+inline void expand_to_bf16(const Code *from, int64_t count, int64_t ahead, uint16_t *to) {
   for (int64_t i = 0; i < count; i += 2 * width) {
     __builtin_prefetch(from + i + ahead);
-    const __m512i low = _mm512_maskz_cvtepi8_epi32(0xffff, take<__m128i>(from + i));
-    const __m512i high = _mm512_maskz_cvtepi8_epi32(0xffff, take<__m128i>(from + i + width));
-    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_maskz_cvtepi32_ps(0xffff, high),
-                                              _mm512_maskz_cvtepi32_ps(0xffff, low));
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)widen_codes(from + i + width), (__m512)widen_codes(from + i));
     memcpy(to + i, &both, sizeof both);
+  }
+}
+
+// Two rows of bf16, number by number.
+inline void give_pair(uint16_t *to, floats one, floats two) {
+  const __m512i low = _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh(one));
+  const __m512i high = _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh(two));
+  const __m512i both = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  memcpy(to, &both, sizeof both);
+}
+
+// A page of int4 as one of bf16.
+inline void expand_int4_to_bf16(const Head &head, const Packed &from, uint16_t *keys, uint16_t *values) {
+  floats low[2], high[2];
+  for (int64_t row = 0; row < head.k_rows; row += 2)
+    for (int i = 0; i < page; i += width) {
+      const floats scale = widen_bf16(from.key_scale + row / panel_columns * page + i);
+      nibbles(from.keys + row / 2 * page + i, low, high);
+      give_pair(keys + row * page + 2 * i, low[0] * scale, high[0] * scale);
+    }
+  for (int64_t g = 0; g < head.groups(); g++) {
+    const int64_t column = g * panel_columns, across = least_of(head.v_columns - column, panel_columns);
+    uint16_t *out = values + column * page;
+    for (int at = 0; at < page; at += 2, out += 2 * across) {
+      floats scale[2];
+      for (int r = 0; r < 2; r++) {
+        scale[r] = splat(Bf16::read(from.value_scale[g * page + at + r]));
+        nibbles(from.values + ((at + r) * head.groups() + g) * 16, low + r, high + r);
+      }
+      give_pair(out, low[0] * scale[0], low[1] * scale[1]);
+      if (across > 16) give_pair(out + 32, high[0] * scale[0], high[1] * scale[1]);
+    }
   }
 }
 #else

@@ -21,6 +21,7 @@
 namespace {
 
 using oc::Quantized;
+using oc::Rounding;
 
 #if defined(__AVX512F__)
 constexpr int width = 16;
@@ -308,54 +309,89 @@ inline int32_t fold(ints x, F f) {
 
 // The patterns of magnitudes are ordered as they are, infinity and NaN above all.
 template <int block>
-inline void quantize_block(const float *x, int8_t *q, float *scale, int32_t *sum) {
+inline int32_t most(const float *x) {
   ints most = {};
   for (int i = 0; i < block; i += width) {
     const ints size = (ints)magnitude(load(x + i));
     most = size > most ? size : most;
   }
-  const int32_t top = fold(most, [](auto a, auto b) { return a > b ? a : b; });
-  // The reciprocal of less would be infinite.
-  const float largest = uint32_t(top) < pattern(0x1p-120f) ? 0.0f : number(uint32_t(top));
-  const float factor = largest == 0 ? 0.0f : 127.0f / largest;
+  return fold(most, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// q = rint(to_code(x)), and their sum.
+template <int block, class F>
+inline int32_t round_block(const float *x, int8_t *q, F to_code) {
   words total = {};
   int32_t code[block];
   for (int i = 0; i < block; i += width) {
-    const words rounded = (words)(load(x + i) * factor + magic) - pattern(magic);
+    const words rounded = (words)(to_code(load(x + i)) + magic) - pattern(magic);
     total += rounded;
     memcpy(code + i, &rounded, sizeof rounded);
   }
   for (int i = 0; i < block; i++) q[i] = int8_t(code[i]);
-  *scale = largest / 127.0f;
-  *sum = fold((ints)total, [](auto a, auto b) {
+  return fold((ints)total, [](auto a, auto b) {
     typedef uint32_t Words __attribute__((vector_size(sizeof a)));
     return (decltype(a))((Words)a + (Words)b);
   });
 }
 
+// With the largest magnitude, of the block or of its row, whose pattern is `top`.
 template <int block>
-void quantize_row(const float *x, int64_t columns, const Quantized &to, int64_t row) {
-  float *const scale = to.scale + row * to.blocks;
-  int32_t *const sum = to.sum + row * to.blocks;
-  for (int64_t b = 0; b < to.blocks; b++) {
-    alignas(64) int8_t q[block];
-    const int64_t begin = b * block, left = columns - begin;
-    if (left >= block) {
-      quantize_block<block>(x + begin, q, scale + b, sum + b);
-    } else {
-      float last[block] = {};
-      memcpy(last, x + begin, size_t(left) * 4);
-      quantize_block<block>(last, q, scale + b, sum + b);
-    }
-    constexpr int piece = block < 64 ? block : 64;
-    for (int i = 0; i < block; i += piece) memcpy(const_cast<int8_t *>(to.at(row, begin + i)), q + i, piece);
-  }
+inline void quantize_block(const float *x, int32_t top, int8_t *q, float *scale, int32_t *sum) {
+  // The reciprocal of less would be infinite.
+  const float largest = uint32_t(top) < pattern(0x1p-120f) ? 0.0f : number(uint32_t(top));
+  const float factor = largest == 0 ? 0.0f : 127.0f / largest;
+  *sum = round_block<block>(x, q, [factor](floats x) { return x * factor; });
+  *scale = largest / 127.0f;
 }
 
-void quantize(const float *x, int64_t columns, const Quantized &to, int64_t row) {
-  if (to.block == 32) quantize_row<32>(x, columns, to, row);
-  if (to.block == 64) quantize_row<64>(x, columns, to, row);
-  if (to.block == 128) quantize_row<128>(x, columns, to, row);
+template <int block>
+inline void quantize_given(const float *x, float given, int8_t *q, float *scale, int32_t *sum) {
+  *sum = round_block<block>(x, q, [given](floats x) {
+    const floats y = x / given;
+    const floats low = y < -127.0f ? all(-127.0f) : y;
+    return low > 127.0f ? all(127.0f) : low;
+  });
+  *scale = uint32_t(most<block>(x)) < 0x7f800000 ? given : __builtin_nanf("");
+}
+
+template <int block>
+void quantize_row(const float *x, int64_t columns, const Rounding &how, const Quantized &to, int64_t row) {
+  float *const scale = to.scale + row * to.blocks;
+  int32_t *const sum = to.sum + row * to.blocks;
+  const auto each = [&](auto work) {  // work(block, its number); the last one is filled up with zeros
+    for (int64_t b = 0; b < to.blocks; b++) {
+      const int64_t begin = b * block, left = columns - begin;
+      if (left >= block) {
+        work(x + begin, b);
+      } else {
+        float last[block] = {};
+        memcpy(last, x + begin, size_t(left) * 4);
+        work(last, b);
+      }
+    }
+  };
+  int32_t top = 0;
+  const auto look = [&](const float *from, int64_t) {
+    const int32_t size = most<block>(from);
+    top = size > top ? size : top;
+  };
+  if (how.kind == OC_BY_ROW) each(look);
+  each([&](const float *from, int64_t b) {
+    alignas(64) int8_t q[block];
+    if (how.kind == OC_BY_SCALE)
+      quantize_given<block>(from, how.scale, q, scale + b, sum + b);
+    else
+      quantize_block<block>(from, how.kind == OC_BY_ROW ? top : most<block>(from), q, scale + b, sum + b);
+    constexpr int piece = block < 64 ? block : 64;
+    for (int i = 0; i < block; i += piece) memcpy(const_cast<int8_t *>(to.at(row, b * block + i)), q + i, piece);
+  });
+}
+
+void quantize(const float *x, int64_t columns, const Rounding &how, const Quantized &to, int64_t row) {
+  if (to.block == 32) quantize_row<32>(x, columns, how, to, row);
+  if (to.block == 64) quantize_row<64>(x, columns, how, to, row);
+  if (to.block == 128) quantize_row<128>(x, columns, how, to, row);
 }
 
 template <class F>

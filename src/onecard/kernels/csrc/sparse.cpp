@@ -56,16 +56,17 @@ class Expanded {
     masks_ = values_;
     values_ += masks_bytes_;
   }
-  inline void call_ahead(int) const {
+  inline void group(int k) { group_ = masks_ + 2 * k; }
+  inline void call_ahead() const {
 #pragma GCC unroll 8
     for (int i = 0; i < bits / 2 + 1; i++) {
       __builtin_prefetch(values_ + oc::reach.near + 64 * i);
       __builtin_prefetch(values_ + oc::reach.far + 64 * i);
     }
   }
-  inline Bytes quad(int i) {
+  inline Bytes quad(int j) {
     uint64_t mask;
-    memcpy(&mask, masks_ + 8 * i, 8);
+    memcpy(&mask, group_ + 8 * j, 8);
     const uint8_t *const from = values_;
     const int count = __builtin_popcountll(mask);
     if constexpr (bits == 8) {
@@ -77,7 +78,7 @@ class Expanded {
   }
 
  private:
-  const uint8_t *marks_, *stream_, *values_, *masks_ = nullptr;
+  const uint8_t *marks_, *stream_, *values_, *masks_ = nullptr, *group_ = nullptr;
   int masks_bytes_, per_mark_, part_;
 };
 

@@ -51,17 +51,21 @@ inline Bytes join(const Bytes &a, const Bytes &b) {
 }
 #endif
 
-// The codes of the columns 4 i .. 4 i + 3 of a block.
+// Bits of a code that lie together; the others follow in planes, 2 bytes per column each.
 template <int bits>
-inline Bytes codes_of(const uint8_t *codes, int block, int i, int part) {
+constexpr int low_bits = bits == 1 ? 0 : bits == 3 ? 2 : bits >= 5 ? 4 : bits;
+
+// The codes of the columns 4 j .. 4 j + 3 of a group.
+template <int bits>
+inline Bytes codes_of(const uint8_t *low, const uint8_t *planes, int block, int j, int part) {
   constexpr int own = Lanes::count / 2;
-  if constexpr (bits == 1) return Lanes::high_bits<1>(Lanes::field<0, 0>(Lanes::load(codes)), codes + 8 * i + own * part);
-  if constexpr (bits >= 2 && bits <= 4) return quad_of<bits>(codes, block, i, part);
+  const uint8_t *const plane = planes + 8 * j + own * part;
+  if constexpr (bits == 1) return Lanes::high_bits<1>(Lanes::field<0, 0>(Lanes::load(low)), plane);
+  if constexpr (bits >= 2 && bits <= 4) return quad_of<bits>(low, planes, j, part);
   if constexpr (bits >= 5) {
-    const uint8_t *const planes = codes + 8 * block + 8 * i + own * part;
-    const Bytes low = Lanes::high_bits<16>(quad_of<4>(codes, block, i, part), planes);
-    if constexpr (bits == 5) return low;
-    return Lanes::high_bits<32>(low, planes + 2 * block);
+    const Bytes codes = Lanes::high_bits<16>(quad_of<4>(low, planes, j, part), plane);
+    if constexpr (bits == 5) return codes;
+    return Lanes::high_bits<32>(codes, plane + 2 * block);
   }
 }
 
@@ -89,16 +93,20 @@ class Looked {
     codes_ = next_;
     next_ += step_;
   }
-  inline void call_ahead(int k) const {
-    const uint8_t *const at = codes_ + 2 * bits * k;
+  inline void group(int k) {
+    ahead_ = codes_ + 2 * bits * k;
+    low_ = codes_ + 2 * low_bits<bits> * k;
+    planes_ = codes_ + 2 * low_bits<bits> * block_ + 2 * k;
+  }
+  inline void call_ahead() const {
 #pragma GCC unroll 8
     for (int i = 0; i < bits; i++) {
-      __builtin_prefetch(at + oc::reach.near + 64 * i);
-      __builtin_prefetch(at + oc::reach.far + 64 * i);
+      __builtin_prefetch(ahead_ + oc::reach.near + 64 * i);
+      __builtin_prefetch(ahead_ + oc::reach.far + 64 * i);
     }
   }
-  inline Bytes quad(int i) const {
-    Bytes code = codes_of<bits>(codes_, block_, i, part_);
+  inline Bytes quad(int j) const {
+    Bytes code = codes_of<bits>(low_, planes_, block_, j, part_);
     if constexpr (bits >= 5) return look_far(code);
     if constexpr (own && bits <= 3) code = join(code, base_);
     Bytes u = look(table_[0], code);
@@ -124,7 +132,8 @@ class Looked {
 #endif
   }
 
-  const uint8_t *start_, *next_, *codes_ = nullptr, *entries_;
+  const uint8_t *start_, *next_, *codes_ = nullptr, *ahead_ = nullptr, *low_ = nullptr, *planes_ = nullptr;
+  const uint8_t *entries_;
   int64_t step_;
   int block_, part_;
   Bytes table_[tables], base_;

@@ -40,9 +40,10 @@ struct Geometry {
   }
 };
 
-// The codes of the columns 4 i .. 4 i + 3 of a block, in the rows of one part of the tile.
+// The codes of the columns 4 i .. 4 i + 3 behind those that begin at `codes`, in the rows of one part of the
+// tile; of 3 bits the high ones begin at `high`.
 template <int bits>
-inline Bytes quad_of(const uint8_t *codes, int block, int i, int part) {
+inline Bytes quad_of(const uint8_t *codes, const uint8_t *high, int i, int part) {
   constexpr int per_line = 8 / (bits == 3 ? 2 : bits);
   const Bytes line = Lanes::load(codes + 64 * (i / per_line) + 4 * Lanes::count * part);
   if constexpr (bits == 8) return line;
@@ -53,7 +54,7 @@ inline Bytes quad_of(const uint8_t *codes, int block, int i, int part) {
                       : i % 4 == 2 ? Lanes::field<4, 3>(line)
                                    : Lanes::field<6, 3>(line);
     if constexpr (bits == 2) return low;
-    return Lanes::high_bits(low, codes + 4 * block + 8 * i + Lanes::count / 2 * part);
+    return Lanes::high_bits(low, high + 8 * i + Lanes::count / 2 * part);
   }
 }
 

@@ -31,6 +31,7 @@ typedef int32_t ints __attribute__((vector_size(4 * width)));
 typedef uint32_t words __attribute__((vector_size(4 * width)));
 typedef int16_t shorts __attribute__((vector_size(2 * width)));
 typedef uint16_t halves __attribute__((vector_size(2 * width)));
+typedef uint8_t bytes __attribute__((vector_size(width)));
 
 template <class V>
 inline V take(const void *from) {
