@@ -733,7 +733,7 @@ class Recomputing:
         self.pages, self.page_tokens = pages, 8
         self.fake.max_context = self.max_context
         self.fake.logits = self.logits  # type: ignore[method-assign]
-        self.step, self.close = self.fake.step, self.fake.close
+        self.step, self.choose, self.close = self.fake.step, self.fake.choose, self.fake.close
 
     @torch.inference_mode()
     def logits(self, ids: np.ndarray, past: int, table: np.ndarray) -> np.ndarray:
