@@ -221,10 +221,14 @@ def priced(option: Option, prices: dict[str, float]) -> float:
     return option.harm + sum(price * option.cost(name) for name, price in prices.items())
 
 
-def _undominated(
-    options: Sequence[Option], steps: Sequence[int], prices: dict[str, float]
-) -> list[int]:
+def undominated(options: Sequence[Option], name: str = "size") -> list[int]:
     """Options, cheapest first, that cost more only where they harm less."""
+    return _undominated(options, [o.cost(name) for o in options], {})
+
+
+def _undominated(
+    options: Sequence[Option], steps: Sequence[float], prices: dict[str, float]
+) -> list[int]:
     order = sorted(range(len(options)), key=lambda i: (steps[i], priced(options[i], prices), i))
     kept, least = [], math.inf
     for i in order:
@@ -300,8 +304,7 @@ def _least(options: Sequence[Option], name: str) -> int:
 def reason(options: Sequence[Option], pick: int, price: float, name: str = "size") -> str:
     """Why a place got what it got: the step down, the step up, and what a byte is worth elsewhere."""
     chosen = options[pick]
-    steps = [int(o.cost(name)) if name != "seconds" else o.seconds for o in options]
-    kept = [options[i] for i in _undominated(options, steps, {})]  # type: ignore[arg-type]
+    kept = [options[i] for i in undominated(options, name)]
     down = [o for o in kept if o.cost(name) < chosen.cost(name)]
     up = [o for o in kept if o.cost(name) > chosen.cost(name)]
     said = [f"{chosen.format} harms {chosen.harm:.2g} nat"]

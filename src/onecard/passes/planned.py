@@ -181,4 +181,4 @@ def makers(
         if made.format_of(128) == format:
             return (made,)
     raise BadRequest(f"no pass plans matrices in {format.name}",
-                     do="integers, codebooks, levels, sparse integers, lowrank(int8-row)+integers")  # fmt: skip
+                     do="integers, codebooks, levels, sparse integers, lowrank + integers")  # fmt: skip
