@@ -6,7 +6,15 @@
     work space   activations of a step's rows, logits, what every thread has to itself (forward.cpp)
     program      what this process holds already: the interpreter and its libraries
 
-Only headers are read, so it is instant for a model of any size, and for formats that it is not in yet.
+Only headers are read, so it is instant for a model of any size, and for formats that it is not in yet: one
+for all linears of blocks, or each linear's own.
+
+Of an embedding that is read where it lies only what is touched becomes resident. The system maps WINDOW bytes
+around a row at a time, so n ids drawn evenly touch
+
+    size * (1 - (1 - (WINDOW + row) / size) ** n)
+
+bytes of it; those of a text, some of them much more often than others, touch less.
 """
 
 from __future__ import annotations
@@ -17,11 +25,12 @@ from dataclasses import dataclass, replace
 from onecard.checkpoint.source import Source
 from onecard.core.device import resident
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format
 from onecard.runtime.cpu import PAGE, CpuSettings, Described
-from onecard.runtime.weights import planned_weights
+from onecard.runtime.weights import Formats, planned_weights
 
 USUAL = CpuSettings()
+WINDOW = 64 << 10
+"""Bytes that Linux maps around a page of a file that is touched."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class Footprint:
     work_bytes: int
     program_bytes: int
     positions: int  # that there are pages for, of all sequences
+    untouched: int = 0  # bytes of the embedding that as many ids leave where they lie
 
     def parts(self) -> tuple[tuple[str, int], ...]:
         return (*self.weights, ("kv cache", self.kv_bytes), ("work space", self.work_bytes),
@@ -46,24 +56,38 @@ class Footprint:
     def total(self) -> int:
         return sum(size for _, size in self.parts())
 
+    @property
+    def resident(self) -> int:
+        """What is held in memory once all positions are filled."""
+        return self.total - self.untouched
+
 
 def footprint(
     source: Source, context: int, batch: int = 1, settings: CpuSettings = USUAL,
-    format: Format | None = None,
+    formats: Formats | None = None, program: int | None = None,
 ) -> Footprint:  # fmt: skip
-    """For `batch` sequences of `context` positions each; with the linears of blocks in another `format`.
+    """For `batch` sequences of `context` positions each; with linears in other `formats` (weights.py).
 
-    Raises BadRequest where the engine cannot run the model.
+    `program`: bytes of a process that runs nothing else; None: what this one holds. Raises BadRequest
+    where the engine cannot run the model.
     """
     if context < 1 or batch < 1:
         raise BadRequest(f"a context of {context} for {batch} sequences was asked for")
     pages = batch * -(-context // PAGE)
-    weights = planned_weights(source, settings.head, format)
+    weights = planned_weights(source, settings.head, formats)
     work, kv = Described(source, replace(settings, context=pages * PAGE), weights).need()
     sizes: Counter[str] = Counter()
     for path, size in weights.sizes().items():
         sizes[part_of(path)] += size
-    return Footprint(tuple(sizes.most_common()), kv, work, resident(), pages * PAGE)
+    untouched = 0
+    if "stem.embedding" not in weights:
+        table = weights.sizes()["stem.embedding"]
+        window = min(table, WINDOW + table // source.spec.vocab_size)
+        untouched = int(table * (1 - window / table) ** (context * batch))
+    return Footprint(
+        tuple(sizes.most_common()), kv, work, resident() if program is None else program,
+        pages * PAGE, untouched,
+    )  # fmt: skip
 
 
 def part_of(path: str) -> str:

@@ -25,7 +25,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -60,6 +60,7 @@ FRESH = 2.0  # seconds in which a second change of a file might leave its times 
 PIECE = 1 << 20  # numbers that are looked at together
 
 Head = Literal["int8", "stored"]
+Formats = Format | Mapping[str, Format]
 Say = Callable[[str], None]
 
 
@@ -93,13 +94,15 @@ def open_weights(
     return Weights(source, head, made)
 
 
-def planned_weights(source: Source, head: Head = "int8", format: Format | None = None) -> Weights:
+def planned_weights(
+    source: Source, head: Head = "int8", formats: Formats | None = None
+) -> Weights:  # fmt: skip
     """The weights as they would be laid out, of which nothing is: sizes without memory, for planning.
 
-    `format`: of all linears of blocks that may be packed, instead of what is stored.
+    `formats` instead of what is stored: one of all linears of blocks that may be packed, or each by its path.
     """
     parts: dict[str, tuple[About, Bytes]] = {}
-    for part in _planned(source, head, format):
+    for part in _planned(source, head, formats):
         about = part.choices[-1]
         unreal = np.broadcast_to(np.zeros(1, np.uint8), (weightfile.size(about),))
         parts[part.name] = about, unreal
@@ -143,6 +146,11 @@ class Weights:
                 linear = path.partition(":")[0]
                 sizes[linear] = sizes.get(linear, 0) + data.size
         return sizes
+
+    def linear(self, path: str) -> list[Matrix]:
+        """The descriptions of a linear's matrix, or of the two or three that it is made of."""
+        ends = [path + end for end in PIECES.values() if path + end in self._parts]
+        return [weightfile.matrix(self._parts[name][0]) for name in ends]
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every part and of the embedding, by path."""
@@ -219,21 +227,17 @@ class Part:
     piece: str = ""  # of a product of two: `left_`, `right_` or `rest_`
 
 
-def _planned(source: Source, head: Head, other: Format | None = None) -> Iterator[Part]:
-    """Every part in its order, from headers alone; linears of blocks in another format, if there is one."""
+def _planned(source: Source, head: Head, other: Formats | None = None) -> Iterator[Part]:
+    """Every part in its order, from headers alone; linears in other formats, if there are any."""
     for index in source.parts():
         for place in source.places(index):
             name = place.path if index is None else f"blocks.{index}.{place.path}"
             kind = place.module.kind
-            format = source.format_at(place) if kind == "linear" else None
-            if other is not None and kind == "linear" and index is not None:
-                format = other.for_row(place.module.shape[1])
+            format = _format(source, place, index, name, other) if kind == "linear" else None
             if isinstance(format, LowRank) and place.path not in KEPT_DENSE:
-                for piece, (own, size) in format.pieces(
-                    (place.total, place.module.shape[1])
-                ).items():
-                    rows = size[0] if piece == "right_" else place.module.shape[0]
-                    made = _layout(own, (rows, size[1]), size)
+                stored = (place.total, place.module.shape[1])
+                rows = place.module.shape[0]
+                for piece, made in matrices(format, (rows, stored[1]), stored).items():
                     about = (weightfile.about_matrix(made),)
                     yield Part(name + PIECES[piece], place, "weight", about, piece)
             elif kind == "linear":
@@ -246,6 +250,31 @@ def _planned(source: Source, head: Head, other: Format | None = None) -> Iterato
                 yield Part(name, place, "weight", about)
             if place.module.bias:
                 yield Part(f"{name}.bias", place, "bias", (_floats(place.module.shape[:1]),))
+
+
+def _format(
+    source: Source, place: Place, index: int | None, name: str, other: Formats | None
+) -> Format | None:
+    """What a linear is held in: as `other` says, else as it is stored."""
+    if isinstance(other, Mapping):
+        if name in other:
+            return other[name]
+    elif other is not None and index is not None:
+        return other.for_row(place.module.shape[1])
+    return source.format_at(place)
+
+
+def matrices(format: Format, shape: Shape, stored: Shape | None = None) -> dict[str, Matrix]:
+    """What the engine multiplies for a matrix of `shape` (rows of a `stored` one): one under "", or, of a
+    product of two, `left_`, `right_` and perhaps `rest_`."""
+    stored = stored or shape
+    if not isinstance(format, LowRank):
+        return {"": _layout(format, shape, stored)}
+    found = {}
+    for piece, (own, size) in format.pieces(stored).items():
+        rows = size[0] if piece == "right_" else shape[0]
+        found[piece] = _layout(own, (rows, size[1]), size)
+    return found
 
 
 def _floats(shape: tuple[int, ...]) -> About:
