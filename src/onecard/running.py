@@ -17,6 +17,7 @@ from cyclopts import Parameter, Token, convert
 
 from onecard.core.errors import BadRequest, nearest
 from onecard.core.report import Value
+from onecard.terminal import say
 
 if TYPE_CHECKING:
     from onecard.checkpoint.tokenizer import Tokenizer
@@ -89,8 +90,11 @@ class Native:
 
     def settings(self, context: int | None = None) -> CpuSettings:
         """For so many positions, unless the flags say otherwise."""
+        from onecard.core.device import usable_cores
         from onecard.runtime.cpu import CpuSettings
 
+        if self.threads is not None and self.threads > (cores := usable_cores()):
+            say(f"--threads {self.threads}: {cores} can run at a time here; more wait for each other")
         exact = tuple(name for names in self.exact for name in names.split(",") if name)
         positions = context if self.context is None else self.context
         return CpuSettings(threads=self.threads, context=positions, cache=self.cache,
