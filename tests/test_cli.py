@@ -21,7 +21,6 @@ from conftest import call, make_llama
 from safetensors.torch import load_file, save_file
 
 from onecard.checkpoint.journal import partial_of
-from onecard.cli import main
 from onecard.core.errors import BadRequest
 from onecard.core.settings import parse_size
 

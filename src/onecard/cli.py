@@ -80,7 +80,9 @@ def run(words: list[str]) -> int:
         return _fail(BadRequest("the input is nested too deeply", seen=str(error)), debug)
     except MemoryError:
         caps = "; a --memory cap helps" if set(words[:1]) & CAPPED else ""
-        return _fail(Problem("the machine ran out of memory", do=f"end other programs{caps}"), debug)
+        return _fail(
+            Problem("the machine ran out of memory", do=f"end other programs{caps}"), debug
+        )
     except Exception as error:
         return _fail(Problem(f"onecard failed: {type(error).__name__}: {str(error)[:200]}",
                              do="this is a bug; --debug shows where"), debug)  # fmt: skip

@@ -94,7 +94,9 @@ class Native:
         from onecard.runtime.cpu import CpuSettings
 
         if self.threads is not None and self.threads > (cores := usable_cores()):
-            say(f"--threads {self.threads}: {cores} can run at a time here; more wait for each other")
+            say(
+                f"--threads {self.threads}: {cores} can run at a time here; more wait for each other"
+            )
         exact = tuple(name for names in self.exact for name in names.split(",") if name)
         positions = context if self.context is None else self.context
         return CpuSettings(threads=self.threads, context=positions, cache=self.cache,
