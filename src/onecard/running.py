@@ -9,6 +9,7 @@ refused rather than ignored.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -17,7 +18,6 @@ from cyclopts import Parameter, Token, convert
 
 from onecard.core.errors import BadRequest, nearest
 from onecard.core.report import Value
-from onecard.terminal import say
 
 if TYPE_CHECKING:
     from onecard.checkpoint.tokenizer import Tokenizer
@@ -94,9 +94,8 @@ class Native:
         from onecard.runtime.cpu import CpuSettings
 
         if self.threads is not None and self.threads > (cores := usable_cores()):
-            say(
-                f"--threads {self.threads}: {cores} can run at a time here; more wait for each other"
-            )
+            seen = f"{cores} can run at a time here; more wait for each other"
+            print(f"onecard: --threads {self.threads}: {seen}", file=sys.stderr)
         exact = tuple(name for names in self.exact for name in names.split(",") if name)
         positions = context if self.context is None else self.context
         return CpuSettings(threads=self.threads, context=positions, cache=self.cache,
