@@ -85,7 +85,7 @@ def open_weights(
         found = weightfile.opened(_file(home, key), key, wanted, threads)
         if found is not None:
             return Weights(source, head, found)
-    header = Header(key, model, str(source.folder.resolve()))
+    header = Header(key, model, str(source.folder.resolve()), f"{LAYOUT}, onecard {__version__}")
     made = _made(source, parts, header, homes, threads, say or _to_stderr)
     if _identities(source) != before:
         if made.path is not None:
@@ -472,10 +472,13 @@ def _file(home: Path, key: str) -> Path:
 
 
 def _current(found: Header | None, mine: Header, own: bool) -> bool:
-    """Whether a file may stay: another folder's, or made of the very same model (another head, say)."""
-    if found is None:
+    """Whether a file may stay: made of the very same model (another head, say), or another folder's that
+    is still there. One of another layout would never be read again.
+    """
+    if found is None or found.layout != mine.layout:
         return False
-    return found.model == mine.model or (not own and found.folder != mine.folder)
+    others = not own and found.folder != mine.folder and Path(found.folder).is_dir()
+    return found.model == mine.model or others
 
 
 def _model_hash(source: Source, homes: Sequence[Path], threads: int) -> str:
