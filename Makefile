@@ -27,6 +27,7 @@ proofs: $(VENV)/.installed
 	$(BIN)/python benchmarks/pruning.py --check
 	$(BIN)/python benchmarks/training.py --check
 	$(BIN)/python benchmarks/orderings.py --check
+	$(BIN)/python benchmarks/cost.py --check
 	PYTHON=$(abspath $(BIN)/python) sh benchmarks/peers/proof.sh
 
 gpu: $(VENV)/.installed

@@ -40,7 +40,7 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         made: list[Any] = []
         for kind, *values in json.loads(arguments[0])[1]:
             if kind == "heads":
-                made.append([1e-6, 2e-8, 1e-8, 1e-7, 1e-9])
+                made.append([2e-8, 1e-8, 1e-7, 1e-9])
                 continue
             matrix = Form(*values).matrix(1024, 1024)
             each = layout.size(matrix) / 1024**2 * 1e-10
@@ -74,7 +74,7 @@ def test_parts_add_up(tiny: Path, told: list[str]) -> None:
         whole.prompt
     )
     held = footprint(source, 96, 2, formats=formats, program=10_000_000)
-    assert whole.memory == held.resident
+    assert whole.memory == held.total
     work = held.work_bytes - costs.footprint.work_bytes  # products of two need more of it
     assert whole.memory - total.memory == work
 
@@ -127,18 +127,19 @@ def test_between_what_was_measured() -> None:
     assert rate.seconds(matrix, 1024, 0.5) == pytest.approx(1e-7 * weights)
     short = Form(0, 8, 32, 2).matrix(17, rates.COLUMNS[0])  # two tiles, one of them nearly empty
     assert rate.seconds(short, 1, 1.0) == pytest.approx(2e-9 * 32 * rates.COLUMNS[0])
-    attending = Attending(1.0, 2.0, 1.0, 3.0, 0.5)
-    assert attending.decode(10) == 21 and attending.decode(10, 1.0) == 11
+    attending = Attending(2.0, 1.0, 3.0, 0.5)
+    assert attending.decode(10) == 20 and attending.decode(10, 1.0) == 10
     assert attending.prompt(4, 2) == 4 * 3 + 0.5 * (8 + 10)
 
 
 def test_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the other process does, on matrices that are small enough for a test."""
-    monkeypatch.setattr(rates, "WARM", 1 << 14)
+    monkeypatch.setattr(rates, "WARM", 16)
     monkeypatch.setattr(rates, "LEAST", 1 << 18)
     monkeypatch.setattr(rates, "MOST", 1 << 18)
     monkeypatch.setattr(rates, "FAR", 64)
     monkeypatch.setattr(rates, "TURNS", 1)
+    monkeypatch.setattr(rates, "ROUNDS", 2)
     forms = [
         Form.of(m) for name in FORMATS for m in matrices(parse_format(name), (64, 128)).values()
     ]

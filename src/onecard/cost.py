@@ -134,7 +134,7 @@ class Costs:
         the steps, the program."""
         linears = self.stored.linears().items()
         blocks = sum(size for path, size in linears if path.startswith("blocks."))
-        made = Share(self.footprint.resident - blocks) + self._steps() + self._attention()
+        made = Share(self.footprint.total - blocks) + self._steps() + self._attention()
         for path in self.stored.linears():
             if not path.startswith("blocks."):
                 own = self._share(self.stored.linear(path), 1.0)
@@ -189,7 +189,7 @@ def cost(
     costs = Costs(source, context, batch, settings, sum(weights.linears().values()))
     total = costs.all(weights)
     held = footprint(source, context, batch, settings, formats, costs.overheads.program)
-    return Cost(held.resident, total.decode, total.prompt)
+    return Cost(held.total, total.decode, total.prompt)
 
 
 def cached(size: float) -> float:

@@ -1,20 +1,13 @@
 """The memory that a model takes while it runs on this processor, from the code that lays it out.
 
     weights      every part of the kernel layout, as it would be written (weights.py, layout.cpp)
-    embedding    the stored table; rows are read where they lie
+    embedding    the stored table; rows are read where they lie, all of them once when it is opened
     kv cache     pages for all positions of all sequences at once (forward.cpp)
     work space   activations of a step's rows, logits, what every thread has to itself (forward.cpp)
     program      what this process holds already: the interpreter and its libraries
 
 Only headers are read, so it is instant for a model of any size, and for formats that it is not in yet: one
 for all linears of blocks, or each linear's own.
-
-Of an embedding that is read where it lies only what is touched becomes resident. The system maps WINDOW bytes
-around a row at a time, so n ids drawn evenly touch
-
-    size * (1 - (1 - (WINDOW + row) / size) ** n)
-
-bytes of it; those of a text, some of them much more often than others, touch less.
 """
 
 from __future__ import annotations
@@ -29,8 +22,6 @@ from onecard.runtime.cpu import PAGE, CpuSettings, Described
 from onecard.runtime.weights import Formats, planned_weights
 
 USUAL = CpuSettings()
-WINDOW = 64 << 10
-"""Bytes that Linux maps around a page of a file that is touched."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +33,6 @@ class Footprint:
     work_bytes: int
     program_bytes: int
     positions: int  # that there are pages for, of all sequences
-    untouched: int = 0  # bytes of the embedding that as many ids leave where they lie
 
     def parts(self) -> tuple[tuple[str, int], ...]:
         return (*self.weights, ("kv cache", self.kv_bytes), ("work space", self.work_bytes),
@@ -55,11 +45,6 @@ class Footprint:
     @property
     def total(self) -> int:
         return sum(size for _, size in self.parts())
-
-    @property
-    def resident(self) -> int:
-        """What is held in memory once all positions are filled."""
-        return self.total - self.untouched
 
 
 def footprint(
@@ -79,14 +64,9 @@ def footprint(
     sizes: Counter[str] = Counter()
     for path, size in weights.sizes().items():
         sizes[part_of(path)] += size
-    untouched = 0
-    if "stem.embedding" not in weights:
-        table = weights.sizes()["stem.embedding"]
-        window = min(table, WINDOW + table // source.spec.vocab_size)
-        untouched = int(table * (1 - window / table) ** (context * batch))
     return Footprint(
         tuple(sizes.most_common()), kv, work, resident() if program is None else program,
-        pages * PAGE, untouched,
+        pages * PAGE,
     )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ PIECES = {"left_": "", "right_": ":right", "rest_": ":rest"}
 """Of a product of two: how the parts of the file are named behind the linear's own name."""
 HEAD_BLOCK = 32
 HASHES = "hashes.json"
+PAGE = 4096  # bytes, the smallest of any system
 FRESH = 2.0  # seconds in which a second change of a file might leave its times as they are
 PIECE = 1 << 20  # numbers that are looked at together
 
@@ -84,14 +85,14 @@ def open_weights(
     for home in homes:
         found = weightfile.opened(_file(home, key), key, wanted, threads)
         if found is not None:
-            return Weights(source, head, found)
+            return Weights(source, head, found).read_in()
     header = Header(key, model, str(source.folder.resolve()), f"{LAYOUT}, onecard {__version__}")
     made = _made(source, parts, header, homes, threads, say or _to_stderr)
     if _identities(source) != before:
         if made.path is not None:
             made.path.unlink(missing_ok=True)
         raise BadRequest(f"{source.folder} changed while it was read", do="load it again")
-    return Weights(source, head, made)
+    return Weights(source, head, made).read_in()
 
 
 def planned_weights(
@@ -129,6 +130,12 @@ class Weights:
             entry = source.checkpoint.entries[f"{embedding.stored.name}.weight"]
             self.embedding_dtype = entry.dtype
             self._embedding = weightfile.map_file(entry.path, entry.begin, entry.end)
+
+    def read_in(self) -> Weights:
+        """Touches every page of the embedding, which nothing has read yet: no step waits for a disk, and
+        memory is from the beginning what it stays. (How much a single row brings in is the system's choice.)"""
+        self._embedding[::PAGE].max(initial=0)
+        return self
 
     def __contains__(self, path: str) -> bool:
         return path in self._parts
