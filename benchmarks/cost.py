@@ -2,11 +2,11 @@
 
     python benchmarks/cost.py [--work DIR] [--only TEXT ...] [--turns 3] [--check]
 
-Each case is a shape (make_llama.py), a format and a length of context. The folder is made once: stored parts
-are drawn at random (formats.py), the same ones in every layer, which each lie in a file of their own. Then, in
-turns, the model is predicted with kernels measured anew, and run in a process of its own that fills the
-context in parts of 512 ids and writes a few behind it. The least seconds of all turns count on both sides: the
-machine is shared, and what disturbs only adds. Memory is the most that the process ever held.
+Each case is a shape (make_llama.py), a format and a length of context. The folder is made once: stored
+parts are drawn at random (formats.py), the same ones in every layer, which each lie in a file of their own.
+Then, in turns, the model is predicted with kernels measured anew, and run in a process of its own that fills
+the context in parts of 512 ids and writes a few behind it. The least seconds of all turns count on both
+sides: the machine is shared, and what disturbs only adds. Memory is the most that the process ever held.
 
 The long contexts of the large shape are run once. results/cost.json keeps the table; `--check` ends with 1
 where memory is off by more than 3 % or a speed by more than 12 %.
@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=())
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--prepare", action="store_true", help="make the folders, and nothing else")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--run", type=Path)
     parser.add_argument("--predict", type=Path)
@@ -242,6 +243,9 @@ def main() -> None:
     print("said and measured".rjust(50), "of a step".rjust(25), "per token of a prompt".rjust(25))
     for case in CASES:
         if asked.only and not all(word in str(case) for word in asked.only):
+            continue
+        if asked.prepare:
+            elsewhere("run", model(asked.work, case), 1, cache)
             continue
         once = case.shape == "1.1b" and case.context == LONGEST
         rows.append(row(case, model(asked.work, case), 1 if once else asked.turns, cache))

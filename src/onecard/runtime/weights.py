@@ -132,8 +132,8 @@ class Weights:
             self._embedding = weightfile.map_file(entry.path, entry.begin, entry.end)
 
     def read_in(self) -> Weights:
-        """Touches every page of the embedding, which nothing has read yet: no step waits for a disk, and
-        memory is from the beginning what it stays. (How much a single row brings in is the system's choice.)"""
+        """Touches every page of the embedding, which nothing has read yet. So no step waits for a disk, and
+        memory is what it stays: how much a single row brings in is the system's choice."""
         self._embedding[::PAGE].max(initial=0)
         return self
 
