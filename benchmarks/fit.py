@@ -4,8 +4,8 @@
 
 Models: the shipped one; stories260K (kept in bfloat16 here, as models are); a Llama of 0.9 M parameters
 trained for this table on TinyStories, from nothing. A budget is bits per weight of the matrices of the
-blocks, scales and tables of codebooks included. At each one, on the same candidates, every matrix made by the same
-passes on the same calibration text:
+blocks, scales and tables of codebooks included. At each one, on the same candidates, every matrix made by
+the same passes on the same calibration text:
 
     planner      sensitivities, exact knapsack, then two looks around the plan (onecard.fit)
     uniform      one format for all sites: the best on the held-out text of all that the budget allows

@@ -3,7 +3,8 @@
     size      exactly what the format stores (core/format.py), scales in the model's dtype
     memory    the kernel layout, as the engine would lay it out (runtime/weights.py); on another device than
               this processor the stored bytes
-    seconds   the layout's bytes over the bandwidth, as a step reads every weight once (roofline.py)
+    seconds   of a step, from kernels measured on this machine (onecard.cost); where they are not known and no
+              speed is asked for, or for another device, bytes over the bandwidth (roofline.py)
 
 `Fixed` is what no choice changes: norms, biases, the embedding's rows, work space, the program itself. The
 program is that of `onecard run`, seen in a process of its own, as the one that plans holds far more.
@@ -15,8 +16,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
+from onecard import cost
 from onecard.checkpoint.source import Source
 from onecard.core.device import Device, resident
 from onecard.core.format import Dense, Format, Integers, parse_format
@@ -26,7 +28,6 @@ from onecard.fit.goal import Goal
 from onecard.fit.planner import Option
 from onecard.kernels import cpu, layout
 from onecard.roofline import DECODE, device_of, needed
-from onecard.runtime import weightfile
 from onecard.runtime.cpu import CpuSettings, usual_cache
 from onecard.runtime.footprint import Footprint, footprint
 from onecard.runtime.pages import position_bytes
@@ -97,16 +98,35 @@ class Costs:
     def option(
         self, name: str, format: Format, own: Mapping[str, tuple[int, int]], harm: float
     ) -> Option:
+        """A site in a format; linears lie in memory as the engine lays them out."""
         size = size_of(format, list(own.values()), self.source.dtype)
-        memory = sum(self.laid_out(name)[path] for path in own) if self.here else size
-        return Option(name, harm, size, memory, memory * self.per_byte * self.read_share(own))
+        if not self.here:
+            return Option(name, harm, size, size, size * self.per_byte * self.met(own))
+        memory = sum(self.laid_out(name)[path] for path in own)
+        if self.machine is None:
+            return Option(name, harm, size, memory, memory * self.per_byte * self.met(own))
+        shares = [self.machine.of_matrix(shape, format, self.met(own)) for shape in own.values()]
+        return Option(name, harm, size, memory, sum(share.decode for share in shares))
 
-    def read_share(self, own: Mapping[str, tuple[int, int]]) -> float:
+    def met(self, own: Mapping[str, tuple[int, int]]) -> float:
         """The share of a site's bytes that a step reads: of experts those that are chosen."""
         experts = next(
             (e for row in self.source.spec.layers if (e := row.feed_forward.experts)), None
         )
         return experts.top / experts.count if experts and ".expert" in next(iter(own)) else 1.0
+
+    @cached_property
+    def machine(self) -> cost.Costs | None:
+        """Measured kernels of this machine, where a speed is asked for or they are known already."""
+        if not self.here or not (self.goal.speed or cost.known()):
+            return None
+        return self.running(usual_cache())
+
+    def running(self, cache: str) -> cost.Costs:
+        size = sum(self.laid_out("int4-g128").values())
+        return cost.Costs(
+            self.source, self.context, self.goal.batch, CpuSettings(cache=cache), size
+        )
 
     def laid_out(self, name: str) -> dict[str, int]:
         """path -> bytes of every linear of the blocks, were all in one format."""
@@ -119,31 +139,35 @@ class Costs:
         return 1 / (DECODE * bandwidth) if bandwidth else 0.0
 
     def table(self, name: str, harm: float) -> Option:
-        """The embedding and the head. The engine expands a packed embedding, and rounds a dense head."""
+        """The embedding and the head, which the engine has in int8 where it is dense; an embedding that is
+        packed it expands again, so that bytes in memory are those of the head, beside the usual ones."""
         spec, stored = self.source.spec, self.source.dtype
-        shape = (spec.vocab_size, spec.embed_size)
-        format = parse_format(name)
-        one = size_of(format, [shape], stored)
-        whole = size_of(Dense(stored), [shape], stored)
-        made = layout.rounded(shape, HEAD_BLOCK)
-        if isinstance(format, Integers):
-            made = layout.integers(shape, format)
-        head = weightfile.size(weightfile.about_matrix(made))
-        return Option(name, harm, one if spec.tied else 2 * one, whole + head if self.here else one,
-                      head * self.per_byte)  # fmt: skip
+        shape, format = (spec.vocab_size, spec.embed_size), parse_format(name)
+        size = size_of(format, [shape], stored) * (1 if spec.tied else 2)
+        if not self.here:
+            return Option(name, harm, size, size, size * self.per_byte)
+        usual = layout.rounded(shape, HEAD_BLOCK)
+        made = layout.integers(shape, format) if isinstance(format, Integers) else usual
+        more = layout.size(made) - layout.size(usual)
+        return Option(name, harm, size, more, more * self.per_byte)
 
     def cache(self, name: str, harm: float) -> Option:
-        """Keys and values of all positions; a step reads them all."""
-        spec, positions = self.source.spec, self.context * self.goal.batch
-        if self.here:
-            held = usual_cache() if name == "fp16" else name
-            size = _footprint(self.source, self.context, self.goal.batch, held).kv_bytes
-        else:
-            size = sum(
+        """Keys and values of all positions; a step reads them all. Seconds beside those of the usual one."""
+        spec, usual = self.source.spec, usual_cache()
+        if not self.here:
+            size = self.context * self.goal.batch * sum(
                 position_bytes(row.attention.num_kv_heads, row.attention.head_dim, name)
                 for row in spec.layers
-            ) * positions  # fmt: skip
-        return Option(name, harm, 0, size, size * self.per_byte)
+            )  # fmt: skip
+            return Option(name, harm, 0, size, size * self.per_byte)
+        held = usual if name == "fp16" else name
+        size = _footprint(self.source, self.context, self.goal.batch, held).kv_bytes
+        if self.machine is None:
+            return Option(name, harm, 0, size, size * self.per_byte)
+        slower = 0.0
+        if held != usual:
+            slower = self.running(held).rest().decode - self.machine.rest().decode
+        return Option(name, harm, 0, size, slower)
 
     def fixed(self, tables: bool = True) -> Fixed:
         """What the options leave out; the tables too, where they are no choice."""
@@ -156,16 +180,16 @@ class Costs:
         files = sum(path.stat().st_size for path in source.checkpoint.files)
         count = sum(len(site.linears) for layer in spec.layers for site in sites(layer))
         size = files - linears + 4 * ENTRY * count - (table.size if tables else 0)
-        if self.here:
-            found = _footprint(source, self.context, self.goal.batch, usual_cache())
-            blocks = sum(self.laid_out(source.dtype).values())
-            memory = found.weight_bytes - blocks + _work(source, self.context, self.goal.batch)
-            memory += program_bytes()
-            memory -= table.memory if tables else 0
-        else:
+        if not self.here:
             need = needed(source, None, self.context, self.goal.batch)
             memory = max(0, need.fixed - linears - (table.memory if tables else 0))
-        return Fixed(size, memory, 0.0 if tables else table.seconds)
+            return Fixed(size, memory, 0.0 if tables else table.seconds)
+        found = _footprint(source, self.context, self.goal.batch, usual_cache())
+        blocks = sum(self.laid_out(source.dtype).values())
+        memory = found.weight_bytes - blocks + _work(source, self.context, self.goal.batch)
+        head = dict(found.weights).get("head", 0)
+        seconds = head * self.per_byte if self.machine is None else self.machine.rest().decode
+        return Fixed(size, memory + program_bytes(), seconds)
 
 
 @lru_cache(maxsize=128)
@@ -182,7 +206,7 @@ def _footprint(source: Source, context: int, batch: int, cache: str) -> Footprin
 def _work(source: Source, context: int, batch: int) -> int:
     """Work space, of whatever formats the linears are in."""
     formats = (None, parse_format("int4-g32"), parse_format("int3-g64"))
-    return max(footprint(source, context, batch, format=format).work_bytes for format in formats)
+    return max(footprint(source, context, batch, formats=format).work_bytes for format in formats)
 
 
 PROGRAM = """

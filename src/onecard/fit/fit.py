@@ -5,8 +5,8 @@
     look      what each candidate of each place does to the answers (sensitivity.py); remembered
     plan      the least harm within the budgets (planner.py), looked at again from close by (around.py)
     compress  the plan as an ordinary journaled job (passes/planned.py)
-    judge     held-out text and the original's own words (gates.py). Where the quality asked for is missed, the
-              harm that is allowed is lowered by what was missed and the plan is made anew;
+    judge     held-out text and the original's own words (gates.py). Where the quality asked for is missed,
+              the harm that is allowed is lowered by what was missed and the plan is made anew;
               sensitivities, texts and earlier results stay
     recover   the original is distilled back into what was kept (passes/distill.py), for so many minutes
 

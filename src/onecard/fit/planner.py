@@ -107,8 +107,9 @@ def solve(places: Sequence[Sequence[Option]], limits: Limits) -> Plan:
     first, *others = sorted(costs, key=lambda name: _tightness(places, name, costs[name]))
     bound, prices = dual(places, costs)
     if not others:
-        picks, price = knapsack(places, first, costs[first], {})
-        return _with(summed(places, picks), bound, price, first)
+        table = Table(places, first, costs[first], {})
+        picks, price = table.trace(table.room), table.price(table.room)
+        return _with(summed(places, picks), None if table.exact else bound, price, first)
     for _ in range(40):
         picks, price = knapsack(places, first, costs[first], prices)
         found = summed(places, picks)
@@ -169,7 +170,7 @@ class Table:
             for options, low in zip(places, self.lows, strict=True)
         ]
         room = limit - sum(self.lows)
-        self.unit = _unit([cost for row in extra for cost in row], room)
+        self.unit, self.exact = _unit([cost for row in extra for cost in row], room)
         self.room = min(int(room / self.unit + 1e-9),
                         sum(math.ceil(max(row) / self.unit - 1e-9) for row in extra))  # fmt: skip
         self.steps = [[math.ceil(cost / self.unit - 1e-9) for cost in row] for row in extra]
@@ -238,15 +239,16 @@ def _undominated(
     return kept
 
 
-def _unit(costs: Sequence[float], room: float) -> float:
-    """The step of a table: exact where whole costs have a large divisor, else a STEPS-th of the room."""
+def _unit(costs: Sequence[float], room: float) -> tuple[float, bool]:
+    """The step of a table and whether it is exact: where whole costs have a large divisor that is it, else
+    it is a STEPS-th of the room."""
     if room <= 0:
-        return 1.0
+        return 1.0, True
     if all(float(cost).is_integer() for cost in costs):
         divisor = math.gcd(*(int(cost) for cost in costs)) or 1
         if room / divisor <= 4 * STEPS:
-            return float(divisor)
-    return max(room, 1e-12) / STEPS
+            return float(divisor), True
+    return max(room, 1e-12) / STEPS, False
 
 
 # Several budgets ----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from onecard.checkpoint.source import Source
 from onecard.core.report import BITS_PER_WEIGHT, Report, Row, environment
 from onecard.core.settings import format_size
 from onecard.core.spec import linear_shapes, parameter_count, sites
+from onecard.cost import SPREAD
 from onecard.fit import gates as judge
 from onecard.fit.costs import program_bytes
 from onecard.fit.gates import held_out_pieces, runner_of
@@ -121,7 +122,8 @@ def told(
     run = f'onecard run {out} "The"' + (f" --cache {cache}" if cache != "fp16" else "")
     return FitResult(
         job.source.called, str(out), answered(job, promises, kept), kept, job.goal, promises,
-        points(job, best), places(job, found, best.planning), memories(job, best), speeds(job, promises, seen),
+        points(job, best), places(job, found, best.planning), memories(job, best),
+        speeds(job, best, promises, seen),
         best.gates, attempts(job, tried), seen.samples, how(job, best), clock,
         tuple(Said(name, str(value)) for name, value in facts(job).items()), run,
     )  # fmt: skip
@@ -148,20 +150,18 @@ def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
                 "counted from the formats beforehand; measured: bytes of the weight files"),
         Promise("memory", "B", goal.memory, True, memory, MEMORY_UNCERTAIN * memory, seen.memory, None,
                 held(goal.memory, seen.memory if seen.memory is not None else memory),
-                f"counted from the engine's layout with {job.costs.context} tokens of {goal.batch} sequences; "
-                "measured: resident peak of `onecard bench` in a process of its own"),
+                f"counted from the engine's layout with {job.costs.context} tokens of {goal.batch} "
+                "sequences; measured: resident peak of `onecard bench` in a process of its own"),
     ]  # fmt: skip
     if step > 0:
-        speed = 1 / step
+        speed, spread = 1 / step, SPREAD if job.costs.machine else SPEED_UNCERTAIN
         enough = None
         if goal.speed is not None:
-            enough = (speed if seen.decode is None else seen.decode) >= goal.speed * (
-                1 - SPEED_UNCERTAIN
-            )
+            enough = (speed if seen.decode is None else seen.decode) >= goal.speed * (1 - spread)
         found.append(Promise(
-            "decode", "1/s", goal.speed, False, speed, SPEED_UNCERTAIN * speed, seen.decode, seen.before_decode,
-            enough, "modelled: bytes of a step over the bandwidth of this machine; measured: one sequence by "
-            "`onecard bench`"))  # fmt: skip
+            "decode", "1/s", goal.speed, False, speed, spread * speed, seen.decode,
+            seen.before_decode, enough, "modelled: " + ("from kernels measured here" if job.costs.machine
+            else "bytes of a step over the bandwidth") + "; measured: by `onecard bench`"))  # fmt: skip
     if seen.prompt is not None:
         found.append(Promise("prompt", "1/s", None, False, None, None, seen.prompt, seen.before_prompt, None,
                              "measured by `onecard bench`"))  # fmt: skip
@@ -241,8 +241,9 @@ def places(job: Job, found: Sensitivity, planning: Planning) -> tuple[Place, ...
     for index in range(job.source.spec.num_layers):
         gone = found.harms.get(f"blocks.{index}", {})
         tried = tuple(TriedFormat(name, harm, 0, 0, 0.0) for name, harm in gone.items())
-        told.append(Place(f"blocks.{index}", index, "layer", 0, "kept", 0.0, 0.0, 0, 0,
-                          "leaving it out altogether, as measured; never chosen by the planner", tried))  # fmt: skip
+        why = "leaving it out altogether, as measured; never chosen by the planner"
+        where = f"blocks.{index}"
+        told.append(Place(where, index, "layer", 0, "kept", 0.0, 0.0, 0, 0, why, tried))
     return tuple(told)
 
 
@@ -276,7 +277,7 @@ def memories(job: Job, best: Tried) -> tuple[Held, ...]:
     return tuple(found)
 
 
-def speeds(job: Job, promises: Sequence[Promise], seen: Seen) -> tuple[Speed, ...]:
+def speeds(job: Job, best: Tried, promises: Sequence[Promise], seen: Seen) -> tuple[Speed, ...]:
     """Speed by phase, beside what the machine could do at best."""
     bandwidth = job.costs.device.bandwidth()
     found = []
@@ -285,7 +286,8 @@ def speeds(job: Job, promises: Sequence[Promise], seen: Seen) -> tuple[Speed, ..
             continue
         roof = None
         if promise.what == "decode" and bandwidth and promise.predicted:
-            roof = promise.predicted / 0.85
+            chosen = best.planning.chosen().values()
+            roof = bandwidth / max(1.0, sum(o.memory for o in chosen))
         found.append(Speed(promise.what, job.costs.context, promise.predicted, promise.measured,
                            promise.original, roof))  # fmt: skip
     return tuple(found)
@@ -306,13 +308,15 @@ def how(job: Job, best: Tried) -> tuple[Said, ...]:
     found = [
         ("bits per weight", BITS_PER_WEIGHT),
         ("quality", MEASURES[job.goal.measure]),
-        ("harm", "KL(original || model with this place alone in this format), nats per token on calibration text; "
-         + ("a few formats of each site by running the rest of the model, the others by their error at the site"
-            if not job.trial.together else
-            "a block at a time by running the rest of the model, dealt out to sites and formats by their errors")),
-        ("plan", f"a multiple-choice knapsack, solved {'exactly' if not best.planning.plan.gap else 'to a bound'}; "
-         f"at most {best.planning.plan.gap:.2g} nat above the optimum of these sums"),
-        ("gates", f"{', '.join(f'{g.tokens} tokens of {g.text}' for g in best.gates)}, both models in float32"),
+        ("harm", "KL(original || model with this place alone in this format), nats per token on "
+         "calibration text; " + ("a few formats of each site by running the rest of the model, the others "
+         "by their error at the site" if not job.trial.together else "a block at a time by running the rest "
+         "of the model, dealt out to sites and formats by their errors")),
+        ("plan", "a multiple-choice knapsack, solved "
+         f"{'to a bound' if best.planning.plan.gap else 'exactly'}; at most "
+         f"{best.planning.plan.gap:.2g} nat above the optimum of these sums"),
+        ("gates", f"{', '.join(f'{g.tokens} tokens of {g.text}' for g in best.gates)}; both models in "
+         "float32"),
     ]  # fmt: skip
     if looked:
         found.append(
