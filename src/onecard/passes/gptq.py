@@ -19,17 +19,19 @@ A column without any input (H_jj = 0), and an expert that saw no token, is round
 weight that is exactly zero in a pruned matrix stays zero, and its absence is made good like any error
 (SparseGPT's reconstruction, arXiv 2301.00774).
 
-`sweeps` rounds of better scales and codes follow (refine.py). `correct` aims at what the original model's
-inputs X would have given, rather than at what W makes of the inputs Y that the compressed one has
-(asymmetric calibration): |Q Y - W X|^2 is least at W X Y^T (Y Y^T)^-1, and W goes that share of the way,
+`sweeps` over scales and codes follow (refine.py), one unless told otherwise. `correct` aims at what the
+original model's inputs X would have given, rather than at what W makes of the inputs Y that the compressed
+one has (asymmetric calibration): |Q Y - W X|^2 is least at W X Y^T (Y Y^T)^-1, and W goes that share of the
+way,
 
     W + correct * W (C - H) (H + damping)^-1,   C = 2 X^T Y / n
 
 Memory: H and R, W twice, d, codes and what a panel leaves behind: 20 rows * in + 8 in^2 bytes; while
-factoring H, its reordered copy and R: 4 rows * in + 12 in^2. Time: rows * in^2 for the products and
-in^3 / 3 for the factor.
+factoring H, its reordered copy and R: 4 rows * in + 12 in^2. Time: rows * in^2 for the products, as much
+for a sweep, and in^3 / 3 for the factor.
 
-Frantar et al., GPTQ, arXiv 2210.17323; Li et al., GPTAQ, arXiv 2504.02692 (`correct`).
+Frantar et al., GPTQ, arXiv 2210.17323; Behdin et al., QuantEase, arXiv 2309.01885 (`sweeps`); Li et al.,
+GPTAQ, arXiv 2504.02692 (`correct`).
 """
 
 from __future__ import annotations
