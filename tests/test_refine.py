@@ -59,7 +59,9 @@ def test_after_sweeps_nothing_alone_can_be_better() -> None:
     found = solve(w, h, format, PLAIN)
     for _ in range(60):
         before, found = found, refined(w, found, h, format)
-        if torch.equal(before.codes, found.codes) and torch.allclose(before.scale, found.scale, 1e-6):
+        if torch.equal(before.codes, found.codes) and torch.allclose(
+            before.scale, found.scale, 1e-6
+        ):
             break
     assert torch.equal(before.codes, found.codes)
     start = row_errors(w, value(found, format), h)

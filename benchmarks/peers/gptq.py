@@ -309,7 +309,9 @@ def missed(results: list[Result]) -> list[str]:
         scored = [r.perplexity for r in peers if r.perplexity is not None]
         if ours.perplexity is None:
             slow = [r for r in peers if r.ratios and statistics.median(r.ratios) < FASTER]
-            found += [f"{r.method}, {r.bits} bits: less than {FASTER:g} times our time" for r in slow]
+            found += [
+                f"{r.method}, {r.bits} bits: less than {FASTER:g} times our time" for r in slow
+            ]
         elif scored and ours.perplexity > max(scored):
             found.append(
                 f"{ours.bits} bits: perplexity {ours.perplexity:.4f}, peers {max(scored):.4f}"

@@ -50,7 +50,7 @@ from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import Integers
 from onecard.core.report import Row
 from onecard.core.spec import Spec
-from onecard.kernels import convert, reference
+from onecard.kernels import convert
 from onecard.passes.base import BlockPass, check_groups
 from onecard.passes.columns import SEARCH_ROWS, loops
 from onecard.passes.quantize import AUTO, make_format, require_finite_scale
