@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment, pinned dependencies, the native build.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := $(VENV)/bin
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
@@ -29,6 +30,7 @@ proofs-here: $(VENV)/.installed
 	$(BIN)/python benchmarks/pruning.py --check
 	$(BIN)/python benchmarks/training.py --check
 	$(BIN)/python benchmarks/orderings.py --check
+	$(BIN)/python benchmarks/cost.py --check
 
 proofs-peers: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN)/python) sh benchmarks/peers/proof.sh
@@ -42,9 +44,9 @@ NATIVE_TESTS := $(wildcard tests/test_*native.py) tests/test_engine.py tests/tes
 PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 sanitize: $(VENV)/.installed
 	cmake -S . -B build/address -DONECARD_SANITIZE=address -DONECARD_DRIVER=ON
-	cmake --build build/address -j
+	cmake --build build/address -j $(JOBS)
 	cmake -S . -B build/thread -DONECARD_SANITIZE=thread -DONECARD_DRIVER=ON
-	cmake --build build/thread --target driver -j
+	cmake --build build/thread --target driver -j $(JOBS)
 	build/address/driver
 	setarch -R build/thread/driver
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 ONECARD_NATIVE=build/address/_native.so \
@@ -54,7 +56,7 @@ sanitize: $(VENV)/.installed
 neon:
 	cmake -S . -B build/neon -DONECARD_DRIVER=ON -DCMAKE_SYSTEM_NAME=Linux \
 		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
-	cmake --build build/neon --target driver -j
+	cmake --build build/neon --target driver -j $(JOBS)
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/driver
 
 $(VENV)/.dependencies: constraints.txt pyproject.toml

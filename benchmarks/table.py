@@ -33,8 +33,8 @@ RECIPES = {
 PROMPT = NEW = 512
 
 
-def made(checkpoint: Path, name: str, work: Path) -> Path:
-    """The checkpoint in a format; made once."""
+def made(checkpoint: Path, name: str, work: Path) -> Path | None:
+    """The checkpoint in a format; made once. None where it cannot be, which was said."""
     recipe = RECIPES[name]
     if recipe is None:
         return checkpoint
@@ -43,9 +43,11 @@ def made(checkpoint: Path, name: str, work: Path) -> Path:
         path = work / f"{name}.yaml"
         path.write_text(f"passes: [{{rtn: {recipe}}}]\n")
         command = ["compress", str(checkpoint), str(folder), "--recipe", str(path)]
-        subprocess.run(
-            [sys.executable, "-m", "onecard", *command], check=True, stdout=subprocess.DEVNULL
+        done = subprocess.run(
+            [sys.executable, "-m", "onecard", *command], stdout=subprocess.DEVNULL, check=False
         )
+        if done.returncode:
+            return None
     return folder
 
 
@@ -113,6 +115,9 @@ def main() -> None:
     )
     for name in asked.formats:
         folder = made(asked.checkpoint.absolute(), name, asked.work.absolute())
+        if folder is None:
+            print(f"{name:12}cannot be made of {asked.checkpoint}, see above", flush=True)
+            continue
         for isa in asked.isa:
             found = measured(folder, isa, asked.threads, asked.repeat)
             total = found.pop("total_seconds")
@@ -123,6 +128,8 @@ def main() -> None:
                 f"{total:9.2f} s{found['peak_memory_bytes'] / 2**20:6.0f} MiB",
                 flush=True,
             )
+    if not rows:
+        sys.exit("nothing was measured")
     if asked.results:
         report = Report(
             tuple(rows), environment(threads=asked.threads), f"{asked.checkpoint.name}, 512 + 512"

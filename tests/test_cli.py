@@ -21,7 +21,6 @@ from conftest import call, make_llama
 from safetensors.torch import load_file, save_file
 
 from onecard.checkpoint.journal import partial_of
-from onecard.cli import main
 from onecard.core.errors import BadRequest
 from onecard.core.settings import parse_size
 
@@ -543,9 +542,21 @@ def test_dry_run_touches_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Capt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_debug_shows_the_traceback() -> None:
-    with pytest.raises(BadRequest):
-        main(["inspect", "nowhere", "--debug"])
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture) -> None:
+    assert call("inspect", "nowhere", "--debug") == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "error: there is no folder 'nowhere'" in error
+    assert call("--debug", "run") == 2
+
+
+def test_more_threads_than_cores_are_told_of(
+    model: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onecard.core.device.usable_cores", lambda: 1)
+    assert call("run", model, "hi", "--max-tokens", 1, "--threads", 2) == 0
+    assert "--threads 2: 1 can run" in capsys.readouterr().err
+    assert call("run", model, "hi", "--max-tokens", 1, "--threads", 1) == 0
+    assert "--threads" not in capsys.readouterr().err
 
 
 def test_poisoned_config_runs_nothing(model: Path, tmp_path: Path) -> None:

@@ -294,5 +294,16 @@ def test_the_loader_checks_the_interface(tmp_path: Path, monkeypatch: pytest.Mon
         if content:
             path.write_bytes(content)
         monkeypatch.setenv("ONECARD_NATIVE", str(path))
-        with pytest.raises(BadRequest, match="reinstall"):
+        with pytest.raises(BadRequest, match=r"does not load\n.*\n.*unset"):
             cpu.library.__wrapped__()
+    monkeypatch.delenv("ONECARD_NATIVE")
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "nothing" / "cpu.py"))
+    with pytest.raises(BadRequest, match=r"is missing\n.*\n.*compiler"):
+        cpu.library.__wrapped__()
+
+
+def test_a_library_of_another_version_is_called_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cpu.ABI
+    monkeypatch.setattr(cpu, "ABI", found + 1)
+    with pytest.raises(BadRequest, match=f"another version.*\n.* {found}, .* needs {found + 1}\n"):
+        cpu.library.__wrapped__()

@@ -404,6 +404,31 @@ def test_a_folder_that_cannot_be_written(model: Path, home: Path, capfd) -> None
     assert len(files(home)) == 2, "the first is another folder's"
 
 
+def test_what_nobody_can_use_goes(
+    model: Path, home: Path, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the common cache: what lies in an older layout, and what a model that is gone has left."""
+    blocked(model / ".onecard")
+    other = Path(shutil.copytree(model, model.with_name("other")))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+
+    def changed(epsilon: float) -> Path | None:
+        (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": epsilon}))
+        return opened(model).path
+
+    kept, first = opened(other).path, changed(1e-4)
+    assert sorted(files(home)) == sorted([kept, first])
+    shutil.rmtree(other)
+    second = changed(1e-5)
+    assert files(home) == [second]
+    elsewhere = Path(shutil.copytree(model, model.with_name("elsewhere")))
+    monkeypatch.setattr(weights, "LAYOUT", weights.LAYOUT + 1)
+    (elsewhere / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
+    newest = opened(elsewhere).path
+    assert files(home) == [newest], "the other file's layout is an older one"
+
+
 def test_nowhere_to_write(model: Path, home: Path, capfd, monkeypatch) -> None:
     blocked(model / ".onecard")
     blocked(home)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from onecard.core.errors import Problem
 
+CAPPED = {"compress", "distill"}
+"""Verbs with --memory."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Carry out a command line. Turns problems into short messages and exit codes."""
@@ -69,8 +72,6 @@ def run(words: list[str]) -> int:
     except SystemExit:  # so rich ends where nobody reads on
         return 0
     except OSError as error:
-        if debug:
-            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space; the same command goes on" if full else ""
         what = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
@@ -78,10 +79,11 @@ def run(words: list[str]) -> int:
     except RecursionError as error:
         return _fail(BadRequest("the input is nested too deeply", seen=str(error)), debug)
     except MemoryError:
-        return _fail(Problem("the machine ran out of memory", do="give a --memory cap"), debug)
+        caps = "; a --memory cap helps" if set(words[:1]) & CAPPED else ""
+        return _fail(
+            Problem("the machine ran out of memory", do=f"end other programs{caps}"), debug
+        )
     except Exception as error:
-        if debug:
-            raise
         return _fail(Problem(f"onecard failed: {type(error).__name__}: {str(error)[:200]}",
                              do="this is a bug; --debug shows where"), debug)  # fmt: skip
 
@@ -95,6 +97,8 @@ def _help(error: CycloptsError) -> str:
 def _fail(problem: Problem, debug: bool) -> int:
     """Tell a problem; its exit code."""
     if debug:
-        raise problem
+        import traceback
+
+        traceback.print_exc()
     say("error: " + "\n  ".join(filter(None, (problem.what, problem.seen, problem.do))))
     return problem.exit_code

@@ -9,6 +9,7 @@ refused rather than ignored.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -89,8 +90,12 @@ class Native:
 
     def settings(self, context: int | None = None) -> CpuSettings:
         """For so many positions, unless the flags say otherwise."""
+        from onecard.core.device import usable_cores
         from onecard.runtime.cpu import CpuSettings
 
+        if self.threads is not None and self.threads > (cores := usable_cores()):
+            seen = f"{cores} can run at a time here; more wait for each other"
+            print(f"onecard: --threads {self.threads}: {seen}", file=sys.stderr)
         exact = tuple(name for names in self.exact for name in names.split(",") if name)
         positions = context if self.context is None else self.context
         return CpuSettings(threads=self.threads, context=positions, cache=self.cache,

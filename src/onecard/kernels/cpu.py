@@ -57,11 +57,17 @@ def library() -> ctypes.CDLL:
     try:
         native = ctypes.CDLL(str(path))
         found = native.oc_abi()
-        if found != ABI:
-            raise _no_library(f"{path} has interface {found}, this package needs {ABI}")
-        return _with_prototypes(native)
+        if found == ABI:
+            return _with_prototypes(native)
     except (OSError, AttributeError) as error:
-        raise _no_library(f"{path} does not load: {error}") from error
+        raise BadRequest(
+            "the native CPU library does not load", seen=f"{path}: {error}", do=_again()
+        ) from error
+    raise BadRequest(
+        "the native CPU library is of another version of onecard",
+        seen=f"{path} has interface {found}, this package needs {ABI}",
+        do=_again(),
+    )
 
 
 def isas() -> tuple[str, ...]:
@@ -110,15 +116,18 @@ def _library_path() -> Path:
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
             return path
-    raise _no_library(f"there is no _native library in {Path(__file__).parent}")
-
-
-def _no_library(seen: str) -> BadRequest:
-    return BadRequest(
+    raise BadRequest(
         "the native CPU library is missing",
-        seen=seen,
+        seen=f"there is no _native library in {Path(__file__).parent}",
         do="install a C++ compiler (gcc 11, clang 12 or newer) and cmake, then reinstall onecard",
     )
+
+
+def _again() -> str:
+    """What helps against a library that is there and of no use."""
+    if os.environ.get("ONECARD_NATIVE"):
+        return "ONECARD_NATIVE names it: build it again from this source, or unset the variable"
+    return "reinstall onecard"
 
 
 def _with_prototypes(native: ctypes.CDLL) -> ctypes.CDLL:
@@ -323,13 +332,13 @@ def _measured_elsewhere() -> Device:
         raise FailedWork("this CPU could not be measured", seen=str(error)) from error
 
 
-def elsewhere(module: str, seconds: float) -> Any:
+def elsewhere(module: str, seconds: float, *arguments: str) -> Any:
     """The JSON that a module prints when it is run, in a process of its own. Raises FailedWork."""
     source = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
     try:
         child = subprocess.run(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", module, *arguments],
             env=os.environ | {"PYTHONPATH": paths},
             capture_output=True, text=True, timeout=seconds, check=True,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onecard.checkpoint.source import Source
 from onecard.core.device import usable_cores
 from onecard.core.errors import BadRequest, FailedWork, nearest
+from onecard.core.settings import format_size
 from onecard.core.spec import FeedForward, LayerSpec, Rope, sites
 from onecard.kernels import cpu, rope, structs, tune
 from onecard.runtime.pages import CACHES
@@ -209,9 +210,11 @@ class CpuStepper(Described):
             ctypes.byref(self._model), ctypes.byref(self._asked), ctypes.byref(self._engine)
         )
         if error == NO_MEMORY:
+            work, kv = map(format_size, self.need())
             raise FailedWork(
                 f"there is no memory for a context of {self.pages * PAGE} positions",
-                do="ask for a smaller context, or hold keys and values in int8 or int4",
+                seen=f"keys and values take {kv}, work space {work}",
+                do="a smaller --context (run: --max-tokens), or --cache int8 or int4",
             )
         if error:
             raise BadRequest(f"the engine cannot run {source.folder}", seen=f"its error {error}")

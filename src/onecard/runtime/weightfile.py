@@ -1,7 +1,7 @@
 """A file of parts that is mapped instead of read: checked in full when it is opened, or not believed.
 
     64 bytes   magic, version, length of the JSON, sha256 of these and of the JSON
-    JSON       {"key", "model", "folder", "parts": [[name, about, checksum], ...]}
+    JSON       {"key", "model", "folder", "layout", "parts": [[name, about, checksum], ...]}
     parts      in that order, each at the next multiple of 4096, and nothing behind them
 
 `about` says what a part is: ["matrix", rows, columns, bits, block, dtype, zero_point, kind, slots] in the
@@ -44,7 +44,7 @@ Bytes = NDArray[np.uint8]
 About = tuple[Any, ...]
 Fill = Callable[[int, Bytes], None]
 
-MAGIC, VERSION = b"onecard\n", 2
+MAGIC, VERSION = b"onecard\n", 3
 START = struct.Struct("<8sQQ8x32s")
 PAGE = 4096
 LONGEST = 256 << 20  # bytes of JSON
@@ -54,11 +54,14 @@ SLACK = 16 << 20  # bytes that are left free on a disk
 
 @dataclass(frozen=True)
 class Header:
-    """What a file is for: the key it is found by, the model's hash, the folder it was made from."""
+    """What a file is for: the key it is found by, the model's hash, the folder it was made from, and
+    which layout it has.
+    """
 
     key: str
     model: str
     folder: str
+    layout: str
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def _signed(start: bytes, text: bytes) -> bytes:
 def _header(found: Any) -> Header:
     if not isinstance(found, dict):
         raise ValueError("not an object")
-    values = [found.get(name) for name in ("key", "model", "folder")]
+    values = [found.get(name) for name in ("key", "model", "folder", "layout")]
     if not all(isinstance(value, str) for value in values):
         raise ValueError("not a header")
     return Header(*values)  # type: ignore[arg-type]
