@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from onecard.passes.levels import RoundToLevels as RoundToLevels
     from onecard.passes.lowrank import Factorize as Factorize
     from onecard.passes.mixed import Mixed as Mixed
+    from onecard.passes.planned import Planned as Planned
     from onecard.passes.prune import Prune as Prune
     from onecard.passes.qat import QAT as QAT
     from onecard.passes.quantize import RoundToNearest as RoundToNearest
@@ -53,6 +54,7 @@ PASSES = {
     "gptq": ("gptq", "GPTQ"),
     "gptq-levels": ("gptq_levels", "GPTQLevels"),
     "mixed": ("mixed", "Mixed"),
+    "planned": ("planned", "Planned"),
     "awq": ("awq", "AWQ"),
     "autoround": ("autoround", "AutoRound"),
     "hqq": ("hqq", "HQQ"),
