@@ -253,6 +253,11 @@ def measured() -> Overheads:
     return Overheads(**found)
 
 
+def known() -> bool:
+    """Whether this machine has been measured already."""
+    return cpu.remembered(FILE).get(tune.key(cpu_facts())) is not None
+
+
 def _number(value: Any) -> Any:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e18:
         raise ValueError("no number")
