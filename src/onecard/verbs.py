@@ -384,7 +384,7 @@ def fit(
     from onecard.fit import story
     from onecard.fit.goal import goal_of
     from onecard.fit.result import read_fit
-    from onecard.render import to_html
+    from onecard.render import fit_to_html
 
     given = asdict(budgets)
     goal = goal_of(given.pop("memory"), given.pop("size"), **given, effort=effort, recover=recover)
@@ -402,8 +402,8 @@ def fit(
         if dry_run:
             planning, found = fits.plan_only(job, progress)
         else:
-            result = fits.fit(job, progress, lambda folder, made, _: write_text(
-                folder / "report.html", to_html(made)))  # fmt: skip
+            result = fits.fit(job, progress, lambda folder, _, told: write_text(
+                folder / "report.html", fit_to_html(told)))  # fmt: skip
     if dry_run:
         show(story.dry(job, planning.chosen()), json)
         if explain and not json:
