@@ -51,7 +51,8 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]
                 "layer": 8e-6,
                 "step": 1e-6,
                 "choice": 1e-9,
-                "number": 1e-9,
+                "decode": 1.1,
+                "prompt": 1.2,
                 "program": 10_000_000,
             }
         if module == "onecard.kernels.cpu":
