@@ -8,9 +8,9 @@
 
 all but the second line times a share above 1, one for each: in a network a kernel finds its caches full of
 other things, and between the kernels numbers are normed, rounded and activated. This too is fitted, to a
-model of six real layers (SOLID), the rest to the steps of three small ones that differ in one thing each; once
-per machine, in a process of its own, which also tells what the program itself takes. All of it is additive,
-so that a planner can sum what it chooses:
+model of six real layers (SOLID), the rest to the steps of three small ones that differ in one thing each;
+once per machine, in a process of its own, which also tells what the program itself takes. All of it is
+additive, so that a planner can sum what it chooses:
 
     costs = Costs(source, context=4096)
     costs.of_matrix((2048, 2048), Integers(4))   -> Share(memory, decode, prompt)
