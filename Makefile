@@ -5,7 +5,7 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := $(VENV)/bin
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -name '*.pyc')
 
-.PHONY: demo test lint bench proofs gpu sanitize neon clean
+.PHONY: demo test lint bench proofs proofs-here proofs-peers gpu sanitize neon clean
 
 demo: $(VENV)/.installed
 	$(BIN)/onecard demo --force
@@ -21,12 +21,18 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/compress.py
 
-proofs: $(VENV)/.installed
+# What takes longer than a test may: our own proofs, then every method beside its peers (hours).
+proofs: proofs-here proofs-peers
+
+proofs-here: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m slow
 	$(BIN)/python benchmarks/compress.py --check
 	$(BIN)/python benchmarks/pruning.py --check
 	$(BIN)/python benchmarks/training.py --check
 	$(BIN)/python benchmarks/orderings.py --check
+	$(BIN)/python benchmarks/cost.py --check
+
+proofs-peers: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN)/python) sh benchmarks/peers/proof.sh
 
 gpu: $(VENV)/.installed

@@ -44,7 +44,7 @@ def test_learning_starts_at_the_codes_that_are_held(name: str, spread: float) ->
 
 
 @pytest.mark.parametrize("settings, plain", [
-    ({"start": "rtn"}, RoundToNearest(3, 32)), ({"correct": 0.0, "sweeps": 0}, GPTQ(3, 32)),
+    ({"start": "rtn"}, RoundToNearest(3, 32)), ({"correct": 0.0}, GPTQ(3, 32)),
 ])  # fmt: skip
 def test_no_steps_are_the_start(tiny: Path, text_file: Path, settings: dict, plain) -> None:
     ids = ids_of(tiny, text_file)

@@ -12,7 +12,8 @@ from onecard.calibrate.stats import ABSMAX, HESSIAN, MEAN, NORM, Statistics
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import Format, Integers
 from onecard.kernels import reference
-from onecard.passes.gptq import GPTQ, Rounding, Solution, factor, search_grid, solve
+from onecard.passes.columns import search_grid
+from onecard.passes.gptq import GPTQ, Rounding, Solution, factor, solve
 
 PLAIN = Rounding(order="natural", search=0)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import Format, Integers
 from onecard.kernels import convert, cpu, reference
+from onecard.passes import columns as plain
 from onecard.passes import gptq
 from onecard.passes.quantize import round_weight
 
@@ -86,7 +87,7 @@ def check_columns(inputs: Block, format: Format) -> None:
     wanted = ((aim - value) * r.diagonal()[:, None]).square().sum(0)
     assert torch.allclose(loss.double(), wanted, rtol=1e-4)
 
-    _, theirs, their_loss = gptq.round_columns(*inputs, format)
+    _, theirs, their_loss = plain.round_columns(*inputs, format)
     agree = (codes == theirs).all(0)
     assert int((~agree).sum()) <= 1 + 0.05 * len(agree)
     assert torch.allclose(loss[agree], their_loss[agree], rtol=1e-4)
@@ -150,7 +151,7 @@ def test_search(isa: str, bits: int, zero_point: bool) -> None:
         w, weights = random(rows, columns, seed=rows), random(columns, seed=1).square()
         w[0, : columns // 2] = 0
         theirs, mine = (
-            gptq.search_grid(w, weights, format, 12),
+            plain.search_grid(w, weights, format, 12),
             convert.search_grid(w, weights, format, 12),
         )
         differ = (mine[0] != theirs[0]) | (mine[1] != theirs[1])

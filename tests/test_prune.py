@@ -336,7 +336,7 @@ def test_gradients_need_the_whole_model(tiny: Path, text_file: Path, tmp_path: P
 def made(folder: Path, out: Path, text_file: Path, *passes: object) -> Source:
     """What a recipe makes of a folder, streamed; the same as in memory."""
     recipe = Recipe("r", passes)  # type: ignore[arg-type]
-    job = prepare(folder, out, recipe, Settings(Calibration(4, 32), text_file))
+    job = prepare(folder, out, recipe, Settings(Calibration(4, 32), text_file, "bf16"))
     compress(job)
     model = load_model(folder)
     apply(model, recipe, job.ids)

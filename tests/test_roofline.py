@@ -64,7 +64,7 @@ def test_a_format_that_it_is_not_in_yet(tmp_path: Path, tiny: Path) -> None:
             Settings(calibration=Calibration(6, 48)),
         )
     )
-    planned = footprint(Source(tiny), 64, format=Integers(4, 64))
+    planned = footprint(Source(tiny), 64, formats=Integers(4, 64))
     assert planned.weights == footprint(Source(tmp_path / "int4"), 64).weights
     assert planned.weight_bytes < footprint(Source(tiny), 64).weight_bytes
 

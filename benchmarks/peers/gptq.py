@@ -15,10 +15,11 @@ Peers run with their own defaults, only the weights' bits and group are set, eac
     peak        resident memory of that process at its largest, mapped pages of the checkpoint included
 
 We and a peer take turns, A B A B; a ratio is a peer's `seconds` over our `whole` just before, the reading
-that is worst for us, and its median is shown with the least and the most. Perplexity is read by
+that is worst for us, and its median is shown with the least and the most. On a model of a few million
+weights a time is mostly start and loading, so only `speed` judges times. Perplexity is read by
 transformers in the environment that runs this, from windows of `--length` tokens that do not overlap. A
 peer that cannot be installed is left out, and that is said. `--check` ends with an error where a peer
-takes less than three times our time, or all peers have a lower perplexity.
+takes less than three times our time (`speed`), or all peers have a lower perplexity (`quality`).
 Nothing heavy is imported here, because a child's peak starts from its parent's. Logs of every run stay
 under `--work`; the numbers go to results/gptq-*.json as a report."""
 
@@ -305,10 +306,13 @@ def missed(results: list[Result]) -> list[str]:
     found = []
     for ours in (r for r in results if r.method == OURS):
         peers = [r for r in results if r.method != OURS and r.bits == ours.bits]
-        slow = [r for r in peers if r.ratios and statistics.median(r.ratios) < FASTER]
-        found += [f"{r.method}, {r.bits} bits: less than {FASTER:g} times our time" for r in slow]
         scored = [r.perplexity for r in peers if r.perplexity is not None]
-        if ours.perplexity is not None and scored and ours.perplexity > max(scored):
+        if ours.perplexity is None:
+            slow = [r for r in peers if r.ratios and statistics.median(r.ratios) < FASTER]
+            found += [
+                f"{r.method}, {r.bits} bits: less than {FASTER:g} times our time" for r in slow
+            ]
+        elif scored and ours.perplexity > max(scored):
             found.append(
                 f"{ours.bits} bits: perplexity {ours.perplexity:.4f}, peers {max(scored):.4f}"
             )

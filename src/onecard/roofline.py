@@ -113,7 +113,7 @@ def prompt_speed(device: Device, need: Need) -> float | None:
 
 def needed_here(source: Source, format: Format | None, context: int, batch: int) -> Need:
     """On this machine, by the native engine."""
-    found = footprint(source, context, batch, format=format)
+    found = footprint(source, context, batch, formats=format)
     sizes = dict(found.weights)
     idle = (1 - _chosen(source.spec, batch)) * sizes.get("experts", 0)
     read = found.weight_bytes - sizes["embedding"] - idle

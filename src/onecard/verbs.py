@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 
 from onecard import __version__
-from onecard.core.errors import BadRequest
+from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.report import Report, Value, environment, write_text
 from onecard.core.settings import parse_size
 from onecard.running import AS_STORED, USUAL, Compute, Native, Whole, Wholes, opened
@@ -26,6 +26,7 @@ from onecard.terminal import Progress, Stop, say
 
 if TYPE_CHECKING:
     from onecard.checkpoint.source import Source
+    from onecard.fit.result import FitResult
     from onecard.runtime.chat import Conversation
     from onecard.runtime.engine import Piece, Result, Runner
     from onecard.runtime.sample import Sampling
@@ -185,24 +186,52 @@ def recipes(name: str | None = None, /, *, json: Json = False) -> None:
 
 
 @app.command
-def report(folder: Path, /, *, json: Json = False) -> None:
-    """Show the report of a result again, and write its report.html anew.
+def report(*folders: Path, out: Path | None = None, json: Json = False) -> None:
+    """Show a result again and write its page anew; several results on one page, beside each other.
 
     Parameters
     ----------
-    folder
-        a folder with a report.json
+    folders
+        folders with a fit.json or a report.json
+    out
+        where the page goes (default: report.html, of one result in its folder, else in this one)
     """
-    from onecard.render import to_html
+    from onecard.fit.result import FitResult
+    from onecard.render import compared, fit_report, fit_to_html, to_html
 
-    path = folder / "report.json" if folder.is_dir() else folder
-    if not path.is_file():
-        raise BadRequest(f"there is no report at {path}", do="give a folder that onecard wrote")
-    found = Report.from_json(path.read_text(encoding="utf-8"))
-    show(found, json)
-    page = path.with_name("report.html")
-    write_text(page, to_html(found))
+    if not folders:
+        raise BadRequest("no result was named", do="onecard report FOLDER, or several folders")
+    found = [(_named(folder), _result(folder)) for folder in folders]
+    (_, first), several = found[0], len(found) > 1
+    if several:
+        made = compared(found)
+    else:
+        made = fit_report(first) if isinstance(first, FitResult) else first
+    show(made, json)
+    beside = folders[0] if folders[0].is_dir() else folders[0].parent
+    page = out or (Path() if several else beside) / "report.html"
+    alone = isinstance(first, FitResult) and not several
+    write_text(page, fit_to_html(first) if alone else to_html(made))  # type: ignore[arg-type]
     say(f"page: {page}")
+
+
+def _named(folder: Path) -> str:
+    return folder.resolve().name if folder.is_dir() else folder.stem
+
+
+def _result(folder: Path) -> FitResult | Report:
+    """What a folder, or one of its files, says of itself."""
+    from onecard.fit.result import FILE, FitResult
+
+    path = folder
+    if folder.is_dir():
+        path = next(
+            (folder / name for name in (FILE, "report.json") if (folder / name).is_file()), folder
+        )
+    if not path.is_file():
+        raise BadRequest(f"there is no report at {folder}", do="give a folder that onecard wrote")
+    text = path.read_text(encoding="utf-8")
+    return FitResult.from_json(text) if path.name == FILE else Report.from_json(text)
 
 
 # Making models smaller ----------------------------------------------------------------------------
@@ -275,6 +304,117 @@ def compress(
         aside.submit(import_module, "onecard.render")
         found = jobs.compress(prepared, progress, finished(proof, progress))
     tell(found, out, model, json, measured=proof is not None or prove is not None)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Budgets:
+    """What there is room for; at least one of the first four."""
+
+    memory: Annotated[
+        str | None, Parameter(help="of the running model with its context, 6GiB say")
+    ] = None
+    size: Annotated[str | None, Parameter(help="of the saved files, 4GB say")] = None
+    speed: Annotated[float | None, Parameter(help="tokens per second while it writes")] = None
+    quality: Annotated[
+        float | None, Parameter(help="share of --measure that is kept, 0.99 say")
+    ] = None
+    measure: Annotated[
+        Literal["likelihood", "perplexity", "agreement"],
+        Parameter(
+            help="likelihood: exp(-KL) against the original; perplexity: its over the result's; "
+            "agreement: how often both say the same. The worse of held-out text and the original's own"
+        ),
+    ] = "likelihood"
+    context: Annotated[
+        Whole | None, Parameter(help="tokens that there is to be memory for (none: 2048)")
+    ] = None
+    batch: Annotated[Whole, Parameter(help="sequences at once")] = 1
+    device: Annotated[str, Parameter(help="auto for this machine, or a known one: inspect")] = (
+        "auto"
+    )
+
+
+@app.command
+def fit(
+    model: Name,
+    out: Path,
+    /,
+    *,
+    budgets: Budgets = Budgets(),
+    effort: Literal["quick", "normal", "thorough"] = "normal",
+    recover: float = 0.0,
+    calibration: Path | None = None,
+    held_out: Path | None = None,
+    cap: str | None = None,
+    dry_run: Annotated[bool, Flag] = False,
+    explain: Annotated[bool, Flag] = False,
+    resume: Annotated[bool, Flag] = False,
+    force: Annotated[bool, Flag] = False,
+    json: Json = False,
+) -> None:
+    """Find the formats in which MODEL keeps budgets, compress it so into OUT, and prove it.
+
+    Exit code 1 where OUT was made and does not keep what was asked.
+
+    Parameters
+    ----------
+    out
+        the folder to write; it appears when everything is done
+    effort
+        how much is tried before the plan: more takes longer and is surer
+    recover
+        minutes of distilling the original back into the result
+    calibration
+        text (UTF-8) to measure on, or a .json list of lists of ids; without it, shipped text
+    held_out
+        text to judge on; without it, the shipped held-out text
+    cap
+        memory that the work itself may take
+    dry_run
+        measure sensitivities, print the plan, and stop
+    explain
+        say why each place got what it got
+    resume
+        where OUT is finished already by the same command, say so and stop
+    force
+        replace OUT
+    """
+    from onecard.fit import fit as fits
+    from onecard.fit import story
+    from onecard.fit.goal import goal_of
+    from onecard.fit.result import read_fit
+    from onecard.render import to_html
+
+    given = asdict(budgets)
+    goal = goal_of(given.pop("memory"), given.pop("size"), **given, effort=effort, recover=recover)
+    most = None if cap is None else parse_size(cap)
+    request = fits.Request(model, out, goal, calibration, held_out, most, force or resume)
+    if resume and fits.is_finished(request):
+        say(f"{out} is finished")
+        show(Report.from_json((out / "report.json").read_text(encoding="utf-8")), json)
+        return
+    job = fits.prepare(replace(request, force=force))
+    for warning in job.warnings:
+        say(f"warning: {warning}")
+    say(f"sensitivities of {job.source.called} at {effort} effort: about {fits.seconds(job):.0f} s")
+    with Progress("fitting") as progress:
+        if dry_run:
+            planning, found = fits.plan_only(job, progress)
+        else:
+            result = fits.fit(job, progress, lambda folder, made, _: write_text(
+                folder / "report.html", to_html(made)))  # fmt: skip
+    if dry_run:
+        show(story.dry(job, planning.chosen()), json)
+        if explain and not json:
+            show(story.explained(story.places(job, found, planning)), False)
+        return
+    show(Report.from_json((out / "report.json").read_text(encoding="utf-8")), json)
+    if explain and not json:
+        show(story.explained(read_fit(out).places), False)
+    say(f"model: {out}\nreport: {out / 'report.html'}")
+    if not result.kept:
+        raise FailedWork(result.answer, do=fits.advice(result))
 
 
 @app.command

@@ -332,13 +332,13 @@ def _measured_elsewhere() -> Device:
         raise FailedWork("this CPU could not be measured", seen=str(error)) from error
 
 
-def elsewhere(module: str, seconds: float) -> Any:
+def elsewhere(module: str, seconds: float, *arguments: str) -> Any:
     """The JSON that a module prints when it is run, in a process of its own. Raises FailedWork."""
     source = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
     try:
         child = subprocess.run(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", module, *arguments],
             env=os.environ | {"PYTHONPATH": paths},
             capture_output=True, text=True, timeout=seconds, check=True,
         )  # fmt: skip

@@ -92,21 +92,21 @@ def apply(refresh: bool = False) -> None:
 
 
 def _tuning(refresh: bool) -> Tuning | None:
-    key = _key(cpu_facts())
+    machine = key(cpu_facts())
     if not refresh:
         with suppress(KeyError, BadRequest):
-            return Tuning.read(cpu.remembered(FILE)[key])
-    if not cpu.remember(FILE, key, None):
+            return Tuning.read(cpu.remembered(FILE)[machine])
+    if not cpu.remember(FILE, machine, None):
         return None
     try:
         found = Tuning.read(cpu.elsewhere("onecard.kernels.tune", 30))
     except (BadRequest, FailedWork):
         return None
-    cpu.remember(FILE, key, asdict(found))
+    cpu.remember(FILE, machine, asdict(found))
     return found
 
 
-def _key(facts: Device) -> str:
+def key(facts: Device) -> str:
     """The machine and the very library: another build is measured anew."""
     with suppress(OSError):
         stat = os.stat(cpu.library()._name)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from onecard.passes.levels import RoundToLevels as RoundToLevels
     from onecard.passes.lowrank import Factorize as Factorize
     from onecard.passes.mixed import Mixed as Mixed
+    from onecard.passes.planned import Planned as Planned
     from onecard.passes.prune import Prune as Prune
     from onecard.passes.qat import QAT as QAT
     from onecard.passes.quantize import RoundToNearest as RoundToNearest
@@ -53,6 +54,7 @@ PASSES = {
     "gptq": ("gptq", "GPTQ"),
     "gptq-levels": ("gptq_levels", "GPTQLevels"),
     "mixed": ("mixed", "Mixed"),
+    "planned": ("planned", "Planned"),
     "awq": ("awq", "AWQ"),
     "autoround": ("autoround", "AutoRound"),
     "hqq": ("hqq", "HQQ"),
@@ -92,13 +94,13 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
     ("mixed-4", [{"mixed": {"mean": 4.0}}],
       "the bytes of int4, spent where the answers suffer most; measures every site first"),
     ("mixed-3", [{"mixed": {"mean": 3.0}}], "the bytes of int3, spent where the answers suffer most"),
-    ("mixed-tables-4", [{"mixed": {"mean": 4.0, "correct": 1.0, "sweeps": 1}}, {"tables": {"bits": 6}}],
+    ("mixed-tables-4", [{"mixed": {"mean": 4.0, "correct": 1.0}}, {"tables": {"bits": 6}}],
      "mixed-4 aimed at the original's outputs, embedding and head in 6 bits: for small models, where these "
      "are most of the bytes"),
-    ("mixed-tables-3", [{"mixed": {"mean": 3.0, "correct": 1.0, "sweeps": 1}}, {"tables": {"bits": 6}}],
+    ("mixed-tables-3", [{"mixed": {"mean": 3.0, "correct": 1.0}}, {"tables": {"bits": 6}}],
      "the same at 3 bits: closer than gptq-int3, and far smaller where the vocabulary is large"),
     ("mixed-tables-3-distil",
-     [{"mixed": {"mean": 3.0, "correct": 1.0, "sweeps": 1}}, {"tables": {"bits": 6}},
+     [{"mixed": {"mean": 3.0, "correct": 1.0}}, {"tables": {"bits": 6}},
       {"distil": {"training": {"rate": 5e-4}}}],
      "a chain: the same, then taught by the original around what was rounded"),
     ("gptq-nf4", [{"gptq-levels": {"table": "nf4"}}],
@@ -131,7 +133,7 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
     ("autoround-int3", [{"autoround": {"bits": 3}}], "int3 learned block by block"),
     ("autoround-int2-g32", [{"autoround": {"bits": 2, "group": 32, "zero_point": True}}],
       "the smallest integers, learned block by block; expect damage, measure it"),
-    ("gptaq-int3", [{"gptq": {"bits": 3, "correct": 1.0, "sweeps": 1}}],
+    ("gptaq-int3", [{"gptq": {"bits": 3, "correct": 1.0}}],
       "GPTQ that aims at the original's outputs; clearly better than gptq-int3 for twice its time"),
     ("gptaq-int2-g32", [{"gptq": {"bits": 2, "group": 32, "zero_point": True, "correct": 1.0,
                                   "sweeps": 2}}], "GPTQ that aims at the original's outputs"),

@@ -19,17 +19,19 @@ A column without any input (H_jj = 0), and an expert that saw no token, is round
 weight that is exactly zero in a pruned matrix stays zero, and its absence is made good like any error
 (SparseGPT's reconstruction, arXiv 2301.00774).
 
-`sweeps` rounds of better scales and codes follow (refine.py). `correct` aims at what the original model's
-inputs X would have given, rather than at what W makes of the inputs Y that the compressed one has
-(asymmetric calibration): |Q Y - W X|^2 is least at W X Y^T (Y Y^T)^-1, and W goes that share of the way,
+`sweeps` over scales and codes follow (refine.py), one unless told otherwise. `correct` aims at what the
+original model's inputs X would have given, rather than at what W makes of the inputs Y that the compressed
+one has (asymmetric calibration): |Q Y - W X|^2 is least at W X Y^T (Y Y^T)^-1, and W goes that share of the
+way,
 
     W + correct * W (C - H) (H + damping)^-1,   C = 2 X^T Y / n
 
 Memory: H and R, W twice, d, codes and what a panel leaves behind: 20 rows * in + 8 in^2 bytes; while
-factoring H, its reordered copy and R: 4 rows * in + 12 in^2. Time: rows * in^2 for the products and
-in^3 / 3 for the factor.
+factoring H, its reordered copy and R: 4 rows * in + 12 in^2. Time: rows * in^2 for the products, as much
+for a sweep, and in^3 / 3 for the factor.
 
-Frantar et al., GPTQ, arXiv 2210.17323; Li et al., GPTAQ, arXiv 2504.02692 (`correct`).
+Frantar et al., GPTQ, arXiv 2210.17323; Behdin et al., QuantEase, arXiv 2309.01885 (`sweeps`); Li et al.,
+GPTAQ, arXiv 2504.02692 (`correct`).
 """
 
 from __future__ import annotations
@@ -48,10 +50,11 @@ from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import Integers
 from onecard.core.report import Row
 from onecard.core.spec import Spec
-from onecard.kernels import convert, reference
+from onecard.kernels import convert
 from onecard.passes.base import BlockPass, check_groups
+from onecard.passes.columns import SEARCH_ROWS, loops
 from onecard.passes.quantize import AUTO, make_format, require_finite_scale
-from onecard.passes.refine import damped, descend, fit_scales
+from onecard.passes.refine import damped, sweep
 
 PRUNED_SHARE = 0.02
 PANEL = 512
@@ -90,7 +93,7 @@ class GPTQ(BlockPass):
     static_groups: bool = True
     block: int = 128
     search: int = 12
-    sweeps: int = 0
+    sweeps: int = 1
     correct: float = 0.0
 
     key = "gptq"
@@ -147,8 +150,10 @@ class GPTQ(BlockPass):
             w = corrected(w, hessian, site.stats.cross, self.damp, self.correct)
         try:
             solution = solve(w, hessian, format, rounding)
+            if self.sweeps:
+                hessian = damped(hessian, self.damp)
             for _ in range(self.sweeps):
-                solution = refined(w, solution, damped(hessian, self.damp), format)
+                solution = refined(w, solution, hessian, format)
         except FailedWork as error:
             raise FailedWork(
                 f"{site.block}.{site.name}: {error.what}", error.seen, error.do
@@ -187,13 +192,9 @@ def corrected(w: Tensor, hessian: Tensor, cross: Tensor, damp: float, share: flo
 
 
 def refined(w: Tensor, solution: Solution, hessian: Tensor, format: Integers) -> Solution:
-    """One round of better scales and codes; `hessian` is damped."""
-    zero = solution.zero
-    scale = fit_scales(w, solution.codes, solution.scale, zero, hessian, format)
-    codes = descend(w, solution.codes, scale, zero, hessian, format)
-    q = reference.grouped(codes.float(), format)
-    d = reference.decode(q, scale[..., None], zero[..., None]).flatten(1) - w
-    return Solution(codes, scale, zero, torch.linalg.vecdot(d @ hessian, d))
+    """After one sweep over scales and codes; `hessian` is damped."""
+    codes, scale, gain = sweep(w, solution.codes, solution.scale, solution.zero, hessian, format)
+    return Solution(codes, scale, solution.zero, (solution.loss - gain).clamp(min=0))
 
 
 def output_power(w: Tensor, hessian: Tensor) -> Tensor:
@@ -245,9 +246,7 @@ def solve(w: Tensor, hessian: Tensor, format: Integers, rounding: Rounding) -> S
     keep = target != 0
     pruned = int(torch.count_nonzero(keep)) < (1 - PRUNED_SHARE) * keep.numel()
 
-    rounded, searched = round_columns, search_grid
-    if convert.native(w, hessian):
-        rounded, searched = convert.round_columns, convert.search_grid
+    rounded, searched = loops(w, hessian)
     scale, zero = torch.empty(rows, groups), torch.empty(rows, groups)
     if rounding.static_groups:
         scale, zero = searched(w, hessian.diagonal(), format, rounding.search)
@@ -286,32 +285,6 @@ def solve(w: Tensor, hessian: Tensor, format: Integers, rounding: Rounding) -> S
     return Solution(codes[back].T.contiguous(), scale, zero, loss)
 
 
-def round_columns(
-    target: Tensor, carried: Tensor, r: Tensor, scale: Tensor, zero: Tensor, keep: Tensor | None,
-    format: Integers,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Errors, codes [block, rows] and loss [rows] of one block of columns (convert has a faster one).
-
-    target, carried, scale, zero, keep [block, rows]; r [block, block], this block of R. `carried` is
-    the sum over the blocks before; weights with keep = 0 stay zero.
-    """
-    block, rows = target.shape
-    errors, loss = torch.empty(block, rows), torch.zeros(rows)
-    codes = torch.empty(block, rows, dtype=torch.int8)
-    for j in range(block):
-        diagonal = r[j, j]
-        aim = torch.addmv(carried[j], errors[:j].T, r[:j, j]) if j else carried[j]
-        aim = target[j] + aim / diagonal
-        q = reference.encode(aim, scale[j], zero[j], format)
-        if keep is not None:
-            q = torch.where(keep[j], q, zero[j])
-        value = reference.decode(q, scale[j], zero[j])
-        errors[j] = target[j] - value
-        codes[j] = q.to(torch.int8)
-        loss += ((aim - value) * diagonal).square_()
-    return errors, codes, loss
-
-
 def _updated(target: Tensor, r: Tensor, errors: Tensor, start: int, stop: int) -> Tensor:
     """Columns start..stop [n, rows] as the paper has updated them for the errors before `start`."""
     if not start:
@@ -319,33 +292,3 @@ def _updated(target: Tensor, r: Tensor, errors: Tensor, start: int, stop: int) -
     carried = r[:start, start:stop].T @ errors[:start]
     moved = torch.linalg.solve_triangular(r[start:stop, start:stop].T, carried, upper=False)
     return target[start:stop] + moved
-
-
-SEARCH_ROWS = 512
-
-
-def search_grid(w: Tensor, weights: Tensor, format: Integers, steps: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [rows, groups] of w [rows, in] (convert has a faster one).
-
-    With `steps`, each group's range is also tried shrunk to 1 - SHRINK * i / steps of itself, i up to
-    `steps`, and the least error weighted by `weights` [in] wins; ties keep the larger grid.
-    """
-    scale, zero = reference.grid(reference.grouped(w, format), format)
-    if not steps:
-        return scale, zero
-    columns = weights.unflatten(0, (scale.shape[1], -1))
-    for begin in range(0, w.shape[0], SEARCH_ROWS):
-        own = slice(begin, begin + SEARCH_ROWS)
-        blocks = reference.grouped(w[own], format)
-        best = torch.full(blocks.shape[:2], float("inf"))
-        for i in range(steps + 1):
-            smaller = blocks * (1 - convert.SHRINK * i / steps)
-            s, z = reference.grid(smaller, format)
-            q = reference.encode(blocks, s[..., None], z[..., None], format)
-            off = (reference.decode(q, s[..., None], z[..., None]) - blocks).square_()
-            error = (off * columns).sum(-1)
-            better = error < best
-            best = torch.where(better, error, best)
-            scale[own] = torch.where(better, s, scale[own])
-            zero[own] = torch.where(better, z, zero[own])
-    return scale, zero

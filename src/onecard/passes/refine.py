@@ -1,18 +1,17 @@
 """Better scales and codes for a matrix that is rounded already, under the same error tr(D H D^T), D = Q - W.
 
-`fit_scales`   given the codes, the error of a row is quadratic in its scales s. With the row's codes cut
-               into groups c_g (zero point taken off) the best s solve M s = b,
+GPTQ goes once through the columns and never looks back. A `sweep` goes through the groups again, and
+moves one thing at a time to where it is best while all others stay; no step raises the error.
 
-                   M_gh = c_g H_gh c_h,   b_g = c_g (H w)_g
+    scale   the group's codes c (zero point taken off) make the error quadratic in its scale s:
+                s - c (H d)_g / (c H_gg c),   d = q - w of the whole row
+    codes   one column after the other, coordinate descent:
+                q_j = round(v_j - (H d)_j / H_jj) in steps of s, v_j its value now
 
-`descend`      given the scales, one code after the other goes where it is best while all others stay:
-               coordinate descent, q_j = round(w_j - sum_{k != j} H_jk d_k / H_jj, in steps of s). It
-               starts where GPTQ, which never looks back, has ended, and no step raises the error.
+The second is the inner loop of GPTQ with H for R: from v_j as target, what the columns before it have
+moved is made good. Each sweep is rows * in^2 operations. Zeros of a pruned matrix stay.
 
-Each is rows * in^2 operations a round. Zeros of a pruned matrix stay.
-
-Behdin et al., QuantEase, arXiv 2309.01885 (the descent); Egiazarian et al., AQLM, arXiv 2401.06118 (least
-squares).
+Behdin et al., QuantEase, arXiv 2309.01885 (the descent).
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from torch import Tensor
 
 from onecard.core.format import Integers
 from onecard.kernels import reference
+from onecard.passes.columns import loops
 
 BLOCK = 128
-ROWS = 1024
 
 
 def damped(hessian: Tensor, damp: float) -> Tensor:
@@ -38,67 +37,68 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
     return h
 
 
-def fit_scales(
+def sweep(
     w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, format: Integers
-) -> Tensor:
-    """The best scales [rows, groups] of codes [rows, in], as stored; rows that gain nothing keep theirs."""
-    found = [
-        _fit(w[i : i + ROWS], codes[i : i + ROWS], scale[i : i + ROWS], zero[i : i + ROWS],
-             hessian, format)
-        for i in range(0, w.shape[0], ROWS)
-    ]  # fmt: skip
-    return torch.cat(found)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [rows, in] int8, scale [rows, groups] as stored, and by how much the error fell [rows].
 
-
-def _fit(
-    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, format: Integers
-) -> Tensor:
-    steps = reference.grouped(codes.float(), format) - zero[..., None]  # c [rows, groups, size]
-    rows, groups, size = steps.shape
-    products = torch.empty(rows, groups, groups)
-    for g in range(groups):
-        along = steps[:, g] @ hessian[g * size : (g + 1) * size]  # c_g H_g: [rows, in]
-        products[:, g] = (along.unflatten(1, (groups, size)) * steps).sum(-1)
-    aims = ((w @ hessian).unflatten(1, (groups, size)) * steps).sum(-1)
-    used = products.diagonal(dim1=1, dim2=2) > 0
-    ridge = torch.diag_embed(torch.where(used, 0.0, 1.0))
-    fitted, failed = torch.linalg.solve_ex(products + ridge, aims)
-    good = (failed == 0)[:, None] & used & (fitted > 1e-30) & torch.isfinite(fitted)
-    fitted = torch.where(good, fitted, scale)
-    fitted = fitted.to(reference.DTYPES[format.scale]).float()
-
-    def error(s: Tensor) -> Tensor:  # s M s - 2 b s, [rows]
-        return ((products @ s[..., None])[..., 0] * s - 2 * aims * s).sum(-1)
-
-    return torch.where((error(fitted) < error(scale))[:, None], fitted, scale)
-
-
-def descend(
-    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, format: Integers
-) -> Tensor:
-    """Codes [rows, in] int8 after every column has moved once; where w is 0 and Q is too, both stay."""
+    w [rows, in] float32, zero [rows, groups], `hessian` [in, in] positive definite (`damped`).
+    """
     size = w.shape[1] // scale.shape[1]
+    target = w.T.contiguous()  # [in, rows], as all that follows
+    q, gain = codes.T.contiguous(), torch.zeros(len(w))
     wide, offset = scale.T.contiguous(), zero.T.contiguous()  # [groups, rows]
-    q = codes.T.float().contiguous()  # [in, rows]
-    target = w.T.contiguous()
-    d = torch.empty_like(q)
+    d = torch.empty_like(target)
     for g in range(len(wide)):
         own = slice(g * size, (g + 1) * size)
-        d[own] = reference.decode(q[own], wide[g], offset[g]) - target[own]
-    pruned = (target == 0) & (d == 0) if bool((target == 0).any()) else None
-    for start in range(0, w.shape[1], BLOCK):
-        end = min(start + BLOCK, w.shape[1])
-        pull = hessian[start:end] @ d  # [block, rows]
-        for j in range(start, end):
-            g, row = j // size, hessian[j]
-            value = d[j] + target[j]
-            aim = value - pull[j - start] / row[j]
-            new = reference.encode(aim, wide[g], offset[g], format)
-            if pruned is not None:
-                new = torch.where(pruned[j], q[j], new)
-            moved = reference.decode(new, wide[g], offset[g]) - value
-            q[j] = new
-            d[j] += moved
-            if j + 1 < end:
-                pull[j + 1 - start :] += row[j + 1 : end, None] * moved
-    return q.T.to(torch.int8).contiguous()
+        d[own] = reference.decode(q[own].float(), wide[g], offset[g]) - target[own]
+    for g in range(len(wide)):
+        own = slice(g * size, (g + 1) * size)
+        near, pull = hessian[own, own], hessian[own] @ d  # H_gg, (H d)_g
+        steps = q[own].float() - offset[g]
+        along = near @ steps
+        change, gained = _rescaled(wide[g], (steps * along).sum(0), (steps * pull).sum(0), format)
+        wide[g] += change
+        d[own] += steps * change
+        pull += along * change
+        codes_now, moved, more = _descend(
+            target[own], d[own], pull, near, q[own], wide[g], offset[g], format
+        )
+        q[own] = codes_now
+        d[own] += moved
+        gain += gained + more
+    return q.T.contiguous(), wide.T.contiguous(), gain
+
+
+def _rescaled(
+    scale: Tensor, power: Tensor, slope: Tensor, format: Integers
+) -> tuple[Tensor, Tensor]:
+    """By how much a group's scales [rows] move, as stored, and what that gains."""
+    best = (scale - slope / power).to(reference.DTYPES[format.scale]).float()
+    usable = (power > 0) & torch.isfinite(best) & (best > 1e-30)
+    change = torch.where(usable, best - scale, 0.0)
+    gained = -change * (2 * slope + change * power)
+    return torch.where(gained > 0, change, 0.0), gained.clamp(min=0)
+
+
+def _descend(
+    target: Tensor, d: Tensor, pull: Tensor, h: Tensor, q: Tensor, scale: Tensor, zero: Tensor,
+    format: Integers,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Codes of a group [size, rows] after each column has moved once, the moves, and what they gain."""
+    rounded, _ = loops(target, h)
+    pruned = bool((target == 0).any())
+    codes, moves, gain = torch.empty_like(q), torch.empty_like(d), torch.zeros_like(scale)
+    for start in range(0, len(d), BLOCK):
+        own = slice(start, min(start + BLOCK, len(d)))
+        wide = (own.stop - own.start, len(scale))
+        keep = (target[own] != 0) | (d[own] != 0) if pruned else None
+        off, codes[own], _ = rounded(
+            target[own] + d[own], -pull[own], h[own, own], scale.expand(wide), zero.expand(wide),
+            keep, format,
+        )  # fmt: skip
+        moved = moves[own] = -off
+        back = h[:, own] @ moved  # [size, rows]
+        gain -= (moved * (2 * pull[own] + back[own])).sum(0)
+        pull += back
+    return codes, moves, gain

@@ -1,12 +1,13 @@
 """The memory that a model takes while it runs on this processor, from the code that lays it out.
 
     weights      every part of the kernel layout, as it would be written (weights.py, layout.cpp)
-    embedding    the stored table; rows are read where they lie
+    embedding    the stored table; rows are read where they lie, all of them once when it is opened
     kv cache     pages for all positions of all sequences at once (forward.cpp)
     work space   activations of a step's rows, logits, what every thread has to itself (forward.cpp)
     program      what this process holds already: the interpreter and its libraries
 
-Only headers are read, so it is instant for a model of any size, and for formats that it is not in yet.
+Only headers are read, so it is instant for a model of any size, and for formats that it is not in yet: one
+for all linears of blocks, or each linear's own.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from dataclasses import dataclass, replace
 from onecard.checkpoint.source import Source
 from onecard.core.device import resident
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format
 from onecard.runtime.cpu import PAGE, CpuSettings, Described
-from onecard.runtime.weights import planned_weights
+from onecard.runtime.weights import Formats, planned_weights
 
 USUAL = CpuSettings()
 
@@ -49,21 +49,25 @@ class Footprint:
 
 def footprint(
     source: Source, context: int, batch: int = 1, settings: CpuSettings = USUAL,
-    format: Format | None = None,
+    formats: Formats | None = None, program: int | None = None,
 ) -> Footprint:  # fmt: skip
-    """For `batch` sequences of `context` positions each; with the linears of blocks in another `format`.
+    """For `batch` sequences of `context` positions each; with linears in other `formats` (weights.py).
 
-    Raises BadRequest where the engine cannot run the model.
+    `program`: bytes of a process that runs nothing else; None: what this one holds. Raises BadRequest
+    where the engine cannot run the model.
     """
     if context < 1 or batch < 1:
         raise BadRequest(f"a context of {context} for {batch} sequences was asked for")
     pages = batch * -(-context // PAGE)
-    weights = planned_weights(source, settings.head, format)
+    weights = planned_weights(source, settings.head, formats)
     work, kv = Described(source, replace(settings, context=pages * PAGE), weights).need()
     sizes: Counter[str] = Counter()
     for path, size in weights.sizes().items():
         sizes[part_of(path)] += size
-    return Footprint(tuple(sizes.most_common()), kv, work, resident(), pages * PAGE)
+    return Footprint(
+        tuple(sizes.most_common()), kv, work, resident() if program is None else program,
+        pages * PAGE,
+    )  # fmt: skip
 
 
 def part_of(path: str) -> str:

@@ -25,7 +25,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,10 +56,12 @@ PIECES = {"left_": "", "right_": ":right", "rest_": ":rest"}
 """Of a product of two: how the parts of the file are named behind the linear's own name."""
 HEAD_BLOCK = 32
 HASHES = "hashes.json"
+PAGE = 4096  # bytes, the smallest of any system
 FRESH = 2.0  # seconds in which a second change of a file might leave its times as they are
 PIECE = 1 << 20  # numbers that are looked at together
 
 Head = Literal["int8", "stored"]
+Formats = Format | Mapping[str, Format]
 Say = Callable[[str], None]
 
 
@@ -83,23 +85,25 @@ def open_weights(
     for home in homes:
         found = weightfile.opened(_file(home, key), key, wanted, threads)
         if found is not None:
-            return Weights(source, head, found)
+            return Weights(source, head, found).read_in()
     header = Header(key, model, str(source.folder.resolve()), f"{LAYOUT}, onecard {__version__}")
     made = _made(source, parts, header, homes, threads, say or _to_stderr)
     if _identities(source) != before:
         if made.path is not None:
             made.path.unlink(missing_ok=True)
         raise BadRequest(f"{source.folder} changed while it was read", do="load it again")
-    return Weights(source, head, made)
+    return Weights(source, head, made).read_in()
 
 
-def planned_weights(source: Source, head: Head = "int8", format: Format | None = None) -> Weights:
+def planned_weights(
+    source: Source, head: Head = "int8", formats: Formats | None = None
+) -> Weights:  # fmt: skip
     """The weights as they would be laid out, of which nothing is: sizes without memory, for planning.
 
-    `format`: of all linears of blocks that may be packed, instead of what is stored.
+    `formats` instead of what is stored: one of all linears of blocks that may be packed, or each by its path.
     """
     parts: dict[str, tuple[About, Bytes]] = {}
-    for part in _planned(source, head, format):
+    for part in _planned(source, head, formats):
         about = part.choices[-1]
         unreal = np.broadcast_to(np.zeros(1, np.uint8), (weightfile.size(about),))
         parts[part.name] = about, unreal
@@ -127,6 +131,12 @@ class Weights:
             self.embedding_dtype = entry.dtype
             self._embedding = weightfile.map_file(entry.path, entry.begin, entry.end)
 
+    def read_in(self) -> Weights:
+        """Touches every page of the embedding, which nothing has read yet. So no step waits for a disk, and
+        memory is what it stays: how much a single row brings in is the system's choice."""
+        self._embedding[::PAGE].max(initial=0)
+        return self
+
     def __contains__(self, path: str) -> bool:
         return path in self._parts
 
@@ -143,6 +153,11 @@ class Weights:
                 linear = path.partition(":")[0]
                 sizes[linear] = sizes.get(linear, 0) + data.size
         return sizes
+
+    def linear(self, path: str) -> list[Matrix]:
+        """The descriptions of a linear's matrix, or of the two or three that it is made of."""
+        ends = [path + end for end in PIECES.values() if path + end in self._parts]
+        return [weightfile.matrix(self._parts[name][0]) for name in ends]
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every part and of the embedding, by path."""
@@ -219,21 +234,17 @@ class Part:
     piece: str = ""  # of a product of two: `left_`, `right_` or `rest_`
 
 
-def _planned(source: Source, head: Head, other: Format | None = None) -> Iterator[Part]:
-    """Every part in its order, from headers alone; linears of blocks in another format, if there is one."""
+def _planned(source: Source, head: Head, other: Formats | None = None) -> Iterator[Part]:
+    """Every part in its order, from headers alone; linears in other formats, if there are any."""
     for index in source.parts():
         for place in source.places(index):
             name = place.path if index is None else f"blocks.{index}.{place.path}"
             kind = place.module.kind
-            format = source.format_at(place) if kind == "linear" else None
-            if other is not None and kind == "linear" and index is not None:
-                format = other.for_row(place.module.shape[1])
+            format = _format(source, place, index, name, other) if kind == "linear" else None
             if isinstance(format, LowRank) and place.path not in KEPT_DENSE:
-                for piece, (own, size) in format.pieces(
-                    (place.total, place.module.shape[1])
-                ).items():
-                    rows = size[0] if piece == "right_" else place.module.shape[0]
-                    made = _layout(own, (rows, size[1]), size)
+                stored = (place.total, place.module.shape[1])
+                rows = place.module.shape[0]
+                for piece, made in matrices(format, (rows, stored[1]), stored).items():
                     about = (weightfile.about_matrix(made),)
                     yield Part(name + PIECES[piece], place, "weight", about, piece)
             elif kind == "linear":
@@ -246,6 +257,31 @@ def _planned(source: Source, head: Head, other: Format | None = None) -> Iterato
                 yield Part(name, place, "weight", about)
             if place.module.bias:
                 yield Part(f"{name}.bias", place, "bias", (_floats(place.module.shape[:1]),))
+
+
+def _format(
+    source: Source, place: Place, index: int | None, name: str, other: Formats | None
+) -> Format | None:
+    """What a linear is held in: as `other` says, else as it is stored."""
+    if isinstance(other, Mapping):
+        if name in other:
+            return other[name]
+    elif other is not None and index is not None:
+        return other.for_row(place.module.shape[1])
+    return source.format_at(place)
+
+
+def matrices(format: Format, shape: Shape, stored: Shape | None = None) -> dict[str, Matrix]:
+    """What the engine multiplies for a matrix of `shape` (rows of a `stored` one): one under "", or, of a
+    product of two, `left_`, `right_` and perhaps `rest_`."""
+    stored = stored or shape
+    if not isinstance(format, LowRank):
+        return {"": _layout(format, shape, stored)}
+    found = {}
+    for piece, (own, size) in format.pieces(stored).items():
+        rows = size[0] if piece == "right_" else shape[0]
+        found[piece] = _layout(own, (rows, size[1]), size)
+    return found
 
 
 def _floats(shape: tuple[int, ...]) -> About:

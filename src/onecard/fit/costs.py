@@ -1,0 +1,230 @@
+"""What each option of each place costs: bytes in the files, bytes in memory, seconds of a step.
+
+    size      exactly what the format stores (core/format.py), scales in the model's dtype
+    memory    the kernel layout, as the engine would lay it out (runtime/weights.py); on another device than
+              this processor the stored bytes
+    seconds   of a step, from kernels measured on this machine (onecard.cost); where they are not known and no
+              speed is asked for, or for another device, bytes over the bandwidth (roofline.py)
+
+`Fixed` is what no choice changes: norms, biases, the embedding's rows, work space, the program itself. The
+program is that of `onecard run`, seen in a process of its own, as the one that plans holds far more.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from onecard import cost
+from onecard.checkpoint.source import Source
+from onecard.core.device import Device, resident
+from onecard.core.format import Dense, Format, Integers, parse_format
+from onecard.core.spec import linear_shapes, sites
+from onecard.fit.candidates import CACHES, possible, size_of
+from onecard.fit.goal import Goal
+from onecard.fit.planner import Option
+from onecard.kernels import cpu, layout
+from onecard.roofline import DECODE, device_of, needed
+from onecard.runtime.cpu import CpuSettings, usual_cache
+from onecard.runtime.footprint import Footprint, footprint
+from onecard.runtime.pages import position_bytes
+from onecard.runtime.weights import HEAD_BLOCK, planned_weights
+
+ENTRY = 140
+"""Bytes of a tensor's line in a file's header, at most."""
+USED = 2048
+"""Tokens of context where none are asked for."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What every plan costs beside its options: bytes of the files, bytes in memory, seconds of a step."""
+
+    size: int
+    memory: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Sizes and speeds of a model's candidates on one device, in one use."""
+
+    source: Source
+    goal: Goal
+
+    @property
+    def context(self) -> int:
+        return self.goal.context or min(USED, self.source.spec.max_context)
+
+    @property
+    def device(self) -> Device:
+        return device_of(self.goal.device)
+
+    @property
+    def here(self) -> bool:
+        return self.goal.device == "auto" and cpu.available()
+
+    def options(
+        self, formats: Sequence[str], harms: Mapping[str, Mapping[str, float]] | None = None,
+        tables: Sequence[str] = (),
+    ) -> dict[str, list[Option]]:  # fmt: skip
+        """place -> its options; without `harms`, of which only the costs are to be known, they are 0."""
+        spec, stored = self.source.spec, self.source.dtype
+        found: dict[str, list[Option]] = {}
+        for index, layer in enumerate(spec.layers):
+            shapes = linear_shapes(spec, layer)
+            for site in sites(layer):
+                where = f"blocks.{index}.{site.name}"
+                own = {f"blocks.{index}.{name}": shapes[name] for name in site.linears}
+                names = possible(formats, list(own.values()), stored)
+                if harms is not None:
+                    names = {n: f for n, f in names.items() if n in harms[where]}
+                found[where] = [
+                    self.option(name, format, own, 0.0 if harms is None else harms[where][name])
+                    for name, format in names.items()
+                ]
+        if tables:
+            known = harms["tables"] if harms is not None else dict.fromkeys([*tables, stored], 0.0)
+            found["tables"] = [
+                self.table(name, known[name]) for name in (*tables, stored) if name in known
+            ]
+        known = harms["cache"] if harms is not None else dict.fromkeys(CACHES, 0.0)
+        found["cache"] = [self.cache(name, known[name]) for name in CACHES if name in known]
+        return found
+
+    def option(
+        self, name: str, format: Format, own: Mapping[str, tuple[int, int]], harm: float
+    ) -> Option:
+        """A site in a format; linears lie in memory as the engine lays them out."""
+        size = size_of(format, list(own.values()), self.source.dtype)
+        if not self.here:
+            return Option(name, harm, size, size, size * self.per_byte * self.met(own))
+        memory = sum(self.laid_out(name)[path] for path in own)
+        if self.machine is None:
+            return Option(name, harm, size, memory, memory * self.per_byte * self.met(own))
+        shares = [self.machine.of_matrix(shape, format, self.met(own)) for shape in own.values()]
+        return Option(name, harm, size, memory, sum(share.decode for share in shares))
+
+    def met(self, own: Mapping[str, tuple[int, int]]) -> float:
+        """The share of a site's bytes that a step reads: of experts those that are chosen."""
+        experts = next(
+            (e for row in self.source.spec.layers if (e := row.feed_forward.experts)), None
+        )
+        return experts.top / experts.count if experts and ".expert" in next(iter(own)) else 1.0
+
+    @cached_property
+    def machine(self) -> cost.Costs | None:
+        """Measured kernels of this machine, where a speed is asked for or they are known already."""
+        if not self.here or not (self.goal.speed or cost.known()):
+            return None
+        return self.running(usual_cache())
+
+    def running(self, cache: str) -> cost.Costs:
+        size = sum(self.laid_out("int4-g128").values())
+        return cost.Costs(
+            self.source, self.context, self.goal.batch, CpuSettings(cache=cache), size
+        )
+
+    def laid_out(self, name: str) -> dict[str, int]:
+        """path -> bytes of every linear of the blocks, were all in one format."""
+        return _laid_out(self.source, None if name == self.source.dtype else name)
+
+    @property
+    def per_byte(self) -> float:
+        """Seconds that reading a byte takes."""
+        bandwidth = self.device.bandwidth()
+        return 1 / (DECODE * bandwidth) if bandwidth else 0.0
+
+    def table(self, name: str, harm: float) -> Option:
+        """The embedding and the head, which the engine has in int8 where it is dense; an embedding that is
+        packed it expands again, so that bytes in memory are those of the head, beside the usual ones."""
+        spec, stored = self.source.spec, self.source.dtype
+        shape, format = (spec.vocab_size, spec.embed_size), parse_format(name)
+        size = size_of(format, [shape], stored) * (1 if spec.tied else 2)
+        if not self.here:
+            return Option(name, harm, size, size, size * self.per_byte)
+        usual = layout.rounded(shape, HEAD_BLOCK)
+        made = layout.integers(shape, format) if isinstance(format, Integers) else usual
+        more = layout.size(made) - layout.size(usual)
+        return Option(name, harm, size, more, more * self.per_byte)
+
+    def cache(self, name: str, harm: float) -> Option:
+        """Keys and values of all positions; a step reads them all. Seconds beside those of the usual one."""
+        spec, usual = self.source.spec, usual_cache()
+        if not self.here:
+            size = self.context * self.goal.batch * sum(
+                position_bytes(row.attention.num_kv_heads, row.attention.head_dim, name)
+                for row in spec.layers
+            )  # fmt: skip
+            return Option(name, harm, 0, size, size * self.per_byte)
+        held = usual if name == "fp16" else name
+        size = _footprint(self.source, self.context, self.goal.batch, held).kv_bytes
+        if self.machine is None:
+            return Option(name, harm, 0, size, size * self.per_byte)
+        slower = 0.0
+        if held != usual:
+            slower = self.running(held).rest().decode - self.machine.rest().decode
+        return Option(name, harm, 0, size, slower)
+
+    def fixed(self, tables: bool = True) -> Fixed:
+        """What the options leave out; the tables too, where they are no choice."""
+        source, spec = self.source, self.source.spec
+        linears = sum(
+            Dense(source.dtype).bytes(linear_shapes(spec, layer)[name])
+            for layer in spec.layers for site in sites(layer) for name in site.linears
+        )  # fmt: skip
+        table = self.table(source.dtype, 0.0)
+        files = sum(path.stat().st_size for path in source.checkpoint.files)
+        count = sum(len(site.linears) for layer in spec.layers for site in sites(layer))
+        size = files - linears + 4 * ENTRY * count - (table.size if tables else 0)
+        if not self.here:
+            need = needed(source, None, self.context, self.goal.batch)
+            memory = max(0, need.fixed - linears - (table.memory if tables else 0))
+            return Fixed(size, memory, 0.0 if tables else table.seconds)
+        found = _footprint(source, self.context, self.goal.batch, usual_cache())
+        blocks = sum(self.laid_out(source.dtype).values())
+        memory = found.weight_bytes - blocks + _work(source, self.context, self.goal.batch)
+        head = dict(found.weights).get("head", 0)
+        seconds = head * self.per_byte if self.machine is None else self.machine.rest().decode
+        return Fixed(size, memory + program_bytes(), seconds)
+
+
+@lru_cache(maxsize=128)
+def _laid_out(source: Source, name: str | None) -> dict[str, int]:
+    weights = planned_weights(source, "int8", parse_format(name) if name else None)
+    return {path: size for path, size in weights.linears().items() if path.startswith("blocks.")}
+
+
+@lru_cache(maxsize=32)
+def _footprint(source: Source, context: int, batch: int, cache: str) -> Footprint:
+    return footprint(source, context, batch, CpuSettings(cache=cache))
+
+
+def _work(source: Source, context: int, batch: int) -> int:
+    """Work space, of whatever formats the linears are in."""
+    formats = (None, parse_format("int4-g32"), parse_format("int3-g64"))
+    return max(footprint(source, context, batch, formats=format).work_bytes for format in formats)
+
+
+PROGRAM = """
+import onecard.runtime.cpu, onecard.runtime.scheduler, onecard.running, onecard.checkpoint.source
+import onecard.checkpoint.tokenizer, onecard.runtime.engine, onecard.kernels.cpu as cpu, sys
+from onecard.core.device import resident
+cpu.available()
+onecard.checkpoint.source.Source(sys.argv[1]).tokenizer()
+print(resident())
+"""
+
+
+@lru_cache(maxsize=4)
+def program_bytes(model: str = "demo") -> int:
+    """What a process that is about to run a model holds already."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, model], capture_output=True, text=True, check=False
+    )
+    return (
+        int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdigit() else resident()
+    )

@@ -1,0 +1,410 @@
+"""What each candidate of each place does to the model's answers: one walk, block after block, streamed.
+
+At a site the walk has all statistics of its inputs. Every candidate is made there, as it will be made in
+the end (GPTQ, k-means; at quick effort rounding), and its error e at the site is taken: the share of the
+power of the outputs that it takes away, tr(D H D^T) / tr(W H W^T), mean over the site's linears. Then a few
+of them, the anchors, go on: after the block has been run with an anchor's weights, what comes out is a
+stream of its own, which all later blocks, untouched, carry along beside the original. At the end every
+stream passes the head, and
+
+    harm(s, anchor) = mean over tokens of KL(p || p')
+
+is measured where it counts. The other candidates lie between the anchors: log harm is taken to be linear in
+log e, with slope 1 (both are squares of a disturbance) beyond the outermost ones.
+
+At quick effort there is one stream per block, all of its sites disturbed by one anchor, and the block's harm
+is dealt out by what each site alone does to the block's output, on the same tokens. (A stream per block is
+a quarter of the work of the streams of its sites; per-site directions below the block are what is lost.)
+
+The tables are a stream that is disturbed before the first block, each cache one whose keys and values are
+rounded in every block, and each block left out another.
+
+A block is in memory once, so memory is that of the walk and of the streams, whatever the model's size. What
+was found lies in a journal by the content of model, text and effort: killed, the walk goes on behind the
+last block; asked again, for other budgets too, it is not walked at all.
+
+Dong et al., HAWQ, arXiv 1905.03696 (sensitivity before allocation).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onecard import __version__
+from onecard.calibrate.data import digest
+from onecard.calibrate.stats import HESSIAN, NORM
+from onecard.calibrate.walk import Progress, Reached, batches, walk
+from onecard.checkpoint.journal import Journal
+from onecard.checkpoint.load import as_array
+from onecard.checkpoint.load import block as read_block
+from onecard.checkpoint.load import stem as read_stem
+from onecard.checkpoint.load import tail as read_tail
+from onecard.checkpoint.save import source_hashes
+from onecard.checkpoint.shards import fresh, pread, read_header
+from onecard.checkpoint.source import Source
+from onecard.core.errors import BadRequest
+from onecard.core.format import Format, Integers, parse_format
+from onecard.core.report import Row, write_text
+from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
+from onecard.fit.candidates import CACHES, TABLES, Trial, possible, size_of
+from onecard.kernels import convert
+from onecard.kernels.reference import DTYPES, from_dense
+from onecard.nn.layers import Matrix
+from onecard.nn.transformer import Block, Cache, Context, positions_of
+from onecard.passes.planned import carry_out
+
+GONE, LEAST = "gone", 1e-12
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """place -> candidate -> nats per token. Places: `blocks.3.attention.in`, `tables`, `cache`,
+    `blocks.3` (its one candidate is `gone`). `errors`: what was seen at the sites themselves."""
+
+    harms: Mapping[str, Mapping[str, float]]
+    errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    measured: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps({"harms": self.harms, "errors": self.errors, "measured": self.measured})
+
+
+def look(
+    source: Source, ids: Tensor, trial: Trial, home: Path | None = None,
+    progress: Progress = lambda done, total, what: None,
+) -> Sensitivity:  # fmt: skip
+    """The harms of every place of a model, `ids` [samples, length]; from `home` where they are known."""
+    key = key_of(source, ids, trial)
+    folder = (home or default_home()) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    path = folder.with_suffix(".json")
+    if path.is_file():
+        return Sensitivity(**json.loads(path.read_text(encoding="utf-8")))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with Journal(folder, key, force=True) as journal:
+        watch = Watch(source, ids, trial, journal)
+        first = sum(f"block-{i:05d}" in journal for i in range(source.spec.num_layers))
+        hidden = watch.begin() if first == 0 else watch.resume()
+        walk(watch, (watch,), hidden, first, progress=progress)
+        found = watch.result()
+        write_text(path, found.to_json())
+        journal.discard()
+    return found
+
+
+def known(source: Source, ids: Tensor, trial: Trial, home: Path | None = None) -> bool:
+    """Whether `look` would find its answer on the disk."""
+    key = key_of(source, ids, trial)
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    return ((home or default_home()) / name).with_suffix(".json").is_file()
+
+
+def key_of(source: Source, ids: Tensor, trial: Trial) -> dict[str, Any]:
+    """What decides the answer: the bytes of the model, the text, what is tried."""
+    return {
+        "onecard": __version__, "version": VERSION, "source": source_hashes(source),
+        "calibration": digest(ids), "trial": asdict(trial), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def default_home() -> Path:
+    """Where sensitivities are kept."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "onecard" / "sensitivity"
+    except RuntimeError as error:  # a user without a home
+        raise BadRequest(
+            "there is no folder to keep sensitivities in", do="set XDG_CACHE_HOME"
+        ) from error
+
+
+def shapes_of(spec: Spec, layer: LayerSpec) -> dict[str, list[tuple[int, int]]]:
+    """site -> shapes of its linears."""
+    shapes = linear_shapes(spec, layer)
+    return {site.name: [shapes[name] for name in site.linears] for site in sites(layer)}
+
+
+class Watch:
+    """The walk's pass and its source of blocks in one: it sees sites, and carries the streams."""
+
+    def __init__(self, source: Source, ids: Tensor, trial: Trial, journal: Journal) -> None:
+        self.source, self.spec, self.stored, self.trial = source, source.spec, source.dtype, trial
+        self.ids, self.journal = ids, journal
+        self.needs = frozenset({HESSIAN if trial.rounding == "gptq" else NORM})
+        rows = max(1, trial.tried // ids.shape[1])
+        self.tried = ids[:rows]
+        self.few = min(rows, len(batches(ids)[0]))
+        self.streams: dict[str, Tensor] = {}
+        self.original = torch.empty(0)
+        self.swaps: dict[str, dict[str, dict[str, Tensor]]] = {}
+        self.notes: list[list[Any]] = []
+
+    # Where blocks come from and go to
+
+    def load(self, index: int) -> Block:
+        self.swaps, self.notes = {}, []
+        return read_block(self.source, index, torch.float32)
+
+    def done(self, index: int, block: Block, rows: list[Row], hidden: list[Tensor]) -> None:
+        """All streams go through the block, and those that begin here begin."""
+        with torch.no_grad():
+            self.carry(block)
+        self.original = self.tried_part(hidden)
+        state = {f"hidden.{i:05d}": as_array(h) for i, h in enumerate(hidden)}
+        state["original"] = as_array(self.original)
+        state |= {f"stream.{name}": as_array(h) for name, h in self.streams.items()}
+        self.journal.add(
+            f"block-{index:05d}", {"none": as_array(torch.zeros(1))}, self.notes, state
+        )
+
+    def begin(self) -> list[Tensor]:
+        """The inputs of the first block; the streams that are disturbed before it."""
+        stem = read_stem(self.source, torch.float32)
+        with torch.no_grad():
+            hidden = [stem(b, positions_of(b, None, 0)) for b in batches(self.ids)]
+            self.original = stem(self.tried, positions_of(self.tried, None, 0))
+            for format in table_formats(self.source):
+                with swapped(stem.embedding, rounded(stem.embedding.matrix(), format, self.stored)):
+                    self.streams[f"tables {format.name}"] = stem(
+                        self.tried, positions_of(self.tried, None, 0)
+                    )
+            for held in CACHES[1:]:
+                self.streams[f"cache {held}"] = self.original
+        return hidden
+
+    def resume(self) -> list[Tensor]:
+        path = self.journal.state()
+        assert path is not None
+        entries = read_header(path)
+        found = {
+            name: torch.frombuffer(
+                pread(e.path, e.begin, fresh(e.nbytes)), dtype=DTYPES[e.dtype]
+            ).view(e.shape)
+            for name, e in sorted(entries.items())
+        }
+        self.original = found.pop("original")
+        self.streams = {
+            n.removeprefix("stream."): h for n, h in found.items() if n.startswith("stream.")
+        }
+        return [h for name, h in found.items() if name.startswith("hidden.")]
+
+    def tried_part(self, hidden: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(hidden))[: len(self.tried)]
+
+    # What happens at a site, and behind a block
+
+    def site(self, site: Reached) -> Iterator[Row]:
+        """Every candidate is made and its error noted; anchors are kept till the block ends."""
+        where = f"{site.block}.{site.name}"
+        held = {name: linear.held() for name, linear in site.linears.items()}
+        shapes = [linear.shape for linear in site.linears.values()]
+        weights = sum(rows * columns for rows, columns in shapes)
+        formats = possible(self.trial.formats, shapes, self.stored)
+        formats.pop(self.stored)
+        bits = {n: 8 * size_of(f, shapes, self.stored) / weights for n, f in formats.items()}
+        anchors = set(anchors_of(bits, self.trial.anchors))
+        for name, format in formats.items():
+            for linear, was in zip(site.linears.values(), held.values(), strict=True):
+                linear.replace(was)
+            error = made(site, format, held, self.trial)
+            self.notes.append([where, name, error])
+            if name in anchors:
+                self.swaps.setdefault(where, {})[name] = {
+                    path: linear.matrix() for path, linear in site.linears.items()
+                }
+        for linear, was in zip(site.linears.values(), held.values(), strict=True):
+            linear.replace(was)
+        yield from ()
+
+    def finish(self, whole: Any) -> Iterator[Row]:
+        return iter(())
+
+    def carry(self, block: Block) -> None:
+        """Every stream through a block, and new ones for its anchors and for leaving it out."""
+        for name, h in self.streams.items():
+            self.streams[name] = block(h, self.context(h, name))
+        plain = block(self.original, self.context(self.original))
+        index = f"blocks.{block.index}"
+        self.streams[f"{index} {GONE}"] = self.original.clone()
+        alone: dict[str, float] = {}
+        for where, anchors in self.swaps.items():
+            for name, matrices in anchors.items():
+                with exchanged(block, matrices):
+                    after = block(self.original, self.context(self.original))
+                if self.trial.together:
+                    alone[where] = float((after - plain).square().sum(dtype=torch.float64))
+                else:
+                    self.streams[f"{where} {name}"] = after
+        if self.trial.together:
+            every = {
+                path: m
+                for found in self.swaps.values()
+                for s in found.values()
+                for path, m in s.items()
+            }
+            with exchanged(block, every):
+                self.streams[f"{index} anchor"] = block(self.original, self.context(self.original))
+            total = sum(alone.values()) or 1.0
+            for where, found in self.swaps.items():
+                self.notes.append([where, f"share {next(iter(found))}", alone[where] / total])
+
+    def context(self, h: Tensor, name: str = "") -> Context:
+        """Of a forward of `h` [R, T, hidden]; with rounded keys and values where a stream is a cache's."""
+        positions = torch.arange(h.shape[1]).expand(h.shape[:2])
+        cache = None
+        if name.startswith("cache "):
+            cache = Cache(self.spec, h.shape[0], h.shape[1], torch.float32, held=name.split()[1])
+        return Context(self.spec, positions, None, cache)
+
+    # What comes of it
+
+    def result(self) -> Sensitivity:
+        """The harms of all places, from what reached the end."""
+        ends = self.ends()
+        errors: dict[str, dict[str, float]] = {}
+        shares: dict[str, tuple[str, float]] = {}
+        for i in range(self.spec.num_layers):
+            for where, name, value in self.journal.rows(f"block-{i:05d}"):
+                if name.startswith("share "):
+                    shares[where] = name.removeprefix("share "), value
+                else:
+                    errors.setdefault(where, {})[name] = value
+        harms: dict[str, dict[str, float]] = {}
+        measured: dict[str, tuple[str, ...]] = {}
+        for where, found in errors.items():
+            points = {n: ends[f"{where} {n}"] for n in found if f"{where} {n}" in ends}
+            if where in shares:
+                name, share = shares[where]
+                block = ".".join(where.split(".")[:2])
+                points = {name: share * ends[f"{block} anchor"]}
+            harms[where] = between(found, points) | {self.stored: 0.0}
+            measured[where] = tuple(points)
+        for name, harm in ends.items():
+            place, _, candidate = name.rpartition(" ")
+            if place in ("tables", "cache") or candidate == GONE:
+                harms.setdefault(place, {})[candidate] = harm
+        if "tables" in harms:
+            harms["tables"][self.stored] = 0.0
+        harms.setdefault("cache", {})["fp16"] = 0.0
+        return Sensitivity(harms, errors, measured)
+
+    @torch.no_grad()
+    def ends(self) -> dict[str, float]:
+        """stream -> KL of its answers, nats per token."""
+        tail = read_tail(self.source, torch.float32)
+        found = dict.fromkeys(self.streams, 0.0)
+        spoken = {
+            f"tables {f.name}": rounded(tail.head.matrix(), f, self.stored)
+            for f in table_formats(self.source)
+        }
+        count = self.original.shape[0]
+        for row in range(count):
+            logp = torch.log_softmax(tail(self.original[row : row + 1]).float(), -1)
+            p = logp.exp()
+            for name, h in self.streams.items():
+                with swapped(tail.head, spoken.get(name)):
+                    now = torch.log_softmax(tail(h[row : row + 1]).float(), -1)
+                found[name] += max(0.0, float((p * (logp - now)).sum(-1).mean())) / count
+        return found
+
+
+# Making candidates --------------------------------------------------------------------------------
+
+
+def made(site: Reached, format: Format, held: Mapping[str, Any], trial: Trial) -> float:
+    """Bring a site into a format; the mean share of its linears' output power that is lost."""
+    rows = list(carry_out(site, format, trial.rounding))
+    seen = [float(r.value) for r in rows if r.what == "relative_output_error"]  # type: ignore[arg-type]
+    if len(seen) == len(site.linears):
+        return sum(seen) / len(seen)
+    weights = diagonal(site)
+    shares = []
+    for name, linear in site.linears.items():
+        w = held[name].parts["weight"].float()
+        d = linear.matrix() - w
+        power = (w.square() @ weights).sum(dtype=torch.float64)
+        shares.append(
+            float((d.square() @ weights).sum(dtype=torch.float64) / power.clamp(min=1e-30))
+        )
+    return sum(shares) / len(shares)
+
+
+def diagonal(site: Reached) -> Tensor:
+    """The mean square of every input [in]: of errors that do not know of each other only these count."""
+    stats = site.stats
+    return stats.hessian.diagonal() if HESSIAN in stats.needs else stats.norm.square()
+
+
+def rounded(w: Tensor, format: Format, stored: str) -> Tensor:
+    """A table [vocabulary, width] rounded to the nearest grid points."""
+    assert isinstance(format, Integers)
+    return convert.to_dense(convert.round_to_nearest(w.contiguous(), format.scaled(stored)))
+
+
+def table_formats(source: Source) -> list[Format]:
+    """Those that the embedding and the head may get: symmetric integers whose groups divide their rows."""
+    width = source.spec.embed_size
+    shape = (source.spec.vocab_size, width)
+    found = possible(TABLES, [shape], source.dtype)
+    found.pop(source.dtype)
+    return [parse_format(name) for name in found]
+
+
+def anchors_of(bits: Mapping[str, float], wanted: Sequence[float]) -> list[str]:
+    """For every wanted number of bits the candidate nearest to it."""
+    return [min(bits, key=lambda name: (abs(bits[name] - b), name)) for b in wanted] if bits else []
+
+
+def between(errors: Mapping[str, float], points: Mapping[str, float]) -> dict[str, float]:
+    """name -> harm of all candidates, from the harm of some: log harm over log error."""
+    known = sorted(
+        (math.log(max(errors[n], LEAST)), math.log(max(h, LEAST))) for n, h in points.items()
+    )
+    harms = {}
+    for name, error in errors.items():
+        if name in points:
+            harms[name] = points[name]
+            continue
+        x = math.log(max(error, LEAST))
+        below = [p for p in known if p[0] <= x]
+        above = [p for p in known if p[0] > x]
+        if below and above:
+            (x0, y0), (x1, y1) = below[-1], above[0]
+            y = y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+        else:
+            x0, y0 = below[-1] if below else above[0]
+            y = y0 + (x - x0)
+        harms[name] = math.exp(y)
+    return harms
+
+
+@contextmanager
+def swapped(matrix: Matrix, other: Tensor | None) -> Iterator[None]:
+    """A dense matrix is another one for a while; None: it is itself."""
+    held = matrix.held()
+    if other is not None:
+        matrix.replace(from_dense(other.to(held.parts["weight"].dtype)))
+    try:
+        yield
+    finally:
+        matrix.replace(held)
+
+
+@contextmanager
+def exchanged(block: Block, matrices: Mapping[str, Tensor]) -> Iterator[None]:
+    """Linears of a block have other matrices for a while."""
+    with ExitStack() as stack:
+        for path, other in matrices.items():
+            stack.enter_context(swapped(block.linear(path), other))
+        yield

@@ -1,0 +1,395 @@
+"""What is told of a fit: its promises beside what was measured, the answer in a sentence, the report.
+
+Speed and memory are measured by `onecard bench` in a process of its own, so that what the fit itself held
+does not count. Every number says whether it was counted, modelled or measured.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onecard.checkpoint.shards import Checkpoint
+from onecard.checkpoint.source import Source
+from onecard.core.report import BITS_PER_WEIGHT, Report, Row, environment
+from onecard.core.settings import format_size
+from onecard.core.spec import linear_shapes, parameter_count, sites
+from onecard.cost import SPREAD
+from onecard.fit import gates as judge
+from onecard.fit.costs import program_bytes
+from onecard.fit.gates import held_out_pieces, runner_of
+from onecard.fit.goal import MEASURES
+from onecard.fit.planner import Option, front, reason, summed
+from onecard.fit.result import (
+    Attempt,
+    FitResult,
+    Held,
+    Part,
+    Place,
+    Point,
+    Promise,
+    Said,
+    Sample,
+    Speed,
+)
+from onecard.fit.result import Tried as TriedFormat
+from onecard.kernels import cpu
+from onecard.passes.job import file_bytes
+from onecard.prove import sample
+from onecard.runtime.cpu import CpuSettings, usual_cache
+from onecard.runtime.footprint import footprint
+
+if TYPE_CHECKING:
+    from onecard.fit.fit import Job, Planning, Tried
+    from onecard.fit.sensitivity import Sensitivity
+
+SPEED_UNCERTAIN, MEMORY_UNCERTAIN = 0.35, 0.03
+"""Shares by which a modelled speed and memory may be off."""
+PROMPTED, DECODED, SAMPLES = 256, 64, 3
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the engine took and did: bytes, tokens per second; and what it wrote."""
+
+    memory: float | None = None
+    prompt: float | None = None
+    decode: float | None = None
+    before_prompt: float | None = None
+    before_decode: float | None = None
+    samples: tuple[Sample, ...] = field(default_factory=tuple)
+
+
+def measured(job: Job, folder: Path) -> Seen:
+    """Run what was made; nothing where the native engine is missing or another device is meant."""
+    if not cpu.available() or job.goal.device != "auto":
+        return Seen(samples=samples_of(job, folder))
+    made, before = benched(job, folder), benched(job, job.source.folder)
+    return Seen(
+        made.get("peak_memory_bytes"), made.get("prompt_tokens_per_second"),
+        made.get("decode_tokens_per_second"), before.get("prompt_tokens_per_second"),
+        before.get("decode_tokens_per_second"), samples_of(job, folder),
+    )  # fmt: skip
+
+
+def benched(job: Job, folder: Path) -> dict[str, float]:
+    """what -> value, of `onecard bench` in a process of its own."""
+    context, batch = job.costs.context, job.goal.batch
+    prompt = max(1, min(PROMPTED, context // 2))
+    decode = max(1, min(DECODED, context - prompt))
+    words = [sys.executable, "-m", "onecard", "bench", str(folder), "--prompt", str(prompt), "--decode",
+             str(decode), "--batch", str(batch), "--context", str(context * batch), "--json"]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {}
+    report = Report.from_json(done.stdout)
+    found: dict[str, float] = {}
+    for row in report.rows:
+        if isinstance(row.value, (int, float)):
+            found.setdefault(row.what, float(row.value))
+    return found
+
+
+def samples_of(job: Job, folder: Path) -> tuple[Sample, ...]:
+    """How both go on behind a few beginnings of held-out text, greedily."""
+    source = job.source
+    tokenizer, room = source.tokenizer(), min(source.spec.max_context, 128)
+    pieces = held_out_pieces(source, job.request.held_out, 1 << 12)[:SAMPLES]
+    prompts = [tokenizer.decode(list(piece.ids[: min(12, room // 4)])).strip() for piece in pieces]
+    said: list[list[str]] = []
+    for each in (source, Source(folder)):
+        runner = runner_of(each, room)
+        said.append([sample(runner, tokenizer, prompt or "The").text for prompt in prompts])
+    return tuple(Sample(p, a, b) for p, a, b in zip(prompts, *said, strict=True))
+
+
+# The whole story ----------------------------------------------------------------------------------
+
+
+def told(
+    job: Job, found: Sensitivity, best: Tried, tried: Sequence[Tried], seen: Seen, clock: tuple[Said, ...]
+) -> FitResult:  # fmt: skip
+    """Everything about a fit, as data."""
+    promises = promised(job, best, seen)
+    kept = all(p.kept is not False for p in promises)
+    chosen = best.planning.chosen()
+    cache = chosen["cache"].format
+    out = job.request.out
+    run = f'onecard run {out} "The"' + (f" --cache {cache}" if cache != "fp16" else "")
+    return FitResult(
+        job.source.called, str(out), answered(job, promises, kept), kept, job.goal, promises,
+        points(job, best), places(job, found, best.planning), memories(job, best),
+        speeds(job, best, promises, seen),
+        best.gates, attempts(job, tried), seen.samples, how(job, best), clock,
+        tuple(Said(name, str(value)) for name, value in facts(job).items()), run,
+    )  # fmt: skip
+
+
+def facts(job: Job) -> dict[str, str | float | int | bool | None]:
+    """What the numbers have to be read with."""
+    return {
+        **environment(), "device": job.costs.device.name, "effort": job.goal.effort,
+        "calibration": f"{job.ids.shape[0]} samples of {job.ids.shape[1]} tokens, "
+        f"{job.request.data.name if job.request.data else 'the shipped text'}",
+        "original bytes": file_bytes(job.source.checkpoint), "context": job.costs.context,
+    }  # fmt: skip
+
+
+def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
+    """What was promised, and what it came to."""
+    goal, fixed, plan = job.goal, job.fixed, best.planning.plan
+    size = file_bytes(Checkpoint(best.folder))
+    memory, step = plan.memory + fixed.memory, plan.seconds + fixed.seconds
+    found = [
+        Promise("size", "B", goal.size, True, plan.size + fixed.size, 4096.0 + 0.01 * fixed.size, size,
+                file_bytes(job.source.checkpoint), held(goal.size, size),
+                "counted from the formats beforehand; measured: bytes of the weight files"),
+        Promise("memory", "B", goal.memory, True, memory, MEMORY_UNCERTAIN * memory, seen.memory, None,
+                held(goal.memory, seen.memory if seen.memory is not None else memory),
+                f"counted from the engine's layout with {job.costs.context} tokens of {goal.batch} "
+                "sequences; measured: resident peak of `onecard bench` in a process of its own"),
+    ]  # fmt: skip
+    if step > 0:
+        speed, spread = 1 / step, SPREAD if job.costs.machine else SPEED_UNCERTAIN
+        enough = None
+        if goal.speed is not None:
+            enough = (speed if seen.decode is None else seen.decode) >= goal.speed * (1 - spread)
+        found.append(Promise(
+            "decode", "1/s", goal.speed, False, speed, spread * speed, seen.decode,
+            seen.before_decode, enough, "modelled: " + ("from kernels measured here" if job.costs.machine
+            else "bytes of a step over the bandwidth") + "; measured: by `onecard bench`"))  # fmt: skip
+    if seen.prompt is not None:
+        found.append(Promise("prompt", "1/s", None, False, None, None, seen.prompt, seen.before_prompt, None,
+                             "measured by `onecard bench`"))  # fmt: skip
+    predicted = judge.share_of(best.planning.harm, goal.measure)
+    low = judge.share_of(best.planning.harm * job.trial.uncertainty, goal.measure)
+    quality = judge.quality(best.gates, goal.measure)
+    found.append(Promise(
+        goal.measure, "", goal.quality, False, predicted, predicted - low, quality, 1.0,
+        None if goal.quality is None else quality >= goal.quality, MEASURES[goal.measure],
+    ))  # fmt: skip
+    worst = max(best.gates, key=lambda gate: gate.kl)
+    found.append(Promise("kl", "nat", None, True, best.planning.harm,
+                         best.planning.harm * (job.trial.uncertainty - 1), worst.kl, 0.0, None,
+                         f"mean KL(original || result) per token, the worse text: {worst.text}"))  # fmt: skip
+    outside = best.gates[0]
+    found.append(Promise("perplexity", "", None, True, None, None, outside.perplexity, outside.before, None,
+                         f"on {outside.text} text, {outside.tokens} tokens"))  # fmt: skip
+    return tuple(found)
+
+
+def held(asked: float | None, got: float | None) -> bool | None:
+    return None if asked is None or got is None else got <= asked
+
+
+def answered(job: Job, promises: Sequence[Promise], kept: bool) -> str:
+    """The answer in one sentence."""
+    by = {p.what: p for p in promises}
+    size, memory, quality = by["size"], by["memory"], by[job.goal.measure]
+    shrunk = (size.original or 0) / max(1.0, size.measured or 1)
+    held_in = memory.measured if memory.measured is not None else memory.predicted
+    said = f"{job.source.called} {'fits' if kept else 'does not fit as asked'}: " if kept else ""
+    said += f"{format_size(size.measured or 0)}, {shrunk:.2f}x smaller"
+    said += f", {format_size(held_in or 0)} in memory with {job.costs.context} tokens"
+    if "decode" in by:
+        speed = by["decode"].measured or by["decode"].predicted or 0.0
+        said += f", {speed:,.3g} tokens/s"
+    said += f", {quality.measured:.2%} of the original's {job.goal.measure} kept."
+    if kept:
+        return said
+    missed = [f"{p.what} {_shown(p, p.measured if p.measured is not None else p.predicted)}, asked for "
+              f"{_shown(p, p.asked)}" for p in promises if p.kept is False]  # fmt: skip
+    return f"{job.source.called} does not keep what was asked ({'; '.join(missed)}): {said}"
+
+
+def _shown(promise: Promise, value: float | None) -> str:
+    if value is None:
+        return "?"
+    return format_size(value) if promise.unit == "B" else f"{value:.4g}"
+
+
+def points(job: Job, best: Tried) -> tuple[Point, ...]:
+    """The Pareto front of the plan's options, and the plan itself."""
+    options, fixed = list(best.planning.places.values()), job.fixed
+    count = parameter_count(job.source.spec)
+    plans = [(plan, False) for plan in front(options) if plan.picks != best.planning.plan.picks]
+    found = []
+    for plan, chosen in [*plans, (best.planning.plan, True)]:
+        harm, size = plan.harm * best.planning.factor, plan.size + fixed.size
+        found.append(Point(size, plan.memory + fixed.memory, 8 * size / count, harm,
+                           judge.share_of(harm, job.goal.measure), chosen))  # fmt: skip
+    return tuple(sorted(found, key=lambda p: p.size))
+
+
+def places(job: Job, found: Sensitivity, planning: Planning) -> tuple[Place, ...]:
+    """What every place got and why; each removed layer's harm is among what was tried."""
+    plan, told = planning.plan, []
+    for (where, options), pick in zip(planning.places.items(), plan.picks, strict=True):
+        option, words = options[pick], where.split(".", 2)
+        layer = int(words[1]) if words[0] == "blocks" else None
+        weights = weights_of(job, where)
+        told.append(Place(
+            where, layer, words[2] if layer is not None else where, weights, option.format,
+            8 * option.size / weights if weights else 0.0, option.harm, option.size, option.memory,
+            reason(options, pick, plan.price, plan.priced),
+            tuple(TriedFormat(o.format, o.harm, o.size, o.memory, o.seconds) for o in options),
+        ))  # fmt: skip
+    for index in range(job.source.spec.num_layers):
+        gone = found.harms.get(f"blocks.{index}", {})
+        tried = tuple(TriedFormat(name, harm, 0, 0, 0.0) for name, harm in gone.items())
+        why = "leaving it out altogether, as measured; never chosen by the planner"
+        where = f"blocks.{index}"
+        told.append(Place(where, index, "layer", 0, "kept", 0.0, 0.0, 0, 0, why, tried))
+    return tuple(told)
+
+
+def weights_of(job: Job, where: str) -> int:
+    """Weights of a site, or of the tables."""
+    spec = job.source.spec
+    if where == "tables":
+        return spec.vocab_size * spec.embed_size * (1 if spec.tied else 2)
+    if not where.startswith("blocks."):
+        return 0
+    _, index, name = where.split(".", 2)
+    layer = spec.layers[int(index)]
+    shapes = linear_shapes(spec, layer)
+    own = next(site for site in sites(layer) if site.name == name)
+    return sum(shapes[path][0] * shapes[path][1] for path in own.linears)
+
+
+def memories(job: Job, best: Tried) -> tuple[Held, ...]:
+    """Memory by component, at lengths of context up to the model's own."""
+    if not cpu.available():
+        return ()
+    chosen = best.planning.chosen()["cache"].format
+    cache = usual_cache() if chosen == "fp16" else chosen
+    source, most = Source(best.folder), job.source.spec.max_context
+    lengths = sorted({job.costs.context, most, *(most >> n for n in range(6) if most >> n >= 64)})
+    found = []
+    for length in lengths:
+        parts = footprint(source, length, job.goal.batch, CpuSettings(cache=cache)).parts()
+        sizes = [Part(n, program_bytes() if n == "program" else size) for n, size in parts]
+        found.append(Held(length, tuple(sizes)))
+    return tuple(found)
+
+
+def speeds(job: Job, best: Tried, promises: Sequence[Promise], seen: Seen) -> tuple[Speed, ...]:
+    """Speed by phase, beside what the machine could do at best."""
+    bandwidth = job.costs.device.bandwidth()
+    found = []
+    for promise in promises:
+        if promise.what not in ("decode", "prompt"):
+            continue
+        roof = None
+        if promise.what == "decode" and bandwidth and promise.predicted:
+            chosen = best.planning.chosen().values()
+            roof = bandwidth / max(1.0, sum(o.memory for o in chosen))
+        found.append(Speed(promise.what, job.costs.context, promise.predicted, promise.measured,
+                           promise.original, roof))  # fmt: skip
+    return tuple(found)
+
+
+def attempts(job: Job, tried: Sequence[Tried]) -> tuple[Attempt, ...]:
+    measure = job.goal.measure
+    return tuple(
+        Attempt(file_bytes(Checkpoint(t.folder)) if t.folder.is_dir() else 0,
+                judge.share_of(t.planning.harm, measure), judge.quality(t.gates, measure), t.passed, t.what)
+        for t in tried
+    )  # fmt: skip
+
+
+def how(job: Job, best: Tried) -> tuple[Said, ...]:
+    """Where the numbers come from."""
+    looked = best.planning.looked
+    found = [
+        ("bits per weight", BITS_PER_WEIGHT),
+        ("quality", MEASURES[job.goal.measure]),
+        ("harm", "KL(original || model with this place alone in this format), nats per token on "
+         "calibration text; " + ("a few formats of each site by running the rest of the model, the others "
+         "by their error at the site" if not job.trial.together else "a block at a time by running the rest "
+         "of the model, dealt out to sites and formats by their errors")),
+        ("plan", "a multiple-choice knapsack, solved "
+         f"{'to a bound' if best.planning.plan.gap else 'exactly'}; at most "
+         f"{best.planning.plan.gap:.2g} nat above the optimum of these sums"),
+        ("gates", f"{', '.join(f'{g.tokens} tokens of {g.text}' for g in best.gates)}; both models in "
+         "float32"),
+    ]  # fmt: skip
+    if looked:
+        found.append(
+            (
+                "look around the plan",
+                f"KL on calibration text {looked[0]:.4g} before, {looked[1]:.4g} after",
+            )
+        )
+    return tuple(Said(*each) for each in (*found, *(("warning", text) for text in job.warnings)))
+
+
+# The report ---------------------------------------------------------------------------------------
+
+
+def report_of(job: Job, best: Tried, result: FitResult) -> Report:
+    """The report of the job that made it, with what was promised and measured on top."""
+    report, by = best.report, {p.what: p for p in result.promises}
+    size = by["size"]
+    count = parameter_count(job.source.spec)
+    rows = [
+        Row.of("model", "file_bytes", int(size.measured or 0), int(size.original or 0)),
+        Row.of("model", "bits_per_weight", 8 * Checkpoint(best.folder).nbytes / count,
+               8 * job.source.checkpoint.nbytes / count),
+        Row("model", "kept", result.kept),
+        Row("model", result.goal.measure + "_kept", by[result.goal.measure].measured),
+        Row.of("model", "perplexity", by["perplexity"].measured, by["perplexity"].original),
+        Row.of("model", "kl", by["kl"].measured),
+        Row.of("model", "top1_agreement", min(g.agreement for g in result.gates)),
+    ]  # fmt: skip
+    for what, name in (("memory", "peak_memory_bytes"), ("decode", "decode_tokens_per_second"),
+                       ("prompt", "prompt_tokens_per_second")):  # fmt: skip
+        if what in by and by[what].measured is not None:
+            rows.append(Row.of("run", name, by[what].measured, by[what].original))
+    for promise in result.promises:
+        if promise.predicted is not None:
+            rows.append(Row("promise", promise.what, promise.predicted, promise.unit))
+    rows += [Row(p.where, "planned", p.format) for p in result.places if p.part != "layer"]
+    kept = [row for row in report.rows if row.where != "model" and row.what not in ("format",)]
+    notes = [("answer", result.answer), *((said.name, said.text) for said in result.how)]
+    notes += [
+        (f"sample: {s.prompt}", f"original: {s.original} | result: {s.result}")
+        for s in result.samples
+    ]
+    notes.append(("run", result.run))
+    return replace(report, rows=(*rows, *kept), title=f"onecard fit {job.source.called}: {result.answer}",
+                   notes=tuple(notes))  # fmt: skip
+
+
+def dry(job: Job, chosen: Mapping[str, Option]) -> Report:
+    """What would be done, from the plan alone."""
+    plan = summed([[option] for option in chosen.values()], [0] * len(chosen))
+    fixed = job.fixed
+    found = [
+        Row("plan", "file_bytes", plan.size + fixed.size, "B", file_bytes(job.source.checkpoint)),
+        Row("plan", "memory_bytes", plan.memory + fixed.memory, "B"),
+        Row("plan", job.goal.measure, judge.share_of(plan.harm, job.goal.measure)),
+        Row("plan", "kl", plan.harm, "nat"),
+    ]  # fmt: skip
+    if plan.seconds + fixed.seconds > 0:
+        found.append(Row.of("plan", "decode_tokens_per_second", 1 / (plan.seconds + fixed.seconds)))
+    found += [Row(where, "planned", option.format) for where, option in chosen.items()]
+    notes = (
+        (
+            "quality",
+            MEASURES[job.goal.measure]
+            + f"; predicted within a factor of {job.trial.uncertainty:g} of KL",
+        ),
+        *(("warning", text) for text in job.warnings),
+    )
+    return Report(tuple(found), environment(), "Plan, nothing was done", notes)
+
+
+def explained(result_places: Sequence[Place]) -> Report:
+    """Why each place got what it got."""
+    rows = [Row(p.where, p.format, p.why) for p in result_places if p.part != "layer"]
+    return Report(tuple(rows), environment(), "Why each place got what it got")
