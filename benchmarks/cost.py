@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=())
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--cache", help="a folder that remembers the small models' steps")
     parser.add_argument("--prepare", action="store_true", help="make the folders, and nothing else")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--run", type=Path)
@@ -239,7 +240,7 @@ def main() -> None:
         )
         return
     rows: list[dict[str, Any]] = []
-    cache = tempfile.mkdtemp(prefix="onecard-cost-")
+    cache = asked.cache or tempfile.mkdtemp(prefix="onecard-cost-")
     print("said and measured".rjust(50), "of a step".rjust(25), "per token of a prompt".rjust(25))
     for case in CASES:
         if asked.only and not all(word in str(case) for word in asked.only):
@@ -251,7 +252,8 @@ def main() -> None:
         rows.append(row(case, model(asked.work, case), 1 if once else asked.turns, cache))
         print(printed(rows[-1]), flush=True)
         keep(rows[-1], asked.out)
-    shutil.rmtree(cache)
+    if asked.cache is None:
+        shutil.rmtree(cache)
     worse = [found for found in rows if not good(found)]
     print(
         f"{len(rows) - len(worse)} of {len(rows)} within {MEMORY:.0%} of memory, {SPEED:.0%} of times"

@@ -44,7 +44,7 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
                 continue
             matrix = Form(*values).matrix(1024, 1024)
             each = layout.size(matrix) / 1024**2 * 1e-10
-            made.append([[[each * n for n in rates.ROWS]] * 2, each])
+            made.append([[[each * n for n in rates.ROWS]] * 3, each])
         return made
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -103,8 +103,8 @@ def test_a_form_is_measured_once(tiny: Path, told: list[str]) -> None:
 
 
 @pytest.mark.parametrize("value", [
-    None, [], "x", [[1.0], 2.0], [[[1.0] * 4] * 2, -1.0], [[[1.0] * 4, [0.0] * 4], 1.0],
-    [[[1.0] * 4, [float("inf")] * 4], 1.0],
+    None, [], "x", [[1.0], 2.0], [[[1.0] * 4] * 3, -1.0], [[[1.0] * 4] * 2 + [[0.0] * 4], 1.0],
+    [[[1.0] * 4] * 2, 1.0], [[[1.0] * 4] * 2 + [[float("inf")] * 4], 1.0],
 ])  # fmt: skip
 def test_a_damaged_file_is_measured_again(
     told: list[str], value: Any, monkeypatch: pytest.MonkeyPatch
@@ -118,7 +118,8 @@ def test_a_damaged_file_is_measured_again(
 
 
 def test_between_what_was_measured() -> None:
-    rate = Rate(((2e-9, 4e-9, 8e-9, 1e-7), (1e-9, 2e-9, 4e-9, 5e-8)), 3e-9)
+    line = (1e-9, 2e-9, 4e-9, 5e-8)
+    rate = Rate(((2e-9, 4e-9, 8e-9, 1e-7), line, line), 3e-9)
     matrix = Form(0, 8, 32, 2).matrix(32, rates.COLUMNS[1])
     weights = 32 * rates.COLUMNS[1]
     assert rate.seconds(matrix, 1, 1.0) == pytest.approx(1e-9 * weights)
@@ -127,6 +128,8 @@ def test_between_what_was_measured() -> None:
     assert rate.seconds(matrix, 1024, 0.5) == pytest.approx(1e-7 * weights)
     short = Form(0, 8, 32, 2).matrix(17, rates.COLUMNS[0])  # two tiles, one of them nearly empty
     assert rate.seconds(short, 1, 1.0) == pytest.approx(2e-9 * 32 * rates.COLUMNS[0])
+    between = Form(0, 8, 32, 2).matrix(16, 2 * rates.COLUMNS[0])
+    assert 1e-9 < rate.seconds(between, 1, 1.0) / (16 * between.columns) < 2e-9
     attending = Attending(2.0, 1.0, 3.0, 0.5)
     assert attending.decode(10) == 20 and attending.decode(10, 1.0) == 10
     assert attending.prompt(4, 2) == 4 * 3 + 0.5 * (8 + 10)

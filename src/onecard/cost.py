@@ -52,6 +52,7 @@ from onecard.runtime.weights import Formats, Weights, matrices, planned_weights
 FILE = "overheads.json"
 PROMPTED = 512  # rows of inputs at once
 BARRIERS = 8  # of a layer whose matrices are no products of two
+LOWERED = 1.2  # more for each that is one: two, and a rounding, for the matrices of one input
 SPREAD = 0.12
 """Half width of a predicted time, as a share of it: what benchmarks/cost.py is held to."""
 
@@ -144,7 +145,7 @@ class Costs:
 
     def _share(self, made: list[Matrix], chosen: float) -> Share:
         self._measure(made)
-        lowered = self.overheads.layer / BARRIERS if len(made) > 1 else 0.0
+        lowered = LOWERED * self.overheads.layer / BARRIERS if len(made) > 1 else 0.0
         decode = prompt = lowered
         for m in made:
             rate = self._rates[Form.of(m)]
@@ -231,7 +232,8 @@ class Small:
 
 
 FEW, MANY, WORDY, WIDE = SMALL = (
-    Small(32, 64, 2, 256), Small(32, 64, 34, 256), Small(32, 64, 2, 32768), Small(32, 8192, 4, 256),
+    Small(128, 128, 2, 256), Small(128, 128, 34, 256), Small(128, 128, 2, 32768),
+    Small(32, 8192, 4, 256),
 )  # fmt: skip
 TURNS = 7
 TOKENS = 16

@@ -26,6 +26,7 @@ from onecard.terminal import Progress, Stop, say
 
 if TYPE_CHECKING:
     from onecard.checkpoint.source import Source
+    from onecard.fit.result import FitResult
     from onecard.runtime.chat import Conversation
     from onecard.runtime.engine import Piece, Result, Runner
     from onecard.runtime.sample import Sampling
@@ -185,24 +186,52 @@ def recipes(name: str | None = None, /, *, json: Json = False) -> None:
 
 
 @app.command
-def report(folder: Path, /, *, json: Json = False) -> None:
-    """Show the report of a result again, and write its report.html anew.
+def report(*folders: Path, out: Path | None = None, json: Json = False) -> None:
+    """Show a result again and write its page anew; several results on one page, beside each other.
 
     Parameters
     ----------
-    folder
-        a folder with a report.json
+    folders
+        folders with a fit.json or a report.json
+    out
+        where the page goes (default: report.html, of one result in its folder, else in this one)
     """
-    from onecard.render import to_html
+    from onecard.fit.result import FitResult
+    from onecard.render import compared, fit_report, fit_to_html, to_html
 
-    path = folder / "report.json" if folder.is_dir() else folder
-    if not path.is_file():
-        raise BadRequest(f"there is no report at {path}", do="give a folder that onecard wrote")
-    found = Report.from_json(path.read_text(encoding="utf-8"))
-    show(found, json)
-    page = path.with_name("report.html")
-    write_text(page, to_html(found))
+    if not folders:
+        raise BadRequest("no result was named", do="onecard report FOLDER, or several folders")
+    found = [(_named(folder), _result(folder)) for folder in folders]
+    (_, first), several = found[0], len(found) > 1
+    if several:
+        made = compared(found)
+    else:
+        made = fit_report(first) if isinstance(first, FitResult) else first
+    show(made, json)
+    beside = folders[0] if folders[0].is_dir() else folders[0].parent
+    page = out or (Path() if several else beside) / "report.html"
+    alone = isinstance(first, FitResult) and not several
+    write_text(page, fit_to_html(first) if alone else to_html(made))  # type: ignore[arg-type]
     say(f"page: {page}")
+
+
+def _named(folder: Path) -> str:
+    return folder.resolve().name if folder.is_dir() else folder.stem
+
+
+def _result(folder: Path) -> FitResult | Report:
+    """What a folder, or one of its files, says of itself."""
+    from onecard.fit.result import FILE, FitResult
+
+    path = folder
+    if folder.is_dir():
+        path = next(
+            (folder / name for name in (FILE, "report.json") if (folder / name).is_file()), folder
+        )
+    if not path.is_file():
+        raise BadRequest(f"there is no report at {folder}", do="give a folder that onecard wrote")
+    text = path.read_text(encoding="utf-8")
+    return FitResult.from_json(text) if path.name == FILE else Report.from_json(text)
 
 
 # Making models smaller ----------------------------------------------------------------------------

@@ -2,10 +2,10 @@
 
 The roof is the machine's, the row the kernel's: how much time a weight takes depends on how it is held (its
 form), on how long a row of the matrix is, on how many rows of inputs meet it, and on whether it lies in a
-cache. So each form is timed on two lengths of row, with 1, 4, 32 and 512 rows of inputs, and once where no
+cache. So each form is timed on three lengths of row, with 1, 4, 32 and 512 rows of inputs, and once where no
 cache holds it. In between, with t(c, n) the seconds of a weight in rows of c columns for n rows of inputs,
 
-    t(c, n) = w(n) + a(n) / c          a tile costs something that does not depend on how long it is
+    t(c, n) linear in 1 / c            a tile costs something that does not depend on how long it is
     t(n)    linear between the n's     beyond the last one in proportion
     cold    the larger of t(c, n) and what bringing a weight from memory takes, from a mapped file
 
@@ -42,7 +42,7 @@ from onecard.kernels.structs import SPARSE, Matrix
 
 FILE = "rates.json"
 ROWS = (1, 4, 32, 512)
-COLUMNS = (512, 4096)
+COLUMNS = (128, 1024, 4096)
 WARM = 1024  # rows of a matrix that a cache holds
 SHORT, NEAR = 32, 512  # positions in front of a token, and how many more
 FAR, CHUNK = 3584, 512  # positions in front of a part of a prompt, and its length
@@ -87,9 +87,11 @@ class Rate:
 
     def seconds(self, matrix: Matrix, rows: int = 1, cached: float = 0.0) -> float:
         """Of a product with `rows` rows of inputs, if the share `cached` of the matrix lies in a cache."""
-        short, long = (_between(rows, ROWS, line) for line in self.warm)
-        slope = (short - long) / (1 / COLUMNS[0] - 1 / COLUMNS[1])
-        each = max(long + slope * (1 / matrix.columns - 1 / COLUMNS[1]), min(short, long) / 2)
+        lines = [_between(rows, ROWS, line) for line in self.warm]
+        at = min(max(matrix.columns, COLUMNS[0]), COLUMNS[-1])
+        i = next(i for i in range(1, len(COLUMNS)) if at <= COLUMNS[i])
+        share = (1 / at - 1 / COLUMNS[i]) / (1 / COLUMNS[i - 1] - 1 / COLUMNS[i])
+        each = share * lines[i - 1] + (1 - share) * lines[i]
         weights = -(-matrix.rows // layout.TILE) * layout.TILE * matrix.columns
         return weights * (cached * each + (1 - cached) * max(each, self.cold))
 

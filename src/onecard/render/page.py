@@ -81,18 +81,28 @@ def to_html(report: Report) -> str:
     page, (whole, layers) = _page(report), _parted(report)
     scatters = scatter_of(whole)
     bars = ("decode_tokens_per_second",) if scatters else ("file_bytes", "decode_tokens_per_second")
-    templates = Environment(
+    return (
+        templates()
+        .get_template("report.html")
+        .render(
+            page=replace(page, answer=UNBROKEN.sub("\u00a0", page.answer)),
+            scatters=scatters,
+            bars=[picture for what in bars for picture in bars_of(whole, what)],
+            heats=[picture for what in HEAT for picture in heat_of(layers, what)],
+            environment=[
+                (label_of(k), shown(Row("", k, v))) for k, v in report.environment.items()
+            ],
+            left_out=max(0, len({row.where for row in layers}) - MOST),
+        )
+    )
+
+
+def templates() -> Environment:
+    """Every value is escaped, and a name that is not there is an error."""
+    return Environment(
         loader=PackageLoader("onecard"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    return templates.get_template("report.html").render(
-        page=replace(page, answer=UNBROKEN.sub("\u00a0", page.answer)),
-        scatters=scatters,
-        bars=[picture for what in bars for picture in bars_of(whole, what)],
-        heats=[picture for what in HEAT for picture in heat_of(layers, what)],
-        environment=[(label_of(k), shown(Row("", k, v))) for k, v in report.environment.items()],
-        left_out=max(0, len({row.where for row in layers}) - MOST),
-    )
 
 
 def to_terminal(report: Report) -> str:

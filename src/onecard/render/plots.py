@@ -41,12 +41,15 @@ class Bars(Picture):
     bars: list[tuple[str, float, str]]
 
 
+Shaded = tuple[float, str, str]
+
+
 @dataclass(frozen=True)
 class Heat(Picture):
-    """Lines of (name, cells); a cell is (shade 0 to 1, words), None where there is no linear."""
+    """Lines of (name, cells); a cell is (shade 0 to 1, words, text in it), None where there is no linear."""
 
     layers: list[int]
-    lines: list[tuple[str, list[tuple[float, str] | None]]]
+    lines: list[tuple[str, list[Shaded | None]]]
 
 
 def scatter_of(rows: list[Row]) -> list[Scatter]:
@@ -77,9 +80,9 @@ def scatter_of(rows: list[Row]) -> list[Scatter]:
         points.append((short(name), words, x, y, _free(x, y, points)))
     unit = 1024.0 ** int(math.log(max(widest, 1.0), 1024))
     whole = [float(k) for k in range(math.ceil(low), math.floor(high) + 1)]
-    y_ticks = whole if logarithmic else _ticks(low, high, 5)
+    y_ticks = whole if logarithmic else ticks(low, high, 5)
     digits = 0 if logarithmic else max(len(f"{y:g}".partition(".")[2]) for y in y_ticks)
-    x_ticks = [value * unit for value in _ticks(0, widest / unit, 3)]
+    x_ticks = [value * unit for value in ticks(0, widest / unit, 3)]
     return [Scatter(
         "File size and perplexity" + (" (logarithmic)" if logarithmic else ""),
         "; ".join(point[1] for point in points), height, points,
@@ -96,7 +99,7 @@ def _free(x: float, y: float, placed: list[tuple[str, str, float, float, float]]
     return y
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
+def ticks(low: float, high: float, count: int) -> list[float]:
     """Round numbers in [low, high], about `count` of them."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
@@ -127,8 +130,8 @@ def heat_of(rows: list[Row], what: str) -> list[Heat]:
     rising = sorted(worst.values(), key=sure)
     low, span = sure(rising[0]), sure(rising[-1]) - sure(rising[0]) or 1.0
 
-    def cell(row: Row | None) -> tuple[float, str] | None:
-        return ((sure(row) - low) / span, f"{row.where}: {shown(row)}") if row else None
+    def cell(row: Row | None) -> Shaded | None:
+        return ((sure(row) - low) / span, f"{row.where}: {shown(row)}", "") if row else None
 
     lines = [(short(name, 32), [cell(worst.get((name, layer))) for layer in layers])
              for name in dict.fromkeys(name for name, _ in worst)]  # fmt: skip
