@@ -31,6 +31,7 @@ proofs-here: $(VENV)/.installed
 	$(BIN)/python benchmarks/training.py --check
 	$(BIN)/python benchmarks/orderings.py --check
 	$(BIN)/python benchmarks/cost.py --check
+	$(BIN)/python benchmarks/fit.py --check
 
 proofs-peers: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN)/python) sh benchmarks/peers/proof.sh

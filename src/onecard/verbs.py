@@ -383,8 +383,7 @@ def fit(
     from onecard.fit import fit as fits
     from onecard.fit import story
     from onecard.fit.goal import goal_of
-    from onecard.fit.result import read_fit
-    from onecard.render import fit_to_html
+    from onecard.render import fit_report, fit_to_html
 
     given = asdict(budgets)
     goal = goal_of(given.pop("memory"), given.pop("size"), **given, effort=effort, recover=recover)
@@ -402,16 +401,17 @@ def fit(
         if dry_run:
             planning, found = fits.plan_only(job, progress)
         else:
-            result = fits.fit(job, progress, lambda folder, _, told: write_text(
-                folder / "report.html", fit_to_html(told)))  # fmt: skip
+            result = fits.fit(job, progress, lambda folder, _, made: write_text(
+                folder / "report.html", fit_to_html(made)))  # fmt: skip
     if dry_run:
         show(story.dry(job, planning.chosen()), json)
         if explain and not json:
             show(story.explained(story.places(job, found, planning)), False)
         return
-    show(Report.from_json((out / "report.json").read_text(encoding="utf-8")), json)
+    made = Report.from_json((out / "report.json").read_text(encoding="utf-8"))
+    show(made if json else fit_report(result), json)
     if explain and not json:
-        show(story.explained(read_fit(out).places), False)
+        show(story.explained(result.places), False)
     say(f"model: {out}\nreport: {out / 'report.html'}")
     if not result.kept:
         raise FailedWork(result.answer, do=fits.advice(result))

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onecard.calibrate.data import Calibration, calibration_ids
+from onecard.calibrate.data import Calibration, calibration_ids, digest
 from onecard.calibrate.train import Training
 from onecard.calibrate.walk import Progress
 from onecard.checkpoint.journal import check_target
@@ -348,10 +348,9 @@ def fit(
     clock = Clock()
     job.work.mkdir(parents=True, exist_ok=True)
     wanted = {
-        "goal": asdict(job.goal),
-        "model": str(job.source.folder),
-        "threads": torch.get_num_threads(),
-    }
+        "goal": asdict(job.goal), "model": str(job.source.folder), "ids": digest(job.ids),
+        "held out": str(job.request.held_out), "threads": torch.get_num_threads(),
+    }  # fmt: skip
     begun = job.work / "goal.json"
     if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) != wanted:
         shutil.rmtree(job.work)
@@ -424,7 +423,9 @@ def one_try(
     kept = job.work / f"{name}.gates.json"
     gates = judge.read_kept(kept)
     if gates is None or os.path.getmtime(kept) < os.path.getmtime(folder / "report.json"):
-        gates = judge.judged(job.source.folder, folder, texts, progress)
+        cache = planning.chosen()["cache"].format
+        held = None if cache == "fp16" else cache
+        gates = judge.judged(job.source.folder, folder, texts, held, progress)
         judge.keep(kept, gates)
     goal = job.goal
     passed = None if goal.quality is None else judge.quality(gates, goal.measure) >= goal.quality

@@ -27,7 +27,6 @@ from onecard.evaluate import Progress, tally
 from onecard.fit.goal import Measure
 from onecard.fit.result import Gate
 from onecard.kernels import cpu
-from onecard.nn.model import Model
 from onecard.runtime.cpu import CpuSettings, CpuStepper
 from onecard.runtime.engine import Runner, complete
 from onecard.runtime.reference import TorchExecutor, TorchScorer
@@ -110,13 +109,12 @@ def texts_of(
 
 
 def judged(
-    original: Model | Path, made: Model | Path, texts: Texts,
+    original: Path, made: Path, texts: Texts, cache: str | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> tuple[Gate, ...]:  # fmt: skip
-    """KL, agreement and perplexity of what was made, on both texts."""
-    theirs, ours = (
-        TorchScorer(m if isinstance(m, Model) else load_model(m, "fp32")) for m in (original, made)
-    )
+    """KL, agreement and perplexity of what was made, on both texts; keys and values held in `cache`."""
+    theirs = TorchScorer(load_model(original, "fp32"))
+    ours = TorchScorer(load_model(made, "fp32"), cache)
     found = []
     for name, pieces in (("held-out", texts.held_out), ("own words", texts.own)):
         progress(0, len(pieces), f"judging on {name}")

@@ -75,7 +75,7 @@ class Sensitivity:
 
     harms: Mapping[str, Mapping[str, float]]
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    measured: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    measured: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps({"harms": self.harms, "errors": self.errors, "measured": self.measured})
@@ -281,7 +281,7 @@ class Watch:
                 else:
                     errors.setdefault(where, {})[name] = value
         harms: dict[str, dict[str, float]] = {}
-        measured: dict[str, tuple[str, ...]] = {}
+        measured: dict[str, list[str]] = {}
         for where, found in errors.items():
             points = {n: ends[f"{where} {n}"] for n in found if f"{where} {n}" in ends}
             if where in shares:
@@ -289,7 +289,7 @@ class Watch:
                 block = ".".join(where.split(".")[:2])
                 points = {name: share * ends[f"{block} anchor"]}
             harms[where] = between(found, points) | {self.stored: 0.0}
-            measured[where] = tuple(points)
+            measured[where] = list(points)
         for name, harm in ends.items():
             place, _, candidate = name.rpartition(" ")
             if place in ("tables", "cache") or candidate == GONE:

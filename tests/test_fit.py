@@ -1,0 +1,438 @@
+"""Fitting a model to budgets: plans are optimal, harms are measured, budgets hold, kills change nothing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import call
+from test_walk import SETTINGS, ids_of, same
+
+from onecard.calibrate.data import Calibration, calibration_ids
+from onecard.checkpoint.load import load_model
+from onecard.checkpoint.save import save_model
+from onecard.checkpoint.shards import Checkpoint
+from onecard.checkpoint.source import Source
+from onecard.core.errors import BadRequest
+from onecard.core.format import parse_format
+from onecard.core.spec import sites
+from onecard.fit import fit as fits
+from onecard.fit import gates, planner
+from onecard.fit.around import Bank, neighbours, search
+from onecard.fit.candidates import TRIALS, Trial, possible, size_of
+from onecard.fit.costs import Costs
+from onecard.fit.goal import Goal, goal_of
+from onecard.fit.planner import Infeasible, Limits, Option, front, solve, summed
+from onecard.fit.result import FitResult, read_fit
+from onecard.fit.sensitivity import between, look, shapes_of
+from onecard.kernels.reference import from_dense
+from onecard.passes.base import Recipe
+from onecard.passes.job import compress, file_bytes, prepare
+from onecard.passes.judge import Judge
+from onecard.passes.plan import Settings
+from onecard.passes.planned import Chosen, Planned, carry_out
+from onecard.passes.walked import apply
+
+FORMATS = ("int2-g32-zp", "int3-g32", "int4-g64", "int6-g128", "codebook2")
+SMALL = Trial(1024, 64, 128, (2.2, 4.3), False, "gptq", FORMATS, 1, 1.5)
+
+
+def drawn(seed: int, count: int = 6, width: int = 4) -> list[list[Option]]:
+    """Places with random options, dearer ones less harmful."""
+    draw = random.Random(seed)
+    return [
+        [
+            Option(str(i), draw.random() / (i + 1), 8 * draw.randint(1, 20) * (i + 1),
+                   draw.randint(1, 30) * (i + 1), draw.random() * (i + 1))
+            for i in range(width)
+        ]
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+def least(places: list[list[Option]], **limits: float) -> float | None:
+    """The least harm of all combinations within limits; None where there is none."""
+    plans = (summed(places, picks) for picks in itertools.product(*(range(len(p)) for p in places)))
+    return min(
+        (p.harm for p in plans if all(getattr(p, n) <= v for n, v in limits.items())), default=None
+    )
+
+
+def between_ends(places: list[list[Option]], name: str, share: float) -> float:
+    low, high = (sum(f(o.cost(name) for o in p) for p in places) for f in (min, max))
+    return low + share * (high - low)
+
+
+# The planner --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_budget_is_solved_exactly(seed: int) -> None:
+    places = drawn(seed)
+    for share in (0.0, 0.13, 0.5, 1.0):
+        room = between_ends(places, "size", share)
+        plan = solve(places, Limits(size=room))
+        assert plan.size <= room and plan.gap == 0
+        assert plan.harm == pytest.approx(least(places, size=room))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_several_budgets_hold_and_the_gap_is_true(seed: int) -> None:
+    places = drawn(seed, 5)
+    limits = {
+        n: between_ends(places, n, 0.4 + 0.1 * i)
+        for i, n in enumerate(("size", "memory", "seconds"))
+    }
+    best = least(places, **limits)
+    try:
+        plan = solve(places, Limits(**limits))
+    except Infeasible:
+        assert best is None
+        return
+    assert all(getattr(plan, name) <= limit for name, limit in limits.items())
+    assert best is not None and plan.harm - plan.gap <= best + 1e-9 <= plan.harm + 2e-9
+
+
+def test_the_smallest_plan_of_a_quality() -> None:
+    places = drawn(3)
+    harm = sum(min(o.harm for o in p) for p in places) * 1.5
+    plan = solve(places, Limits(harm=harm))
+    picks = itertools.product(range(4), repeat=len(places))
+    assert plan.harm <= harm
+    assert plan.size == min(p.size for p in (summed(places, c) for c in picks) if p.harm <= harm)
+
+
+def test_the_front_falls_and_holds_the_plans() -> None:
+    places = drawn(4)
+    plans = front(places)
+    assert all(a.size < b.size and a.harm > b.harm for a, b in itertools.pairwise(plans))
+    for plan in plans:
+        assert plan.harm == pytest.approx(least(places, size=plan.size))
+
+
+def test_what_cannot_be_says_what_could() -> None:
+    places = drawn(5)
+    low = sum(min(o.memory for o in p) for p in places)
+    with pytest.raises(Infeasible) as error:
+        solve(places, Limits(size=1e9, memory=low - 1))
+    assert error.value.name == "memory" and error.value.least == low
+
+
+def test_reasons_name_the_steps_beside() -> None:
+    options = [Option("int2", 0.4, 1024), Option("int4", 0.1, 2048), Option("int8", 0.0, 4096)]
+    said = planner.reason(options, 1, 1e-6)
+    assert "int2 would save 1 KiB for 0.3 nat more" in said
+    assert "int8 would take off 0.1 nat for 2 KiB" in said
+
+
+# Goals --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, size", [("6GB", 6 * 10**9), ("6GiB", 6 << 30), ("6g", 6 << 30)])
+def test_units(words: str, size: int) -> None:
+    assert goal_of(words).memory == size
+
+
+@pytest.mark.parametrize("bad, said", [
+    ({}, "nothing is asked"), ({"size": "2GiB", "memory": "1GiB"}, "more than --memory"),
+    ({"memory": "-3GiB"}, "--memory"), ({"memory": "6 pounds"}, "--memory"), ({"quality": 99.0}, "0.99"),
+    ({"quality": 0.0}, "--quality"), ({"quality": float("nan")}, "--quality"), ({"speed": -1.0}, "--speed"),
+    ({"size": "1GB", "context": 0}, "--context"), ({"size": "1GB", "batch": -2}, "--batch"),
+    ({"size": "1GB", "recover": -1.0}, "--recover"), ({"size": "1GB", "effort": "norml"}, "normal"),
+    ({"size": "1GB", "measure": "likelyhood"}, "likelihood"),
+])  # fmt: skip
+def test_bad_goals(bad: dict, said: str) -> None:
+    with pytest.raises(BadRequest, match=said):
+        goal_of(**bad)
+
+
+# Planned formats ----------------------------------------------------------------------------------
+
+MIXED = (
+    "int3-g32",
+    "codebook2",
+    "sparse0.5(int4-g64)",
+    "lowrank8(int8-row)+int3-g64",
+    "bf16",
+    "nf4-g64",
+)
+
+
+def mixed(tiny: Path) -> Planned:
+    names = itertools.cycle(MIXED)
+    spec = Source(tiny).spec
+    return Planned(tuple(
+        Chosen(f"blocks.{i}.{site.name}", next(names))
+        for i, layer in enumerate(spec.layers) for site in sites(layer)
+    ))  # fmt: skip
+
+
+def test_a_plan_streamed_is_that_in_memory(tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    plan = mixed(tiny)
+    recipe = Recipe("plan", (plan,))
+    compress(prepare(tiny, tmp_path / "streamed", recipe, Settings(SETTINGS, text_file, "bf16")))
+    model = load_model(tiny)
+    apply(model, recipe, ids_of(tiny, text_file))
+    save_model(model, tmp_path / "memory")
+    assert same(tmp_path / "streamed", tmp_path / "memory")
+    found = dict(load_model(tmp_path / "streamed").linears())
+    spec = Source(tiny).spec
+    for chosen in plan.choices:
+        _, index, name = chosen.site.split(".", 2)
+        site = next(s for s in sites(spec.layers[int(index)]) if s.name == name)
+        for path in site.linears:
+            linear, wanted = found[f"blocks.{index}.{path}"], parse_format(chosen.format)
+            assert type(linear.format) is type(wanted)
+            assert linear.format.scaled("bf16").bytes(linear.shape) <= wanted.scaled("bf16").bytes(
+                linear.shape
+            )
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda c: c[1:], "says nothing of"),
+    (lambda c: (*c, Chosen("blocks.9.attention.in", "bf16")), "has not"),
+    (lambda c: (Chosen(c[0].site, "lowrank999(int8-row)+int3-g64"), *c[1:]), "rank"),
+])  # fmt: skip
+def test_plans_that_do_not_suit(tiny: Path, change, said: str) -> None:
+    plan = mixed(tiny)
+    with pytest.raises(BadRequest, match=said):
+        Recipe("plan", (replace(plan, choices=change(plan.choices)),)).check(Source(tiny).spec)
+
+
+# Sensitivities ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ids(tiny: Path, text_file: Path) -> torch.Tensor:
+    source = Source(tiny)
+    return calibration_ids(
+        source.tokenizer(), text_file, Calibration(16, 64), source.spec.vocab_size
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sensitivity")
+
+
+def test_streams_measure_what_the_judge_measures(tiny: Path, ids: torch.Tensor, home: Path) -> None:
+    """The streamed walk against the whole model in memory, one site changed by hand."""
+    found = look(Source(tiny), ids, SMALL, home)
+    bank = Bank(Source(tiny), ids, ids[:2])
+    for where in ("blocks.0.attention.in", "blocks.1.feed_forward.out", "blocks.2.attention.out"):
+        for format in found.measured[where]:
+            judge = Judge(bank.model, ids[:2])
+            block = where.split(".")[1]
+            linears = bank.linears(where)
+            held = {path: linear.held() for path, linear in linears.items()}
+            from onecard.calibrate.walk import Reached
+
+            name = where.split(".", 2)[2]
+            site = Reached(f"blocks.{block}", name, linears, bank.stats[where], "bf16")
+            list(carry_out(site, parse_format(format)))
+            for linear in linears.values():
+                linear.replace(from_dense(linear.matrix()))
+            assert found.harms[where][format] == pytest.approx(
+                judge.moved(int(block)), rel=1e-3, abs=1e-8
+            )
+            for path, linear in linears.items():
+                linear.replace(held[path])
+
+
+def test_harms_cover_everything_and_fall_with_bits(
+    tiny: Path, ids: torch.Tensor, home: Path
+) -> None:
+    found = look(Source(tiny), ids, SMALL, home)
+    for i, layer in enumerate(Source(tiny).spec.layers):
+        for site in sites(layer):
+            harms = found.harms[f"blocks.{i}.{site.name}"]
+            assert (
+                harms["int2-g32-zp"] > harms["int4-g64"] > harms["int6-g128"] > harms["bf16"] == 0
+            )
+        assert found.harms[f"blocks.{i}"]["gone"] > 0
+    assert (
+        found.harms["cache"]["int4"]
+        > found.harms["cache"]["int8"]
+        > found.harms["cache"]["fp16"]
+        == 0
+    )
+    assert found.harms["tables"]["int4-g32"] > found.harms["tables"]["int8-g128"] > 0
+
+
+def test_a_killed_look_goes_on(tiny: Path, ids: torch.Tensor, home: Path, tmp_path: Path) -> None:
+    whole = look(Source(tiny), ids, SMALL, home)
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        look(Source(tiny), ids, SMALL, tmp_path, stop)
+    began: list[int] = []
+    again = look(Source(tiny), ids, SMALL, tmp_path, lambda done, total, what: began.append(done))
+    assert again == whole and min(began) == 2
+    once: list[int] = []
+    assert (
+        look(Source(tiny), ids, SMALL, tmp_path, lambda done, total, what: once.append(done))
+        == whole
+    )
+    assert not once
+
+
+def test_quick_deals_out_what_blocks_do(tiny: Path, ids: torch.Tensor, tmp_path: Path) -> None:
+    trial = replace(TRIALS["quick"], tokens=512, length=64, tried=128)
+    found = look(Source(tiny), ids, trial, tmp_path)
+    for i, layer in enumerate(Source(tiny).spec.layers):
+        for site in sites(layer):
+            harms = found.harms[f"blocks.{i}.{site.name}"]
+            assert harms["int2-g64-zp"] > harms["int4-g64"] > harms["bf16"] == 0
+
+
+def test_between_the_points() -> None:
+    harms = between({"a": 0.1, "b": 0.01, "c": 0.001, "d": 1.0, "e": 1e-4}, {"a": 0.5, "c": 0.005})
+    assert harms["b"] == pytest.approx(0.05)  # log harm over log error is a line here
+    assert harms["d"] == pytest.approx(5.0) and harms["e"] == pytest.approx(0.0005)
+
+
+def test_a_search_is_never_worse(tiny: Path, ids: torch.Tensor, home: Path) -> None:
+    source = Source(tiny)
+    found = look(source, ids, SMALL, home)
+    places = {}
+    for i, layer in enumerate(source.spec.layers):
+        for name, shapes in shapes_of(source.spec, layer).items():
+            where = f"blocks.{i}.{name}"
+            places[where] = [
+                Option(n, found.harms[where][n], size_of(f, shapes, "bf16"))
+                for n, f in possible(FORMATS, shapes, "bf16").items()
+            ]
+    limits = Limits(size=3.1 / 16 * sum(p[-1].size for p in places.values()))
+    plan = solve(list(places.values()), limits)
+    bank = Bank(source, ids, ids[:2])
+    better = search(bank, places, limits, plan, 2)
+    assert better.kl <= better.before and better.plan.size <= limits.size  # type: ignore[operator]
+    for where, option in zip(places, better.plan.options(list(places.values())), strict=True):
+        bank.put(where, option.format)
+    assert bank.kl() == pytest.approx(better.kl, rel=1e-4)
+    first = next(iter(places.values()))
+    assert all(n in {o.format for o in first} for n in neighbours(first, "int4-g64"))
+
+
+# The whole ----------------------------------------------------------------------------------------
+
+
+def request(tiny: Path, text_file: Path, out: Path, home: Path, **goal) -> fits.Request:
+    wanted = goal_of(**{"context": 128, "effort": "quick", **goal})
+    return fits.Request(str(tiny), out, wanted, text_file, text_file, home=home)
+
+
+def half(tiny: Path) -> int:
+    return file_bytes(Checkpoint(tiny)) // 2
+
+
+def test_a_fit_keeps_its_budget_and_a_kill_changes_nothing(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    asked = request(tiny, text_file, tmp_path / "one", home, size=half(tiny), quality=0.2)
+    result = fits.fit(fits.prepare(asked), measure=False)
+    assert result.kept and file_bytes(Checkpoint(tmp_path / "one")) <= half(tiny)
+    assert read_fit(tmp_path / "one") == FitResult.from_json(result.to_json())
+    promise = next(p for p in result.promises if p.what == "size")
+    assert promise.predicted is not None and promise.measured is not None
+    assert promise.measured <= promise.predicted <= half(tiny)
+    assert load_model(tmp_path / "one").spec == Source(tiny).spec
+    assert fits.is_finished(asked)
+
+    killed = replace(asked, out=tmp_path / "two")
+    real = gates.judged
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gates, "judged", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fits.fit(fits.prepare(killed), measure=False)
+    assert not (tmp_path / "two").exists()
+    monkeypatch.setattr(gates, "judged", real)
+    fits.fit(fits.prepare(killed), measure=False)
+    assert same(tmp_path / "one", tmp_path / "two")
+    assert not list(tmp_path.glob(".*.fit"))
+
+
+def test_a_missed_gate_raises_what_hurts(tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    """Without a budget on bytes the smallest model of a quality; the promise is made too light on purpose."""
+    asked = request(tiny, text_file, tmp_path / "out", tmp_path / "home", quality=0.97)
+    job = fits.prepare(asked)
+    found = look(job.source, job.ids, job.trial, asked.home)
+    light = fits.plan_for(job, found, harm=0.5)
+    texts = gates.texts_of(job.source, text_file, 1024, tmp_path / "texts.json")
+    first = fits.one_try(job, light, texts, "attempt-1", "too light", fits.Quiet)
+    assert first.passed is False
+    again = fits.raised(job, found, [first])
+    assert again is not None and again.plan.size > light.plan.size
+    result = fits.fit(fits.prepare(asked), measure=False)
+    assert result.kept and min(gates.kept(g, "likelihood") for g in result.gates) >= 0.97
+
+
+def test_what_misses_its_gate_ends_with_one(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ["fit", tiny, tmp_path / "out", "--size", half(tiny), "--effort", "quick", "--context", 128,
+             "--calibration", text_file, "--held-out", text_file]  # fmt: skip
+    assert call(*words, "--quality", "0.9999", "--dry-run", "--json") == 0
+    assert not (tmp_path / "out").exists()
+    json.loads(capsys.readouterr().out)
+    assert call(*words, "--quality", "0.9999", "--explain") == 1
+    said = capsys.readouterr()
+    assert "does not keep what was asked" in said.err and "would save" in said.out
+    assert not read_fit(tmp_path / "out").kept
+
+
+def test_what_cannot_fit_is_said_at_once(tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    for goal, said in (({"size": "20kB"}, "least possible"), ({"memory": "1MiB"}, "--memory"),
+                       ({"size": "1GB", "context": 10_000}, "made for 256"),
+                       ({"size": "1GB", "device": "RTX 409"}, "RTX 4090")):  # fmt: skip
+        with pytest.raises(BadRequest, match=said):
+            fits.prepare(request(tiny, text_file, tmp_path / "out", tmp_path, **goal))
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_is_compressed_already(tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    compress(
+        prepare(
+            tiny, tmp_path / "small", Recipe("plan", (mixed(tiny),)), Settings(SETTINGS, text_file)
+        )
+    )
+    with pytest.raises(BadRequest, match="compressed already"):
+        fits.prepare(request(tmp_path / "small", text_file, tmp_path / "out", tmp_path, size="1GB"))
+
+
+def test_a_text_that_falls_into_bytes(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("機械学習の模型を小さくする。" * 200, encoding="utf-8")
+    assert any("tokens per character" in w for w in fits.warned(Source(tiny), text))
+
+
+def test_costs_are_those_of_the_code_that_allocates(tiny: Path) -> None:
+    """The sum over a plan of one format is the footprint of the model in that format."""
+    from onecard.runtime.footprint import footprint
+
+    source = Source(tiny)
+    costs = Costs(source, Goal(memory=1 << 40, context=128))
+    options, fixed = costs.options(("int4-g64",)), costs.fixed(False)
+    total = fixed.memory + sum(
+        next(o for o in own if o.format in ("int4-g64", "fp16")).memory for own in options.values()
+    )
+    held = footprint(source, 128, 1, formats=parse_format("int4-g64"))
+    program = dict(held.parts())["program"]
+    own = held.total - program
+    from onecard.fit.costs import program_bytes
+
+    assert own <= total - program_bytes() <= own + (64 << 10)
