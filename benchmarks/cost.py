@@ -48,7 +48,7 @@ MEMORY, SPEED = 0.03, 0.12
 PART, NEW, TIMES = 512, 4, 5  # ids of a part of the context, ids written in a call, calls
 LONGEST = 4096
 FORMATS = ("bf16", "int8-g64", "int4-g64", "int3-g64", "codebook3", "lowrank{}(int8-row)")
-RANKS = {"1.1b": 512, "135m": 160}
+RANKS = {"1.1b": 256, "135m": 160}
 SPARSE = "sparse0.5(int8-g64)"
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,45 @@ def data() -> Path:
 def stories(data: Path) -> Path:
     """A trained Llama of 264 k parameters."""
     return data / "stories260K"
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """Measurements are made up: a weight takes as long as it has bytes, whatever the cache."""
+    from onecard import cost
+    from onecard.kernels import cpu, layout, rates
+    from onecard.kernels.rates import Form
+
+    asked: list[str] = []
+
+    def elsewhere(module: str, seconds: float, *arguments: str) -> Any:
+        asked.append(module)
+        if module == "onecard.cost":
+            return {
+                "layer": 8e-6,
+                "step": 1e-6,
+                "choice": 1e-9,
+                "decode": 1.1,
+                "prompt": 1.2,
+                "program": 10_000_000,
+            }
+        if module == "onecard.kernels.cpu":
+            return cpu.cpu_facts().to_dict()
+        made: list[Any] = []
+        for kind, *values in json.loads(arguments[0])[1]:
+            if kind == "heads":
+                made.append([2e-8, 1e-8, 1e-7, 1e-9])
+                continue
+            matrix = Form(*values).matrix(1024, 1024)
+            each = layout.size(matrix) / 1024**2 * 1e-10
+            made.append([[[each * n for n in rates.ROWS]] * 3, each])
+        return made
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpu, "elsewhere", elsewhere)
+    cost.measured.cache_clear()
+    yield asked
+    cost.measured.cache_clear()
 
 
 def make_tokenizer(folder: Path, size: int = 300) -> None:

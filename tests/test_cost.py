@@ -22,38 +22,6 @@ FORMATS = ("int4-g64", "int2-g32-zp", "bf16", "codebook3", "codebook4-row", "spa
            "lowrank8(int8-g32)+int2-g32", "nf4-g64")  # fmt: skip
 
 
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Measurements are made up: a weight takes as long as it has bytes, whatever the cache."""
-    asked: list[str] = []
-
-    def elsewhere(module: str, seconds: float, *arguments: str) -> Any:
-        asked.append(module)
-        if module == "onecard.cost":
-            return {
-                "layer": 8e-6,
-                "step": 1e-6,
-                "choice": 1e-9,
-                "number": 1e-9,
-                "program": 10_000_000,
-            }
-        made: list[Any] = []
-        for kind, *values in json.loads(arguments[0])[1]:
-            if kind == "heads":
-                made.append([2e-8, 1e-8, 1e-7, 1e-9])
-                continue
-            matrix = Form(*values).matrix(1024, 1024)
-            each = layout.size(matrix) / 1024**2 * 1e-10
-            made.append([[[each * n for n in rates.ROWS]] * 3, each])
-        return made
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cpu, "elsewhere", elsewhere)
-    cost.measured.cache_clear()
-    yield asked
-    cost.measured.cache_clear()
-
-
 def mixed(source: Source) -> dict[str, Format]:
     """Every format somewhere."""
     paths = [f"blocks.{i}.{path}" for i, layer in enumerate(source.spec.layers)

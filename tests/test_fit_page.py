@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from test_cli import call
-from test_render import EVIL, HARMFUL, Page, comparison, one_model
+from test_render import EVIL, HARMFUL, Page, comparison, one_model, width_on_a_phone
 
 from onecard.core.settings import format_size
 from onecard.fit.goal import Goal
@@ -335,9 +335,14 @@ def test_every_number_is_there() -> None:
 
 def test_what_was_missed_is_said() -> None:
     page = Page(fit_to_html(FITS["missed"]))
-    assert "NO" in page.text.split() and ("class", "answer missed") in {
+    assert "at least 99.00 %: NOT KEPT" in page.text and ("class", "answer missed") in {
         (key, value) for _, attrs in page.tags for key, value in attrs.items()
     }
+
+
+@pytest.mark.parametrize("which", FITS)
+def test_a_phone_scrolls_tables_not_the_page(which: str, tmp_path: Path) -> None:
+    assert width_on_a_phone(fit_to_html(FITS[which]), tmp_path) <= 390
 
 
 def test_positions() -> None:
@@ -402,6 +407,7 @@ def test_several_on_one_page() -> None:
     ):
         assert shown in page.text, shown
     assert page.count("circle") == 3
+    assert "small is the smallest" in page.text and "int4 is of the least perplexity" in page.text
     evil = compared([(EVIL, everywhere(fitted(2), EVIL)), ("b" + EVIL, comparison())])
     assert not HARMFUL.search(to_html(evil)) and "<script" not in to_html(evil)
 

@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).parent.parent / "src" / "onecard"
 FLOORS = (
     ("core", "__init__"), ("kernels",), ("nn",), ("checkpoint", "parallel"),
     ("calibrate", "runtime", "windows"),
-    ("passes", "evaluate", "export", "serve", "roofline", "cost"), ("search", "inspect", "harness", "prove"),
-    ("fit",), ("bench", "render", "demo", "terminal", "running"), ("verbs",), ("cli",), ("__main__",),
+    ("passes", "evaluate", "export", "serve", "cost"), ("roofline",),
+    ("search", "inspect", "harness", "prove"), ("fit",),
+    ("bench", "render", "demo", "terminal", "running"), ("verbs",), ("cli",), ("__main__",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -137,7 +137,7 @@ def kl(model: Model, folder: Path, ids: torch.Tensor) -> float:
 def test_streamed_and_saved(tiny: Path, text_file: Path, tmp_path: Path) -> None:
     """Folder to folder the result is the same as in memory, and loads."""
     recipe = Recipe("q", (Prune(share=0.5), QAT("ternary", training=replace(TRAINING, steps=6))))
-    job = prepare(tiny, tmp_path / "out", recipe, Settings(Calibration(24, 32), text_file))
+    job = prepare(tiny, tmp_path / "out", recipe, Settings(Calibration(24, 32), text_file, "bf16"))
     compress(job)
     made, model = load_model(tmp_path / "out"), load_model(tiny)
     apply(model, recipe, job.ids)

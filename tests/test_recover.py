@@ -150,7 +150,7 @@ def test_a_chain_comes_back_from_its_file(tmp_path: Path) -> None:
 
 def test_a_chain_streamed_and_in_memory(tiny: Path, text_file: Path, tmp_path: Path) -> None:
     """Prune, recover, prune, distil: the zeros of the second pruning are there at the end."""
-    job = prepare(tiny, tmp_path / "out", CHAIN, Settings(Calibration(24, 32), text_file))
+    job = prepare(tiny, tmp_path / "out", CHAIN, Settings(Calibration(24, 32), text_file, "bf16"))
     assert job.plan.peak > 0
     report = compress(job)
     assert report.value("training_steps", "stage 2: recover") == 8

@@ -10,6 +10,7 @@ import transformers
 from test_cli import call
 
 from onecard.calibrate.data import Calibration
+from onecard.checkpoint.hub import SHIPPED
 from onecard.checkpoint.source import Source
 from onecard.core.device import Device
 from onecard.core.devices import KNOWN, device, names
@@ -17,6 +18,7 @@ from onecard.core.errors import BadRequest
 from onecard.core.format import Integers, parse_format
 from onecard.core.report import Row
 from onecard.core.spec import parameter_count
+from onecard.cost import cost
 from onecard.kernels import cpu
 from onecard.passes import RoundToNearest
 from onecard.passes.base import Recipe
@@ -69,18 +71,19 @@ def test_a_format_that_it_is_not_in_yet(tmp_path: Path, tiny: Path) -> None:
     assert planned.weight_bytes < footprint(Source(tiny), 64).weight_bytes
 
 
-def test_the_longest_context_just_fits(tiny: Path) -> None:
+def test_the_longest_context_just_fits(tiny: Path, told: list[str]) -> None:
     source = Source(tiny)
     found = needed_here(source, None, 64, 1)
     memory = found.memory + 10_000_000
     longest = found.longest(memory)
     slack = 1 << 20  # pages of every layer are rounded up; what this process holds moves
-    assert footprint(source, longest).total <= memory + slack
-    assert footprint(source, longest + 4096).total > memory - slack
+    program = found.memory - footprint(source, 64, program=0).total
+    assert footprint(source, longest, program=program).total <= memory + slack
+    assert footprint(source, longest + 4096, program=program).total > memory - slack
     assert found.longest(1) == 0
 
 
-def test_roofs(tiny: Path) -> None:
+def test_roofs(tiny: Path, told: list[str]) -> None:
     source = Source(tiny)
     card = Device("x", "cuda", read_bandwidth=((1, 1e9),), peaks=(("bf16", 1e12),))
     dense, int4 = (needed(source, f, 128, 1) for f in (None, Integers(4)))
@@ -122,7 +125,7 @@ def test_the_answer(tiny: Path) -> None:
     assert "does not fit" in said(2 << 30) and "int4-g128 needs 5" in said(2 << 30)
 
 
-def test_from_the_command_line(capsys: pytest.CaptureFixture) -> None:
+def test_from_the_command_line(capsys: pytest.CaptureFixture, told: list[str]) -> None:
     for name in ("auto", "Raspberry Pi 5"):
         assert call("inspect", "demo", "--device", name, "--context", 512, "--json") == 0
         rows = json.loads(capsys.readouterr().out)["rows"]
@@ -130,5 +133,9 @@ def test_from_the_command_line(capsys: pytest.CaptureFixture) -> None:
         assert found["int4-g128", "fits"] is True and found["int4-g128", "longest_context"] == 512
         assert found["int4-g128", "needed_bytes"] < found["as stored", "needed_bytes"]
         assert found["int4-g128", "decode_tokens_per_second"] > 0
+        if name == "auto":
+            made = cost(Source(SHIPPED), Integers(4), 512)
+            assert found["int4-g128", "decode_tokens_per_second"] == pytest.approx(1 / made.decode)
+            assert found["int4-g128", "needed_bytes"] == made.memory
     assert call("inspect", "demo", "--device", "RTX 4099") == 2
     assert "RTX 4090" in capsys.readouterr().err

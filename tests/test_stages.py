@@ -54,7 +54,7 @@ class Double(ModelPass):
 
 
 def settings(text_file: Path) -> Settings:
-    return Settings(Calibration(4, 32), text_file)
+    return Settings(Calibration(4, 32), text_file, "bf16")
 
 
 def result(out: Path) -> dict[str, str]:

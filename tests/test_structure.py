@@ -90,7 +90,7 @@ def test_every_unit_by_every_score(tiny: Path, unit: str, by: str) -> None:
 def test_global_budgets_differ_by_layer(tiny: Path, tmp_path: Path, text_file: Path) -> None:
     recipe = Recipe("r", (CutUnits("neuron", "taylor", 0.3, budget="global", multiple=8, most=None),
                           DropLayers(layers=(0,), most=None), GPTQ(4, None)))  # fmt: skip
-    settings = Settings(Calibration(4, 32), text_file)
+    settings = Settings(Calibration(4, 32), text_file, "bf16")
     job = prepare(tiny, tmp_path / "out", recipe, settings)
     assert job.plan.in_memory == (True, False, False)
     compress(job)
@@ -109,7 +109,7 @@ def test_global_budgets_differ_by_layer(tiny: Path, tmp_path: Path, text_file: P
 @pytest.mark.parametrize("by", ["l2", "wanda"])
 def test_streamed_width(tiny: Path, tmp_path: Path, text_file: Path, by: str) -> None:
     recipe = Recipe("r", (CutUnits("hidden", by, 0.25, most=None, multiple=32),))  # type: ignore[arg-type]
-    job = prepare(tiny, tmp_path / "out", recipe, Settings(Calibration(4, 32), text_file))
+    job = prepare(tiny, tmp_path / "out", recipe, Settings(Calibration(4, 32), text_file, "bf16"))
     compress(job)
     model = load_model(tiny)
     apply(model, recipe, job.ids)

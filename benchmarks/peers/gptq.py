@@ -132,8 +132,11 @@ def install(python: Path, packages: list[str]) -> None:
 # ---- running -----------------------------------------------------------------------------------
 
 
-def run(command: list[str | Path], log: Path, threads: int) -> Run:
-    """Runs to the end; what it says is kept in `log`. Exits with the end of it where the process failed."""
+def run(command: list[str | Path], log: Path, threads: int, folder: Path | None = None) -> Run:
+    """Runs to the end, in `folder`; what it says is kept in `log`.
+
+    Exits with the end of it where the process failed.
+    """
     setting = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
@@ -143,7 +146,11 @@ def run(command: list[str | Path], log: Path, threads: int) -> Run:
     began = time.perf_counter()
     with log.open("w+b") as errors:
         process = subprocess.Popen(
-            [str(c) for c in command], stdout=subprocess.PIPE, stderr=errors, env=setting
+            [str(c) for c in command],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=setting,
+            cwd=folder,
         )
         assert process.stdout
         output = process.stdout.read()
@@ -172,7 +179,7 @@ def run_peer(peer: Peer, bits: int, tokens: Path, out: Path, asked: argparse.Nam
     command += ["--bits", str(bits), "--group", str(asked.group)]
     if peer.dense and asked.verb == "quality":
         command += ["--dense", dense_folder(out)]
-    done = run(command, out.with_suffix(".log"), asked.threads)
+    done = run(command, out.with_suffix(".log"), asked.threads, out.parent)
     said = done.said
     return Result(said["peer"], bits, said["seconds"], done.whole, done.peak, said["used"])
 

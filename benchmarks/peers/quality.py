@@ -282,7 +282,8 @@ class Measuring:
         elif entrant.peer:
             python = gptq.environment(PEERS[entrant.peer], asked.work)
         script, *words = entrant.command
-        return gptq.run([python, script, self.model, tokens, out, *words], log, asked.threads).said
+        command = [python, script, self.model, tokens, out, *words]
+        return gptq.run(command, log, asked.threads, out.parent).said
 
     def sparse_bytes(self, entrant: Entrant) -> int:
         """Bytes of a model without half of its weights, as our format of the same pattern stores it."""

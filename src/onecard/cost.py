@@ -4,12 +4,13 @@
     decode   sum over matrices of seconds(shape, form, rows)     kernels/rates.py, measured
            + sum over layers of attention(positions)             the same
            + layers * layer + step + vocabulary * choice         fitted: barriers, norms, a step's begin
-    prompt   the same with 512 rows of inputs instead of one, by the token
-           + layers * numbers of a row * number                  fitted: norms, rounding, activations
+    prompt   the same with 512 rows of inputs instead of one, by the token, and nothing else
 
-What is not a matrix is fitted to the steps of four small models (SMALL) that differ in one thing each, once
-per machine, in a process of its own, which also tells what the program itself takes. All of it is additive,
-so that a planner can sum what it chooses:
+all but the second line times a share above 1, one for each: in a network a kernel finds its caches full of
+other things, and between the kernels numbers are normed, rounded and activated. This too is fitted, to a
+model of six real layers (SOLID), the rest to the steps of three small ones that differ in one thing each;
+once per machine, in a process of its own, which also tells what the program itself takes. All of it is
+additive, so that a planner can sum what it chooses:
 
     costs = Costs(source, context=4096)
     costs.of_matrix((2048, 2048), Integers(4))   -> Share(memory, decode, prompt)
@@ -29,16 +30,18 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from onecard.checkpoint.packed import quantization_config
 from onecard.checkpoint.source import Source
 from onecard.core.device import cpu_facts, resident, usable_cores
-from onecard.core.format import Format, Shape
+from onecard.core.format import Format, Integers, Shape
+from onecard.core.scheme import Scheme
 from onecard.core.spec import LayerSpec, Spec
 from onecard.kernels import cpu, layout, rates, tune
 from onecard.kernels.rates import Form, Heads
@@ -84,17 +87,18 @@ class Cost:
 
 @dataclass(frozen=True)
 class Overheads:
-    """What the small models said: seconds per layer, step, entry of the vocabulary and number of a row of a
-    prompt; and the bytes of a process that has opened nothing yet."""
+    """What the small models said: seconds per layer, step and entry of the vocabulary; how many times longer
+    kernels take in a network; and the bytes of a process that has opened nothing yet."""
 
     layer: float
     step: float
     choice: float
-    number: float
+    decode: float
+    prompt: float
     program: int
 
 
-NONE = Overheads(0.0, 0.0, 0.0, 0.0, 0)
+NONE = Overheads(0.0, 0.0, 0.0, 1.0, 1.0, 0)
 
 
 class Costs:
@@ -146,13 +150,17 @@ class Costs:
     def _share(self, made: list[Matrix], chosen: float) -> Share:
         self._measure(made)
         lowered = LOWERED * self.overheads.layer / BARRIERS if len(made) > 1 else 0.0
-        decode = prompt = lowered
+        decode = prompt = 0.0
         for m in made:
             rate = self._rates[Form.of(m)]
             decode += rate.seconds(m, self.batch, self.cached)
             prompt += rate.seconds(m, PROMPTED, self.cached) / PROMPTED
         met = 1 - (1 - chosen) ** self.batch
-        return Share(sum(map(layout.size, made)), met * decode, chosen * prompt)
+        o = self.overheads
+        size = sum(map(layout.size, made))
+        return Share(
+            size, met * (o.decode * decode + lowered), chosen * (o.prompt * prompt + lowered)
+        )
 
     def _measure(self, made: Iterable[Matrix]) -> None:
         missing = {Form.of(m) for m in made} - self._rates.keys()
@@ -162,9 +170,7 @@ class Costs:
     def _steps(self) -> Share:
         o, spec = self.overheads, self.spec
         layers = sum(_barriers(layer) / BARRIERS for layer in spec.layers)
-        numbers = sum(_numbers(spec, layer) for layer in spec.layers)
-        decode = o.step + layers * o.layer + self.batch * spec.vocab_size * o.choice
-        return Share(0, decode, numbers * o.number)
+        return Share(0, o.step + layers * o.layer + self.batch * spec.vocab_size * o.choice)
 
     def _attention(self) -> Share:
         cache = self.settings.cache or usual_cache()
@@ -178,7 +184,7 @@ class Costs:
             seen = min(self.context, layer.attention.window or self.context)
             decode += self.batch * known[shape].decode(seen, self.cached)
             prompt += known[shape].prompt(seen) / seen
-        return Share(0, decode, prompt)
+        return Share(0, self.overheads.decode * decode, self.overheads.prompt * prompt)
 
 
 def cost(
@@ -210,20 +216,12 @@ def _barriers(layer: LayerSpec) -> float:
     return BARRIERS + (6 * experts.top if experts else 0)
 
 
-def _numbers(spec: Spec, layer: LayerSpec) -> float:
-    """Numbers of a row that something other than a product or attention looks at, in a layer."""
-    a, f = layer.attention, layer.feed_forward
-    met = f.experts.top if f.experts else 1
-    inner = (3 if f.gated else 2) * f.width * met
-    return 6 * spec.hidden + (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim + inner
-
-
 # What is fitted -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Small:
-    """A model that is there to be timed: a Llama of one head."""
+    """A model that is there to be timed: a Llama with heads of HEAD numbers."""
 
     hidden: int
     width: int
@@ -231,12 +229,15 @@ class Small:
     vocabulary: int
 
 
-FEW, MANY, WORDY, WIDE = SMALL = (
+FEW, MANY, WORDY = SMALL = (
     Small(128, 128, 2, 256), Small(128, 128, 34, 256), Small(128, 128, 2, 32768),
-    Small(32, 8192, 4, 256),
 )  # fmt: skip
+SOLID, HELD = Small(1024, 2816, 6, 256), Integers(8, 64)
+"""A model that no cache holds, and the format of its linears."""
+MOST = 1.5
+"""A share above that was measured beside something else."""
 TURNS = 7
-TOKENS = 16
+TOKENS, HEAD = 16, 64
 
 
 @functools.cache
@@ -268,17 +269,22 @@ def measure() -> Overheads:
     """Here and now. What the matrices and attention of the small models take is taken off."""
     program = resident()
     with tempfile.TemporaryDirectory() as folder:
-        timed = [_Timed(write(Path(folder) / str(i), small)) for i, small in enumerate(SMALL)]
+        models = [write(Path(folder) / f"{i}", small) for i, small in enumerate(SMALL)]
+        models.append(write(Path(folder) / "solid", SOLID, HELD))
+        timed = [_Timed(model) for model in models]
         for _ in range(TURNS):
             for each in timed:
                 each.turn()
-        few, many, wordy, wide = (each.left() for each in timed)
-    layer = max(0.0, many.decode - few.decode) / (MANY.layers - FEW.layers)
-    choice = max(0.0, wordy.decode - few.decode) / (WORDY.vocabulary - FEW.vocabulary)
-    step = max(0.0, few.decode - FEW.layers * layer - FEW.vocabulary * choice)
-    spec = timed[-1].source.spec
-    numbers = sum(_numbers(spec, each) for each in spec.layers)
-    return Overheads(layer, step, choice, max(0.0, wide.prompt) / numbers, program)
+        few, many, wordy, _ = (each.left(NONE).decode for each in timed)
+        layer = max(0.0, many - few) / (MANY.layers - FEW.layers)
+        choice = max(0.0, wordy - few) / (WORDY.vocabulary - FEW.vocabulary)
+        step = max(0.0, few - FEW.layers * layer - FEW.vocabulary * choice)
+        solid, found = timed[-1], Overheads(layer, step, choice, 1.0, 1.0, program)
+        known = Costs(solid.source, PROMPTED, overheads=NONE).all(solid.stepper.weights)
+        more = solid.left(found)
+    shares = [1 + more.decode / known.decode, 1 + more.prompt / known.prompt]
+    decode, prompt = (min(max(share, 1.0), MOST) for share in shares)
+    return replace(found, decode=decode, prompt=prompt)
 
 
 class _Timed:
@@ -301,34 +307,52 @@ class _Timed:
         self.stepper.step([feed], most, np.zeros(1, np.int32))
         return time.perf_counter() - begin
 
-    def left(self) -> Share:
-        """What matrices and attention do not explain."""
-        costs = Costs(self.source, PROMPTED, overheads=NONE)
+    def left(self, overheads: Overheads) -> Share:
+        """What is not explained."""
+        costs = Costs(self.source, PROMPTED, overheads=overheads)
         known = costs.all(self.stepper.weights)
         return Share(0, self.decode - known.decode, self.prompt - known.prompt)
 
 
-def write(folder: Path, small: Small) -> Path:
-    """A model folder with random weights."""
+def write(folder: Path, small: Small, held: Integers | None = None) -> Path:
+    """A model folder with random weights, those of linears in a format."""
     h, w, random = small.hidden, small.width, np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (small.vocabulary, h), "norm": (h,)}
+    arrays: dict[str, Any] = {}
+    linears: dict[str, Scheme] = {}
+
+    def draw(name: str, *shape: int) -> None:
+        if held is None or not name.endswith("_proj"):
+            numbers = random.standard_normal(shape, np.float32) * np.float32(0.02)
+            arrays[f"model.{name}.weight"] = numbers
+            return
+        linears[f"model.{name}"] = Scheme(held)
+        for part, (dtype, sizes) in held.scaled("fp32").parts((shape[0], shape[1])).items():
+            made = {"int32": random.integers(-(1 << 31), 1 << 31, sizes, np.int32, endpoint=False)
+                    if dtype == "int32" else None, "int64": np.array(shape)}  # fmt: skip
+            arrays[f"model.{name}.{part}"] = made.get(dtype, np.full(sizes, 0.01, np.float32))
+
+    draw("embed_tokens", small.vocabulary, h)
+    draw("norm", h)
     for i in range(small.layers):
-        names = ("input_layernorm", "post_attention_layernorm")
-        shapes |= {f"layers.{i}.{name}": (h,) for name in names}
-        shapes |= {f"layers.{i}.self_attn.{name}_proj": (h, h) for name in "qkvo"}
-        shapes |= {f"layers.{i}.mlp.{name}_proj": (w, h) for name in ("gate", "up")}
-        shapes[f"layers.{i}.mlp.down_proj"] = (h, w)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            draw(f"layers.{i}.{name}", h)
+        for name in "qkvo":
+            draw(f"layers.{i}.self_attn.{name}_proj", h, h)
+        for name in ("gate", "up"):
+            draw(f"layers.{i}.mlp.{name}_proj", w, h)
+        draw(f"layers.{i}.mlp.down_proj", h, w)
+    config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": h,
-        "num_hidden_layers": small.layers, "num_attention_heads": 1, "num_key_value_heads": 1,
+        "num_hidden_layers": small.layers, "num_attention_heads": h // HEAD, "num_key_value_heads": h // HEAD,
         "intermediate_size": w, "vocab_size": small.vocabulary, "tie_word_embeddings": True,
         "max_position_embeddings": 1024, "hidden_act": "silu", "rms_norm_eps": 1e-5,
-    }))  # fmt: skip
-    save_file(
-        {f"model.{name}.weight": random.standard_normal(shape, np.float32) * np.float32(0.02)
-         for name, shape in shapes.items()}, folder / "model.safetensors",
-    )  # fmt: skip
+    }  # fmt: skip
+    if linears:
+        names = sorted(linears)
+        config["quantization_config"] = quantization_config(linears, names, True, False, "fp32")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(arrays, folder / "model.safetensors")
     return folder
 
 

@@ -13,15 +13,20 @@ from onecard.core.errors import BadRequest
 from onecard.core.fusions import fusions
 from onecard.core.report import BITS_PER_WEIGHT, Report, Row, environment
 from onecard.core.spec import Spec, parameter_count
+from onecard.cost import SPREAD, measured
 from onecard.nn.families import family_of
 from onecard.roofline import DECODE, PROMPT, PROMPTED, answer, fits
 from onecard.runtime.footprint import footprint
 from onecard.runtime.pages import position_bytes
 
+MEASURED = (
+    f"from this machine's kernels, measured once: within {SPREAD:.0%}, at the end of the context and over "
+    "all of it; less beside other programs that are busy"
+)
 MODELLED = (
     f"modelled, not measured: {DECODE:.0%} of reading memory, {PROMPT:.0%} of the peak for a prompt of "
-    f"{PROMPTED}; of this machine as measured, of others by their makers' figures. A model that is small "
-    "for its device waits between steps and stays below this"
+    f"{PROMPTED}, by the maker's figures. A model that is small for its device waits between steps and "
+    "stays below this"
 )
 # The first that fits: embed_out is a head, and self_attn_layer_norm a norm.
 PARTS = (
@@ -93,11 +98,14 @@ def inspect_model(
         if device == "auto":
             rows += [
                 Row(part, "memory_bytes", size, "B")
-                for part, size in footprint(source, context, batch).parts()
+                for part, size in footprint(
+                    source, context, batch, program=measured().program
+                ).parts()
             ]
         found = list(fits(source, device, context, batch))
         rows += found
-        notes += [("answer", answer(found, context, batch)), ("convention: speed", MODELLED)]
+        how = MEASURED if device == "auto" else MODELLED
+        notes += [("answer", answer(found, context, batch)), ("convention: speed", how)]
     if context > spec.max_context:
         text = f"{context} tokens are more than the {spec.max_context} that the model is made for"
         notes.append(("context", text))

@@ -6,10 +6,10 @@
     prompt    two operations per weight and token, and in attention four per position and number of a head:
                   tokens/s = PROMPT * peak / operations of a token
 
-For this machine the bytes are those that the native engine would take, from its own code
-(runtime/footprint.py), and bandwidth and peak are measured. For another device the bytes are those of the
-stored formats, and its maker's figures stand for what it does. DECODE and PROMPT are the shares of the roofs
-that good kernels reach: the speeds are modelled, and reports say so.
+That is for another device: the bytes are those of the stored formats, its maker's figures stand for what it
+does, and DECODE and PROMPT are the shares of the roofs that good kernels reach: the speeds are modelled, and
+reports say so. For this machine the bytes are those that the native engine would take, from its own code
+(runtime/footprint.py), and the speeds follow from its kernels as measured here (cost.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from onecard.core.format import Format, Integers
 from onecard.core.report import Row
 from onecard.core.settings import format_size
 from onecard.core.spec import KEPT_DENSE, Spec, linear_shapes
+from onecard.cost import Cost, cost, measured
 from onecard.kernels import cpu
 from onecard.runtime.footprint import footprint
 
@@ -73,13 +74,15 @@ def fits(source: Source, name: str, context: int, batch: int = 1) -> Iterator[Ro
     for format in CANDIDATES:
         where = format.name if format else STORED
         need = (needed_here if here else needed)(source, format, context, batch)
+        found = cost(source, format, context, batch) if here else None
         yield Row(where, "needed_bytes", need.memory, "B")
         yield Row(where, "fits", need.memory <= memory)
         yield Row(
             where, "longest_context", min(need.longest(memory) // batch, source.spec.max_context)
         )
-        yield Row.of(where, "decode_tokens_per_second", decode_speed(device, need, batch))
-        yield Row.of(where, "prompt_tokens_per_second", prompt_speed(device, need))
+        decode, prompt = speeds(device, need, batch, found)
+        yield Row.of(where, "decode_tokens_per_second", decode)
+        yield Row.of(where, "prompt_tokens_per_second", prompt)
 
 
 def answer(rows: Sequence[Row], context: int, batch: int) -> str:
@@ -98,6 +101,15 @@ def answer(rows: Sequence[Row], context: int, batch: int) -> str:
     return f"{said}: it does not fit in any format tried, {name} needs {format_size(least)}."
 
 
+def speeds(
+    device: Device, need: Need, batch: int, found: Cost | None
+) -> tuple[float | None, float | None]:
+    """Tokens/s of decoding and of a prompt: from a cost where there is one, else from the roofs."""
+    if found is not None:
+        return batch / found.decode, 1 / found.prompt
+    return decode_speed(device, need, batch), prompt_speed(device, need)
+
+
 def decode_speed(device: Device, need: Need, batch: int) -> float | None:
     """Tokens/s of all sequences together; None where the device's bandwidth is not known."""
     bandwidth = device.bandwidth()
@@ -113,7 +125,7 @@ def prompt_speed(device: Device, need: Need) -> float | None:
 
 def needed_here(source: Source, format: Format | None, context: int, batch: int) -> Need:
     """On this machine, by the native engine."""
-    found = footprint(source, context, batch, formats=format)
+    found = footprint(source, context, batch, formats=format, program=measured().program)
     sizes = dict(found.weights)
     idle = (1 - _chosen(source.spec, batch)) * sizes.get("experts", 0)
     read = found.weight_bytes - sizes["embedding"] - idle

@@ -18,10 +18,10 @@ from typing import Any
 from onecard.core.report import BITS_PER_WEIGHT, UNITS, Report, Row, environment
 from onecard.core.settings import format_size
 from onecard.fit.result import FitResult, Promise, Said, Sample
-from onecard.render import fit_plots
+from onecard.render import fit_plots, values
 from onecard.render.page import _LINE, _TEXT, templates
 from onecard.render.tables import MOST, Cell, Table
-from onecard.render.values import capital, label_of
+from onecard.render.values import by_place, capital, label_of, sure
 
 SHARES = ("likelihood", "agreement")
 NAMES = {"decode": "decoding", "prompt": "reading a prompt", "kl": "KL", "size": "weight files"}
@@ -52,15 +52,26 @@ def fit_to_html(fit: FitResult) -> str:
 
 
 def promises(fit: FitResult) -> Table:
-    """What was asked, promised, measured; and what the original has."""
-    head = ("", "asked", "promised", "measured", "original", "kept")
-    kept = {True: "yes", False: "NO", None: ""}
+    """What was asked and whether it was kept, what was promised, measured; and what the original has."""
     lines = [
-        [Cell(capital(named(p.what))), _cell(p, p.asked, "at most" if p.at_most else "at least"),
-         _promised(p), _cell(p, p.measured), _cell(p, p.original), Cell(kept[p.kept])]
+        [
+            Cell(capital(named(p.what)), _asked(p)),
+            _promised(p),
+            _cell(p, p.measured),
+            _cell(p, p.original),
+        ]
         for p in fit.promises
-    ]  # fmt: skip
+    ]
+    head = ("", "promised", "measured", "original")
     return Table("Promised and measured", head, [("", lines)])
+
+
+def _asked(promise: Promise) -> str:
+    """The budget, and whether it holds."""
+    if promise.asked is None:
+        return ""
+    bound = f"{'at most' if promise.at_most else 'at least'} {shown(promise, promise.asked)}"
+    return bound + {True: ": kept", False: ": NOT KEPT", None: ""}[promise.kept]
 
 
 def _cell(promise: Promise, value: float | None, small: str = "") -> Cell:
@@ -187,28 +198,48 @@ def fit_report(fit: FitResult) -> Report:
 def compared(results: Sequence[tuple[str, FitResult | Report]]) -> Report:
     """One report of several results under their names."""
     rows: list[Row] = []
-    notes: list[tuple[str, str]] = [("convention: bits per weight", BITS_PER_WEIGHT)]
+    answers: list[str] = []
+    runs: list[str] = []
+    samples: list[tuple[str, str]] = []
     for name, found in results:
         if isinstance(found, FitResult):
             rows += rows_of(name, found)
-            told = [(s.prompt, s.result) for s in found.samples[:TOLD]]
-            notes.append((f"{name} in a sentence", found.answer))
-            notes += [(f"sample: {name}: {prompt}", text) for prompt, text in told]
-            notes += [(f"How to run {name}", found.run)]
+            answers.append(f"{name}: {found.answer}")
+            runs.append(found.run)
+            told = [(each.prompt, each.result) for each in found.samples]
         else:
-            rows += [
-                replace(row, where=name, before=None) for row in found.rows if row.where == "model"
+            rows += [replace(r, where=name, before=None) for r in found.rows if r.where == "model"]
+            said = dict(found.notes)
+            answers += [f"{name}: {said['answer']}"] if "answer" in said else []
+            runs += [said["run"]] if "run" in said else []
+            told = [
+                (kind.removeprefix("sample: "), text)
+                for kind, text in found.notes
+                if kind.startswith("sample: ")
             ]
-            notes += [
-                (f"{name} in a sentence", text) for kind, text in found.notes if kind == "answer"
-            ]
-            own = [(kind, text) for kind, text in found.notes if kind.startswith("sample: ")]
-            notes += [
-                (f"sample: {name}: {kind.removeprefix('sample: ')}", text)
-                for kind, text in own[:TOLD]
-            ]
+        samples += [(f"sample: {name}: {prompt}", text) for prompt, text in told[:TOLD]]
+    notes = [
+        ("answer", _best(rows, len(results))),
+        ("convention: bits per weight", BITS_PER_WEIGHT),
+    ]
+    notes += [("Each in a sentence", "\n".join(answers))] if answers else []
+    notes += [*samples, *([("run", "\n".join(runs))] if runs else [])]
     names = ", ".join(name for name, _ in results)
     return Report(tuple(rows), environment(), f"{len(results)} results: {names}", tuple(notes))
+
+
+def _best(rows: Sequence[Row], count: int) -> str:
+    """Which is the smallest, the nearest to its original, the fastest."""
+    found = []
+    for what, word, best in (
+        ("file_bytes", "the smallest", min), ("kl", "the nearest to its original", min),
+        ("perplexity", "of the least perplexity", min), ("decode_tokens_per_second", "the fastest", max),
+    ):  # fmt: skip
+        known = by_place(list(rows), what)
+        if len(known) > 1:
+            row = best(known.values(), key=sure)
+            found.append(f"{row.where} is {word} ({values.shown(row)})")
+    return f"{'; '.join(found)}." if found else f"{count} results."
 
 
 def rows_of(name: str, fit: FitResult) -> list[Row]:
