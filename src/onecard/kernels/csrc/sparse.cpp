@@ -1,7 +1,7 @@
 // Integers of which many are zero (onecard.h, OC_SPARSE): a bit for each, and those that are not zero.
 //
 // A line of 64 bytes, four columns of sixteen rows, is made of a mask and of as many stored bytes as it has
-// bits: one instruction where the processor expands bytes. What is absent becomes the zero point, so that
+// bits: one instruction where the processor expands bytes, elsewhere a shuffle for sixteen of them. What is absent becomes the zero point, so that
 // the result has the bits of the same integers stored densely. The stream is read once, from its beginning;
 // only the count of bits says where the next line is.
 
@@ -19,23 +19,92 @@ inline Bytes expand_halves(uint64_t mask, const uint8_t *from, int zero, int) {
   return _mm512_mask_expand_epi8(_mm512_set1_epi8(int8_t(zero)), mask, halves);
 }
 #else
-// Byte after byte, and then the part of the line that is asked for.
-inline Bytes expand(uint64_t mask, const uint8_t *from, int zero, int part) {
-  alignas(64) uint8_t line[64];
-  for (int i = 0; i < 64; i++) {
+constexpr int own_bytes = 4 * Lanes::count;  // of a line: the rows of a part
+
+// The bits of a part, and how many stored bytes the parts before it have.
+struct Share {
+  uint64_t mask;
+  int before;
+
+  Share(uint64_t line, int part) : mask(line), before(0) {
+    if constexpr (own_bytes < 64) {
+      const int first = own_bytes * part;
+      mask = line >> first;
+      before = __builtin_popcountll(line & ((uint64_t(1) << first) - 1));
+    }
+  }
+};
+
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+// For eight bits of a mask: which stored byte goes to each place, 128 to a place without one.
+struct Moves {
+  uint8_t at[256][8];
+};
+constexpr Moves moves = [] {
+  Moves m{};
+  for (int mask = 0; mask < 256; mask++)
+    for (int bit = 0, next = 0; bit < 8; bit++) m.at[mask][bit] = uint8_t(mask >> bit & 1 ? next++ : 128);
+  return m;
+}();
+#endif
+
+#if defined(__AVX2__)
+inline __m128i sixteen(uint32_t mask, const uint8_t *from, __m128i zero) {
+  const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(moves.at[mask & 255]));
+  const __m128i high = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(moves.at[mask >> 8 & 255]));
+  const __m128i behind = _mm_set1_epi8(int8_t(__builtin_popcount(mask & 255)));
+  const __m128i move = _mm_unpacklo_epi64(low, _mm_add_epi8(high, behind));
+  const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
+  return _mm_blendv_epi8(_mm_shuffle_epi8(stored, move), zero, move);
+}
+inline __m256i thirty_two(uint32_t mask, const uint8_t *from, __m128i zero) {
+  const __m128i low = sixteen(mask, from, zero);
+  return _mm256_set_m128i(sixteen(mask >> 16, from + __builtin_popcount(mask & 0xffff), zero), low);
+}
+inline Bytes spread(uint64_t mask, const uint8_t *from, int zero) {
+  const __m128i absent = _mm_set1_epi8(int8_t(zero));
+  const __m256i low = thirty_two(uint32_t(mask), from, absent);
+#if defined(__AVX512F__)
+  const __m256i high = thirty_two(uint32_t(mask >> 32), from + __builtin_popcount(uint32_t(mask)), absent);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+  return low;
+#endif
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+inline Bytes spread(uint64_t mask, const uint8_t *from, int zero) {
+  const uint8x8_t low = vld1_u8(moves.at[mask & 255]), high = vld1_u8(moves.at[mask >> 8 & 255]);
+  const uint8x8_t behind = vdup_n_u8(uint8_t(__builtin_popcount(uint32_t(mask & 255))));
+  const uint8x16_t move = vcombine_u8(low, vadd_u8(high, behind));
+  const uint8x16_t absent = vcgeq_u8(move, vdupq_n_u8(128));
+  return vbslq_u8(absent, vdupq_n_u8(uint8_t(zero)), vqtbl1q_u8(vld1q_u8(from), move));
+}
+#else
+inline Bytes spread(uint64_t mask, const uint8_t *from, int zero) {
+  alignas(64) uint8_t line[own_bytes];
+  for (int i = 0; i < own_bytes; i++) {
     const int set = int(mask >> i & 1);
     line[i] = set ? *from : uint8_t(zero);
     from += set;
   }
-  return Lanes::load(line + 4 * Lanes::count * part);
+  return Lanes::load(line);
 }
+#endif
+
+inline Bytes expand(uint64_t mask, const uint8_t *from, int zero, int part) {
+  const Share share(mask, part);
+  return spread(share.mask, from + share.before, zero);
+}
+// Two to a byte, the first in its lower half; a part may begin in the middle of one.
 inline Bytes expand_halves(uint64_t mask, const uint8_t *from, int zero, int part) {
-  uint8_t halves[64];
-  for (int i = 0; i < (__builtin_popcountll(mask) + 1) / 2; i++) {
+  const Share share(mask, part);
+  from += share.before / 2;
+  alignas(64) uint8_t halves[own_bytes + 16];
+  for (int i = 0; i < own_bytes / 2 + 8; i++) {
     halves[2 * i] = from[i] & 15;
     halves[2 * i + 1] = from[i] >> 4;
   }
-  return expand(mask, halves, zero, part);
+  return spread(share.mask, halves + share.before % 2, zero);
 }
 #endif
 
