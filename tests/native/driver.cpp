@@ -84,8 +84,18 @@ struct Laid {
 
 struct Kind {
   int bits, block, dtype;
-  bool zero, exact;
+  bool zero, exact, sparse = false;
 };
+
+// The same integers without those that are zero.
+void without_zeros(Laid &laid) {
+  const void *const dense = laid.m.data;
+  laid.m.kind = OC_SPARSE;
+  laid.m.slots = std::count_if(laid.w.begin(), laid.w.end(), [](double w) { return w != 0; });
+  laid.memory.emplace_back(oc_layout_bytes(&laid.m));
+  laid.m.data = laid.memory.back().at;
+  expect(oc_layout_sparse(&laid.m, dense, 2, laid.memory.back().at) == 0, "layout without zeros");
+}
 
 Laid lay(Random &random, int64_t rows, int64_t columns, const Kind &kind, float size = 1) {
   Laid laid;
@@ -101,7 +111,9 @@ Laid lay(Random &random, int64_t rows, int64_t columns, const Kind &kind, float 
   expect(bytes > 0, "layout bytes");
   laid.memory.emplace_back(bytes);
   m.data = laid.memory[0].at;
-  const Floats w = random.normals(rows * columns, size);
+  Floats w = random.normals(rows * columns, size);
+  if (kind.sparse)
+    for (float &v : w) v = random.below(5) < 3 ? 0 : v;
   laid.w.resize(w.size());
   if (!kind.bits) {
     expect(oc_layout_dense(&m, w.data(), OC_FP32, 2, laid.memory[0].at) == 0, "dense layout");
@@ -124,6 +136,7 @@ Laid lay(Random &random, int64_t rows, int64_t columns, const Kind &kind, float 
   expect(oc_to_dense(packed.data(), scale.data(), kind.dtype, zeros, rows, columns, kind.bits, group, OC_FP32, 2,
                      dense.data()) == 0, "dense values");
   laid.w.assign(dense.begin(), dense.end());
+  if (kind.sparse) without_zeros(laid);
   return laid;
 }
 
@@ -190,6 +203,12 @@ void products() {
           where = text;
           product(random, shape[0], shape[1], {bits, block, dtype, zero, exact});
         }
+  for (const int bits : {4, 8})
+    for (const bool exact : {false, true})
+      for (const auto &shape : shapes) {
+        where = std::string(oc_isa_name(oc_isa())) + " product without zeros, int" + std::to_string(bits);
+        product(random, shape[0], shape[1], {bits, 32, OC_BF16, false, exact, true});
+      }
   for (const int dtype : {OC_FP32, OC_BF16})
     for (const auto &shape : shapes) {
       where = std::string(oc_isa_name(oc_isa())) + " dense product";

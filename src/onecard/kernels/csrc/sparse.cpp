@@ -48,44 +48,74 @@ constexpr Moves moves = [] {
 }();
 #endif
 
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+// Sixteen halves from number `first` on, the first of a byte in its lower half.
+inline uint64_t halves_from(const uint8_t *from, int first) {
+  uint64_t now, next;
+  memcpy(&now, from + first / 2, 8);
+  memcpy(&next, from + first / 2 + 1, 8);
+  return first % 2 ? next << 4 | (now >> 4 & 15) : now;
+}
+#endif
+
 #if defined(__AVX2__)
-inline __m128i sixteen(uint32_t mask, const uint8_t *from, __m128i zero) {
+inline __m128i placed(uint32_t mask, __m128i stored, __m128i zero) {
   const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(moves.at[mask & 255]));
   const __m128i high = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(moves.at[mask >> 8 & 255]));
   const __m128i behind = _mm_set1_epi8(int8_t(__builtin_popcount(mask & 255)));
   const __m128i move = _mm_unpacklo_epi64(low, _mm_add_epi8(high, behind));
-  const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
   return _mm_blendv_epi8(_mm_shuffle_epi8(stored, move), zero, move);
 }
-inline __m256i thirty_two(uint32_t mask, const uint8_t *from, __m128i zero) {
-  const __m128i low = sixteen(mask, from, zero);
-  return _mm256_set_m128i(sixteen(mask >> 16, from + __builtin_popcount(mask & 0xffff), zero), low);
+inline __m128i stored_bytes(const uint8_t *from, int first) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i *>(from + first));
 }
-inline Bytes spread(uint64_t mask, const uint8_t *from, int zero) {
+inline __m128i stored_halves(const uint8_t *from, int first) {
+  const __m128i pairs = _mm_cvtsi64_si128(int64_t(halves_from(from, first))), low = _mm_set1_epi8(15);
+  return _mm_unpacklo_epi8(_mm_and_si128(pairs, low), _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
+}
+template <__m128i (*stored)(const uint8_t *, int)>
+inline __m256i thirty_two(uint32_t mask, const uint8_t *from, int first, __m128i zero) {
+  const __m128i low = placed(mask, stored(from, first), zero);
+  const int behind = first + __builtin_popcount(mask & 0xffff);
+  return _mm256_set_m128i(placed(mask >> 16, stored(from, behind), zero), low);
+}
+template <__m128i (*stored)(const uint8_t *, int)>
+inline Bytes spread(uint64_t mask, const uint8_t *from, int first, int zero) {
   const __m128i absent = _mm_set1_epi8(int8_t(zero));
-  const __m256i low = thirty_two(uint32_t(mask), from, absent);
+  const __m256i low = thirty_two<stored>(uint32_t(mask), from, first, absent);
 #if defined(__AVX512F__)
-  const __m256i high = thirty_two(uint32_t(mask >> 32), from + __builtin_popcount(uint32_t(mask)), absent);
+  const int behind = first + __builtin_popcount(uint32_t(mask));
+  const __m256i high = thirty_two<stored>(uint32_t(mask >> 32), from, behind, absent);
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 #else
   return low;
 #endif
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
-inline Bytes spread(uint64_t mask, const uint8_t *from, int zero) {
+inline uint8x16_t stored_bytes(const uint8_t *from, int first) { return vld1q_u8(from + first); }
+inline uint8x16_t stored_halves(const uint8_t *from, int first) {
+  const uint8x8_t pairs = vcreate_u8(halves_from(from, first));
+  const uint8x8x2_t halves = vzip_u8(vand_u8(pairs, vdup_n_u8(15)), vshr_n_u8(pairs, 4));
+  return vcombine_u8(halves.val[0], halves.val[1]);
+}
+template <uint8x16_t (*stored)(const uint8_t *, int)>
+inline Bytes spread(uint64_t mask, const uint8_t *from, int first, int zero) {
   const uint8x8_t low = vld1_u8(moves.at[mask & 255]), high = vld1_u8(moves.at[mask >> 8 & 255]);
   const uint8x8_t behind = vdup_n_u8(uint8_t(__builtin_popcount(uint32_t(mask & 255))));
   const uint8x16_t move = vcombine_u8(low, vadd_u8(high, behind));
   const uint8x16_t absent = vcgeq_u8(move, vdupq_n_u8(128));
-  return vbslq_u8(absent, vdupq_n_u8(uint8_t(zero)), vqtbl1q_u8(vld1q_u8(from), move));
+  return vbslq_u8(absent, vdupq_n_u8(uint8_t(zero)), vqtbl1q_u8(stored(from, first), move));
 }
 #else
-inline Bytes spread(uint64_t mask, const uint8_t *from, int zero) {
-  alignas(64) uint8_t line[own_bytes];
+inline uint8_t stored_bytes(const uint8_t *from, int at) { return from[at]; }
+inline uint8_t stored_halves(const uint8_t *from, int at) { return from[at / 2] >> 4 * (at % 2) & 15; }
+template <uint8_t (*stored)(const uint8_t *, int)>
+inline Bytes spread(uint64_t mask, const uint8_t *from, int next, int zero) {
+  uint8_t line[own_bytes];
   for (int i = 0; i < own_bytes; i++) {
     const int set = int(mask >> i & 1);
-    line[i] = set ? *from : uint8_t(zero);
-    from += set;
+    line[i] = set ? stored(from, next) : uint8_t(zero);
+    next += set;
   }
   return Lanes::load(line);
 }
@@ -93,18 +123,11 @@ inline Bytes spread(uint64_t mask, const uint8_t *from, int zero) {
 
 inline Bytes expand(uint64_t mask, const uint8_t *from, int zero, int part) {
   const Share share(mask, part);
-  return spread(share.mask, from + share.before, zero);
+  return spread<stored_bytes>(share.mask, from, share.before, zero);
 }
-// Two to a byte, the first in its lower half; a part may begin in the middle of one.
 inline Bytes expand_halves(uint64_t mask, const uint8_t *from, int zero, int part) {
   const Share share(mask, part);
-  from += share.before / 2;
-  alignas(64) uint8_t halves[own_bytes + 16];
-  for (int i = 0; i < own_bytes / 2 + 8; i++) {
-    halves[2 * i] = from[i] & 15;
-    halves[2 * i + 1] = from[i] >> 4;
-  }
-  return spread(share.mask, halves + share.before % 2, zero);
+  return spread<stored_halves>(share.mask, from, share.before, zero);
 }
 #endif
 

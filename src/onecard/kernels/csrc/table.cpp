@@ -120,10 +120,35 @@ class Looked {
   }
 
  private:
+#if defined(__AVX512BW__)
+  inline __m512i sixteen_entries(int t) const {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(entries_ + 16 * t)));
+  }
+#elif defined(__AVX2__)
+  inline __m256i sixteen_entries(int t) const {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(entries_ + 16 * t)));
+  }
+#endif
   // In all 64 bytes of the table.
   inline Bytes look_far(Bytes code) const {
 #if defined(__AVX512VBMI__)
     return _mm512_permutexvar_epi8(code, table_[0]);
+#elif defined(__AVX512BW__)
+    const __m512i sixteenth = _mm512_and_si512(_mm512_srli_epi16(code, 4), _mm512_set1_epi8(3));
+    __m512i u = _mm512_shuffle_epi8(sixteen_entries(0), code);
+    for (int t = 1; t < 1 << (bits - 4); t++)
+      u = _mm512_mask_shuffle_epi8(u, _mm512_cmpeq_epi8_mask(sixteenth, _mm512_set1_epi8(int8_t(t))), sixteen_entries(t),
+                                   code);
+    return u;
+#elif defined(__AVX2__)
+    const __m256i sixteenth = _mm256_and_si256(_mm256_srli_epi16(code, 4), _mm256_set1_epi8(3));
+    __m256i u = _mm256_shuffle_epi8(sixteen_entries(0), code);
+    for (int t = 1; t < 1 << (bits - 4); t++)
+      u = _mm256_blendv_epi8(u, _mm256_shuffle_epi8(sixteen_entries(t), code),
+                             _mm256_cmpeq_epi8(sixteenth, _mm256_set1_epi8(int8_t(t))));
+    return u;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return vqtbl4q_u8(vld1q_u8_x4(entries_), code);
 #else
     alignas(64) uint8_t c[64];
     memcpy(c, &code, sizeof code);
