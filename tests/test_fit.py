@@ -384,7 +384,7 @@ def test_what_misses_its_gate_ends_with_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    words = ["fit", tiny, tmp_path / "out", "--size", half(tiny), "--effort", "quick", "--context", 128,
+    words = ["fit", tiny, tmp_path / "out", "--size", half(tiny) // 2, "--effort", "quick", "--context", 128,
              "--calibration", text_file, "--held-out", text_file]  # fmt: skip
     assert call(*words, "--quality", "0.9999", "--dry-run", "--json") == 0
     assert not (tmp_path / "out").exists()

@@ -42,6 +42,8 @@ class Trial:
     formats: tuple[str, ...]
     rounds: int  # of measuring again around the plan
     uncertainty: float  # the quality is promised within this factor of its KL
+    tables: tuple[str, ...] = TABLES
+    left_out: bool = True  # whether every block is left out once, too
 
 
 TRIALS = {
@@ -50,6 +52,20 @@ TRIALS = {
     "thorough": Trial(32768, 512, 4096, (2.0, 2.25, 2.6, 3.1, 3.6, 4.2, 5.2), False, "gptq",
                       INTEGERS + CODEBOOKS + MORE, 3, 1.3),
 }  # fmt: skip
+
+
+LARGE = 150_000_000
+"""Parameters from which quick effort tries less, so that it stays quick."""
+QUICK_LARGE = Trial(
+    2048, 256, 256, (3.25,), True, "nearest",
+    ("int2-g32-zp", "int2-g64-zp", "int3-g32", "int3-g64", "int3-g128", "int4-g32", "int4-g64", "int4-g128",
+     "int6-g128", "int8-g128"), 0, 2.0, ("int4-g32", "int6-g64", "int8-g128"), False,
+)  # fmt: skip
+
+
+def trial_of(effort: str, parameters: int) -> Trial:
+    """How much is tried of a model of a size."""
+    return QUICK_LARGE if effort == "quick" and parameters > LARGE else TRIALS[effort]
 
 
 def possible(names: Iterable[str], shapes: Sequence[Shape], stored: str) -> dict[str, Format]:

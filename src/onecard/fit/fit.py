@@ -42,7 +42,7 @@ from onecard.core.settings import format_size
 from onecard.core.spec import linear_shapes, parameter_count
 from onecard.fit import gates as judge
 from onecard.fit.around import Bank, bank_bytes, search
-from onecard.fit.candidates import TRIALS, Trial
+from onecard.fit.candidates import LARGE, Trial, trial_of
 from onecard.fit.costs import Costs, Fixed
 from onecard.fit.goal import Goal
 from onecard.fit.planner import COSTS, Infeasible, Limits, Option, Plan, solve, summed
@@ -60,8 +60,6 @@ OVERSHOOT = 0.85
 SUMS_UP = 1.2
 """Harms measured alone come to less than what they do together: 1.08 to 1.37 on the shipped model at 2.25 to
 3.5 bits per weight. The first promise is raised by it."""
-IN_MEMORY = 150_000_000
-"""Parameters up to which a plan is looked at again from close by."""
 SPLIT = 0.02
 """Share of byte tokens above which a calibration text is said not to be the tokenizer's."""
 
@@ -98,7 +96,7 @@ class Job:
 
     @property
     def trial(self) -> Trial:
-        return TRIALS[self.goal.effort]
+        return trial_of(self.goal.effort, parameter_count(self.source.spec))
 
     @cached_property
     def costs(self) -> Costs:
@@ -109,7 +107,7 @@ class Job:
         """Formats of the embedding and head that are choices: rounding them takes the model in memory."""
         room = self.request.cap or available_memory()
         fits = 8 * parameter_count(self.source.spec) < room
-        return tuple(f.name for f in table_formats(self.source)) if fits else ()
+        return tuple(f.name for f in table_formats(self.source, self.trial.tables)) if fits else ()
 
     @cached_property
     def fixed(self) -> Fixed:
@@ -160,7 +158,7 @@ def prepare(request: Request) -> Job:
         raise BadRequest(f"--context {goal.context}",
                          f"{source.called} is made for {source.spec.max_context} tokens")  # fmt: skip
     check_target(out, source.folder, request.force)
-    trial = TRIALS[goal.effort]
+    trial = trial_of(goal.effort, parameter_count(source.spec))
     length = min(trial.length, source.spec.max_context)
     tokenizer = source.tokenizer()
     given = request.data is not None and request.data.suffix == ".json"
@@ -290,7 +288,7 @@ def looked_around(job: Job, planning: Planning, progress: Progress = Quiet) -> P
     """The plan after a look around it, where the model and what is needed fit into memory."""
     spec, rounds = job.source.spec, job.trial.rounds
     free = job.request.cap or available_memory()
-    if not rounds or parameter_count(spec) > IN_MEMORY or bank_bytes(spec) > 0.7 * free:
+    if not rounds or parameter_count(spec) > LARGE or bank_bytes(spec) > 0.7 * free:
         return planning
     limits = job.limits(None)
     if not limits.costs():  # smaller is what is wanted: the bytes that the plan has are its budget
@@ -411,7 +409,7 @@ def advice(result: FitResult) -> str:
 def gate_tokens(job: Job) -> int:
     """Tokens that the gates read of each text, about: fewer of a large model."""
     most = {"quick": 4096, "normal": 8192, "thorough": 32768}[job.goal.effort]
-    return most if parameter_count(job.source.spec) <= IN_MEMORY else most // 4
+    return most if parameter_count(job.source.spec) <= LARGE else most // 4
 
 
 def one_try(

@@ -174,7 +174,7 @@ class Watch:
         with torch.no_grad():
             hidden = [stem(b, positions_of(b, None, 0)) for b in batches(self.ids)]
             self.original = stem(self.tried, positions_of(self.tried, None, 0))
-            for format in table_formats(self.source):
+            for format in table_formats(self.source, self.trial.tables):
                 with swapped(stem.embedding, rounded(stem.embedding.matrix(), format, self.stored)):
                     self.streams[f"tables {format.name}"] = stem(
                         self.tried, positions_of(self.tried, None, 0)
@@ -236,7 +236,8 @@ class Watch:
             self.streams[name] = block(h, self.context(h, name))
         plain = block(self.original, self.context(self.original))
         index = f"blocks.{block.index}"
-        self.streams[f"{index} {GONE}"] = self.original.clone()
+        if self.trial.left_out:
+            self.streams[f"{index} {GONE}"] = self.original.clone()
         alone: dict[str, float] = {}
         for where, anchors in self.swaps.items():
             for name, matrices in anchors.items():
@@ -306,7 +307,7 @@ class Watch:
         found = dict.fromkeys(self.streams, 0.0)
         spoken = {
             f"tables {f.name}": rounded(tail.head.matrix(), f, self.stored)
-            for f in table_formats(self.source)
+            for f in table_formats(self.source, self.trial.tables)
         }
         count = self.original.shape[0]
         for row in range(count):
@@ -352,11 +353,11 @@ def rounded(w: Tensor, format: Format, stored: str) -> Tensor:
     return convert.to_dense(convert.round_to_nearest(w.contiguous(), format.scaled(stored)))
 
 
-def table_formats(source: Source) -> list[Format]:
+def table_formats(source: Source, names: Sequence[str] = TABLES) -> list[Format]:
     """Those that the embedding and the head may get: symmetric integers whose groups divide their rows."""
     width = source.spec.embed_size
     shape = (source.spec.vocab_size, width)
-    found = possible(TABLES, [shape], source.dtype)
+    found = possible(names, [shape], source.dtype)
     found.pop(source.dtype)
     return [parse_format(name) for name in found]
 

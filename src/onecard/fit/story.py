@@ -391,5 +391,5 @@ def dry(job: Job, chosen: Mapping[str, Option]) -> Report:
 
 def explained(result_places: Sequence[Place]) -> Report:
     """Why each place got what it got."""
-    rows = [Row(p.where, p.format, p.why) for p in result_places if p.part != "layer"]
+    rows = [Row(p.where, "why", p.why) for p in result_places if p.part != "layer"]
     return Report(tuple(rows), environment(), "Why each place got what it got")
