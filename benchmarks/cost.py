@@ -243,7 +243,7 @@ def main() -> None:
     cache = asked.cache or tempfile.mkdtemp(prefix="onecard-cost-")
     print("said and measured".rjust(50), "of a step".rjust(25), "per token of a prompt".rjust(25))
     for case in CASES:
-        if asked.only and not all(word in str(case) for word in asked.only):
+        if not all(any(part.startswith(word) for part in str(case).split()) for word in asked.only):
             continue
         if asked.prepare:
             elsewhere("run", model(asked.work, case), 1, cache)

@@ -63,6 +63,10 @@ SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "
          "num_key_value_heads": 4, "head_dim": 16}  # fmt: skip
 TRAINING = Training(steps=700, batch=8, length=256, rate=2e-3)
 
+EXTRA = ("int2-g32", "int2-g64", "int3-g32-zp", "int4-g32-zp", "int5-g32", "int6-g32", "int7-g128",
+         "int7-g64", "int7-g32", "codebook4-row", "codebook5", "codebook6x2", "codebook8x2")  # fmt: skip
+"""What the simple rules may use besides."""
+
 Choices = dict[str, str]
 
 
@@ -144,7 +148,7 @@ class Bench:
 
     def size(self, choices: Mapping[str, str]) -> int:
         return sum(
-            next(o.size for o in self.places[where] if o.format == format)
+            size_of(parse_format(format), self.shapes[where], self.source.dtype)
             for where, format in choices.items()
         )
 
@@ -152,11 +156,17 @@ class Bench:
         """Sites in one format, its groups the largest that divide each row; None where it holds them not."""
         found = {}
         for where in places:
-            own = parse_format(format).for_row(self.shapes[where][0][1]).name
-            if own not in {o.format for o in self.places[where]}:
+            own = parse_format(format).for_row(self.shapes[where][0][1])
+            try:
+                own.bytes(self.shapes[where][0])
+            except BadRequest:
                 return None
-            found[where] = own
+            found[where] = own.name
         return found
+
+    def simple(self) -> tuple[str, ...]:
+        """The formats that the simple rules choose from: more than the planner has."""
+        return (*self.trial.formats, *EXTRA)
 
     # The rules
 
@@ -173,18 +183,18 @@ class Bench:
         return {where: o.format for where, o in zip(self.places, chosen, strict=True)}, about
 
     def uniform(self, room: float) -> list[Choices]:
-        every = [self.all_in(format, list(self.places)) for format in self.trial.formats]
-        return [c for c in every if c is not None and self.size(c) <= room]
+        every = [self.all_in(format, list(self.places)) for format in self.simple()]
+        return [c for c in every if c is not None and 0.75 * room < self.size(c) <= room]
 
     def ends_high(self, room: float) -> list[Choices]:
         last = f"blocks.{self.source.spec.num_layers - 1}."
         ends = [w for w in self.places if w.startswith(("blocks.0.", last))]
         rest = [w for w in self.places if w not in ends]
         found: list[Choices] = []
-        for low in self.trial.formats:
+        for low in self.simple():
             inner = self.all_in(low, rest)
             best: Choices | None = None
-            for high in self.trial.formats:
+            for high in self.simple():
                 outer = self.all_in(high, ends)
                 if inner is None or outer is None or self.size(inner | outer) > room:
                     continue
@@ -228,6 +238,16 @@ def row_of(bench: Bench, bits: float) -> dict[str, object]:
     choices, about = bench.planner(room)
     row: dict[str, object] = {"bits": bits, "planner": bench.kl(choices), **about,
                               "planner_bits": 8 * bench.size(choices) / bench.weights}  # fmt: skip
+    row |= simple_rules(bench, room)
+    drawn = sorted(bench.kl(bench.random(room, seed)) for seed in range(DRAWS))
+    row |= {"random": statistics.median(drawn), "random_least": drawn[0]}
+    row["seconds"] = round(time.perf_counter() - began, 1)
+    return row
+
+
+def simple_rules(bench: Bench, room: float) -> dict[str, object]:
+    """The best of the uniform formats, and of those with high ends."""
+    row: dict[str, object] = {}
     for name, many in (("uniform", bench.uniform(room)), ("ends high", bench.ends_high(room))):
         measured = [(bench.kl(c), 8 * bench.size(c) / bench.weights, c) for c in many]
         if measured:
@@ -237,9 +257,6 @@ def row_of(bench: Bench, bits: float) -> dict[str, object]:
                 f"{name}_bits": size,
                 f"{name}_formats": "/".join(sorted(set(best.values()))),
             }
-    drawn = sorted(bench.kl(bench.random(room, seed)) for seed in range(DRAWS))
-    row |= {"random": statistics.median(drawn), "random_least": drawn[0]}
-    row["seconds"] = round(time.perf_counter() - began, 1)
     return row
 
 
@@ -258,6 +275,7 @@ def main() -> None:
         "--only", default="", help="models whose names contain this; others are kept"
     )
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
+    parser.add_argument("--again", action="store_true", help="only the simple rules of known rows")
     parser.add_argument("--work", type=Path, help="keep models and sensitivities here")
     asked = parser.parse_args()
     table: dict[str, dict[str, dict[str, object]]] = {}
@@ -274,7 +292,11 @@ def main() -> None:
             bench = Bench(model, text, held_out, work)
             for bits in asked.budgets:
                 try:
-                    row = row_of(bench, bits)
+                    known = table.get(name, {}).get(str(bits), {})
+                    if asked.again and "planner" in known:
+                        row = known | simple_rules(bench, bits * bench.weights / 8)
+                    else:
+                        row = row_of(bench, bits)
                 except BadRequest as error:
                     row = {"bits": bits, "impossible": str(error)}
                     print(name, bits, error)

@@ -10,6 +10,7 @@ import pytest
 
 from onecard import cost
 from onecard.checkpoint.source import Source
+from onecard.core.device import Device
 from onecard.core.format import Format, Integers, parse_format
 from onecard.core.spec import linear_shapes
 from onecard.kernels import cpu, layout, rates
@@ -122,5 +123,35 @@ def test_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
         assert rates._sound(words, made)
 
 
-def test_cached() -> None:
+def test_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cost.cached(0) == 1.0 and cost.cached(1 << 50) == 0.0
+    shares = [cost.cached(size << 20) for size in range(1, 4096, 16)]
+    assert shares == sorted(shares, reverse=True)
+    monkeypatch.setattr(cost, "cpu_facts", lambda: Device("x", caches=(("L2", 100), ("L3", 1000))))
+    assert cost.cached(1000) == 1.0 and cost.cached(1500) == pytest.approx(0.4172, abs=1e-3)
+    monkeypatch.setattr(cost, "cpu_facts", lambda: Device("x"))
+    assert cost.cached(1000) == 0.0
+
+
+def test_what_is_fitted(told: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the other process does, on models that are smaller still."""
+    solid = cost.Small(128, 192, 2, 256)
+    monkeypatch.setattr(cost, "SOLID", solid)
+    monkeypatch.setattr(cost, "SMALL", tuple(cost.Small(64, 64, n, 256) for n in (1, 3, 1)))
+    monkeypatch.setattr(cost, "TURNS", 1)
+    found = cost.measure()
+    assert min(found.layer, found.step, found.choice) >= 0 and found.program > 1 << 20
+    assert 1 <= found.decode <= cost.MOST and 1 <= found.prompt <= cost.MOST
+    held = Source(cost.write(tmp_path / "held", solid, cost.HELD))
+    assert held.format_names() == ["int8-g64"] and held.spec.num_layers == 2
+
+
+def test_overheads_of_a_damaged_file(told: list[str]) -> None:
+    good = cost.measured()
+    path = cpu._cache_file(cost.FILE)
+    for broken in ({}, {"layer": "x"}, None, {**vars(good), "decode": -1.0}):
+        keys = json.loads(path.read_text())
+        path.write_text(json.dumps(dict.fromkeys(keys, broken)))
+        cost.measured.cache_clear()
+        assert cost.measured() == good
+    assert told == ["onecard.cost"] * 5

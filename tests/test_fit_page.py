@@ -30,7 +30,7 @@ from onecard.fit.result import (
     Tried,
 )  # fmt: skip
 from onecard.render import compared, fit_to_html, to_html
-from onecard.render.fit_plots import front_of, harm_of, kind_of, memory_of, speeds_of
+from onecard.render.fit_plots import bits_of, front_of, harm_of, kind_of, memory_of, speeds_of
 
 FORMATS = {
     "int2-g64": 2.25,
@@ -387,6 +387,24 @@ def test_positions() -> None:
 ])  # fmt: skip
 def test_formats_in_letters(format: str, letters: str) -> None:
     assert kind_of(format) == letters
+
+
+def test_a_layer_that_was_not_left_out() -> None:
+    fit = fitted(3)
+    gone = tuple(
+        Place(
+            f"blocks.{i}", i, "layer", 0, "kept", 0, 0, 0, 0, "no", (Tried("gone", 1.0, 0, 0, 0),)
+        )
+        for i in range(3)
+    )
+    more = dataclasses.replace(fit, places=(*fit.places, *gone))
+    bits = bits_of(more)
+    assert bits is not None and [name for name, _ in bits.lines] == [
+        p.replace("_", "-") for p in PARTS
+    ]
+    assert bits.description.startswith("From 4.25 bits")
+    (alone,) = [heat for heat in harm_of(more) if heat.title == "gone alone"]
+    assert [name for name, _ in alone.lines] == ["layer"]
 
 
 # Several ------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterable
@@ -56,8 +57,8 @@ FILE = "overheads.json"
 PROMPTED = 512  # rows of inputs at once
 BARRIERS = 8  # of a layer whose matrices are no products of two
 LOWERED = 1.2  # more for each that is one: two, and a rounding, for the matrices of one input
-SPREAD = 0.12
-"""Half width of a predicted time, as a share of it: what benchmarks/cost.py is held to."""
+SPREAD = 0.15
+"""Half width of a predicted time, as a share of it: nearly all cases of benchmarks/cost.py stay within."""
 
 
 @dataclass(frozen=True)
@@ -200,9 +201,18 @@ def cost(
 
 
 def cached(size: float) -> float:
-    """The share of `size` bytes, read again and again in one order, that the last cache still holds."""
+    """The share of `size` bytes, read again and again in one order, that the last cache still holds.
+
+    Where a line gives way to any other, one survives the misses of a round with the chance
+    share = exp(-(1 - share) * size / cache), the smallest solution of which is this.
+    """
     last = max(dict(cpu_facts().caches).values(), default=0)
-    return min(1.0, max(0.0, (2 * last - size) / (2 * last - 0.75 * last))) if last else 0.0
+    if size <= last:
+        return 1.0
+    share = 0.0
+    for _ in range(ROUNDS):
+        share = math.exp(-(1 - share) * size / last) if last else 0.0
+    return share
 
 
 def _chosen(spec: Spec, path: str) -> float:
@@ -238,6 +248,7 @@ MOST = 1.5
 """A share above that was measured beside something else."""
 TURNS = 7
 TOKENS, HEAD = 16, 64
+ROUNDS = 100  # that find the share of a cache
 
 
 @functools.cache

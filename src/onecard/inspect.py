@@ -20,8 +20,8 @@ from onecard.runtime.footprint import footprint
 from onecard.runtime.pages import position_bytes
 
 MEASURED = (
-    f"from this machine's kernels, measured once: within {SPREAD:.0%}, at the end of the context and over "
-    "all of it; less beside other programs that are busy"
+    f"from this machine's kernels, measured once: give or take {SPREAD:.0%}, at the end of the context and "
+    "over all of it; less beside other programs that are busy"
 )
 MODELLED = (
     f"modelled, not measured: {DECODE:.0%} of reading memory, {PROMPT:.0%} of the peak for a prompt of "

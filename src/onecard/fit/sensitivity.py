@@ -54,7 +54,7 @@ from onecard.checkpoint.save import source_hashes
 from onecard.checkpoint.shards import fresh, pread, read_header
 from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest
-from onecard.core.format import Format, Integers, parse_format
+from onecard.core.format import Format, Integers, Weight, parse_format
 from onecard.core.report import Row, write_text
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 from onecard.fit.candidates import CACHES, TABLES, Trial, possible, size_of
@@ -323,22 +323,26 @@ class Watch:
 # Making candidates --------------------------------------------------------------------------------
 
 
-def made(site: Reached, format: Format, held: Mapping[str, Any], trial: Trial) -> float:
+def made(site: Reached, format: Format, held: Mapping[str, Weight], trial: Trial) -> float:
     """Bring a site into a format; the mean share of its linears' output power that is lost."""
     rows = list(carry_out(site, format, trial.rounding))
     seen = [float(r.value) for r in rows if r.what == "relative_output_error"]  # type: ignore[arg-type]
     if len(seen) == len(site.linears):
         return sum(seen) / len(seen)
-    weights = diagonal(site)
-    shares = []
+    weights, shares = diagonal(site), []
     for name, linear in site.linears.items():
         w = held[name].parts["weight"].float()
-        d = linear.matrix() - w
-        power = (w.square() @ weights).sum(dtype=torch.float64)
-        shares.append(
-            float((d.square() @ weights).sum(dtype=torch.float64) / power.clamp(min=1e-30))
-        )
+        lost = linear.matrix().sub_(w).square_() @ weights
+        shares.append(float(lost.sum(dtype=torch.float64)) / max(power(site, name, w), 1e-30))
     return sum(shares) / len(shares)
+
+
+def power(site: Reached, name: str, w: Tensor) -> float:
+    """The power of a linear's outputs, were its inputs independent; taken once and kept with the site."""
+    if name not in site.kept:
+        found = (w.square() @ diagonal(site)).sum(dtype=torch.float64)
+        site.kept[name] = found
+    return float(site.kept[name])
 
 
 def diagonal(site: Reached) -> Tensor:

@@ -28,11 +28,13 @@ import math
 import mmap
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onecard.core.device import cpu_facts, usable_cores
 from onecard.core.errors import BadRequest, FailedWork
@@ -49,7 +51,7 @@ FAR, CHUNK = 3584, 512  # positions in front of a part of a prompt, and its leng
 LEAST, MOST = 64 << 20, 192 << 20  # bytes that no cache holds
 ROUNDS, TURNS = 4, 3
 SLOW, SLOWEST = 0.1, 0.5  # seconds of one product that are too long to repeat, and to take at all
-BRIEF = 0.002  # seconds to fill with products
+BRIEF, STEP = 0.002, 0.06  # seconds to fill with products, of a small and of a large matrix
 SHARES = 20  # steps of the share of slots that sparse forms are told apart by
 
 
@@ -240,7 +242,7 @@ def _cold(form: Form, warm: float, threads: int) -> float:
         file.flush()
         matrix.data = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
         matrix.matrix.data = matrix.data.ctypes.data
-        return matrix.least(1, threads) / matrix.weights
+        return matrix.mean(threads) / matrix.weights
 
 
 class _Filled:
@@ -273,18 +275,38 @@ class _Filled:
         """The least seconds of a product in several turns."""
         x = np.tile(np.array([0.5, -1.0, 0.25, 2.0], np.float32), rows * self.matrix.columns // 4)
         y = np.empty(rows * self.matrix.rows, np.float32)
-        took, best, turns, repeats = ctypes.c_double(), math.inf, TURNS, 1
+        best, turns, repeats = math.inf, TURNS, 1
         while turns:
-            code = cpu.library().oc_multiply(
-                ctypes.byref(self.matrix), x.ctypes.data, rows, threads, repeats, y.ctypes.data,
-                ctypes.byref(took),
-            )  # fmt: skip
-            if code:
-                raise FailedWork("a product could not be measured", seen=f"error {code}")
-            best = min(best, took.value)
-            turns = 0 if took.value > SLOW else turns - 1
+            took = self._seconds(x, y, rows, threads, repeats)
+            best = min(best, took)
+            turns = 0 if took > SLOW else turns - 1
             repeats = max(2, min(100, int(BRIEF / best)))
         return best
+
+    def mean(self, threads: int) -> float:
+        """Of one row, the least mean of so many products in a row that a step takes no longer: memory that
+        others read as well is fast for a moment now and then, but no step is over in a moment."""
+        x, y = np.full(self.matrix.columns, 0.5, np.float32), np.empty(self.matrix.rows, np.float32)
+        repeats = max(2, min(100, int(STEP / self._seconds(x, y, 1, threads, 2))))
+        means = []
+        for _ in range(TURNS):
+            begin = time.perf_counter()
+            self._seconds(x, y, 1, threads, repeats)
+            means.append((time.perf_counter() - begin) / repeats)
+        return min(means)
+
+    def _seconds(
+        self, x: NDArray[np.float32], y: NDArray[np.float32], rows: int, threads: int, repeats: int
+    ) -> float:
+        """The least of some products."""
+        took = ctypes.c_double()
+        code = cpu.library().oc_multiply(
+            ctypes.byref(self.matrix), x.ctypes.data, rows, threads, repeats, y.ctypes.data,
+            ctypes.byref(took),
+        )  # fmt: skip
+        if code:
+            raise FailedWork("a product could not be measured", seen=f"error {code}")
+        return took.value
 
 
 def _of_heads(heads: Heads, threads: int) -> list[float]:

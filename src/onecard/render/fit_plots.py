@@ -24,10 +24,12 @@ from onecard.fit.result import FitResult, Place, Speed
 from onecard.render.plots import Heat, Picture, Shaded, ticks
 from onecard.render.values import capital, short
 
-HEIGHT = 340
+HEIGHT, TOP = 340, 34
 LEAST = 1e-7
 """The smallest KL that a picture tells from none, in nats."""
 COLOURS = 9
+KEPT = "kept"
+"""What is said of a layer that was not left out, as if it were a format."""
 PARTS = ("attention.in", "attention.out", "feed_forward.in", "feed_forward.out")
 
 
@@ -99,7 +101,7 @@ def front_of(fit: FitResult) -> Front | None:
         return 9 + 88 * (value - low) / (high - low)
 
     def down(harm: float) -> float:
-        return 20 + (HEIGHT - 70) * (top - math.log10(_floor(harm))) / (top - bottom)
+        return TOP + (HEIGHT - TOP - 50) * (top - math.log10(_floor(harm))) / (top - bottom)
 
     def words(point: object, size: float, harm: float) -> str:
         return f"{point}: {format_size(size)}, KL {harm:.3g}"
@@ -147,14 +149,17 @@ def bits_of(fit: FitResult) -> Heat | None:
     found = _grid(fit, _bits)
     if found is None:
         return None
-    rising = sorted(fit.places, key=lambda place: place.bits_per_weight)
+    known = [place for place in fit.places if place.layer is not None and place.bits_per_weight > 0]
+    rising = sorted(known or fit.places, key=lambda place: place.bits_per_weight)
     ends = [
         f"{p.bits_per_weight:.3g} bits ({p.where}, {p.format})" for p in (rising[0], rising[-1])
     ]
     return Heat("Bits of a weight, by layer", f"From {ends[0]} to {ends[1]}.", *found)
 
 
-def _bits(place: Place) -> Shaded:
+def _bits(place: Place) -> Shaded | None:
+    if place.format == KEPT:
+        return None
     words = f"{place.where}: {place.format}, {place.bits_per_weight:.2f} bits, {place.why}"
     return min(1.0, place.bits_per_weight / 8.5), words, kind_of(place.format)
 
@@ -171,17 +176,18 @@ def kind_of(format: str) -> str:
         return f"{match[1]}c"
     if match := re.match(r"(nf|fp|mxfp|nvfp|fp-)([0-9]+)", format):
         return f"{match[2]}t"
-    return {"bf16": "16", "fp16": "16", "fp32": "32", "removed": "-", "ternary": "1.6"}.get(
+    return {"bf16": "16", "fp16": "16", "fp32": "32", "gone": "-", "ternary": "1.6"}.get(
         format.partition("-")[0], format[:3]
     )
 
 
 def harm_of(fit: FitResult) -> list[Heat]:
-    """One picture per candidate that was tried in at least half of the places, most harmful first, all on one
-    scale."""
+    """One picture per candidate that was tried in as many places as there are layers, most harmful first, all
+    on one scale."""
     inside = [place for place in fit.places if place.layer is not None]
     counts = Counter(tried.format for place in inside for tried in place.tried)
-    names = [name for name, count in counts.items() if 2 * count >= len(inside)]
+    layers = len({place.layer for place in inside})
+    names = [name for name, count in counts.items() if count >= layers]
     known = {(place.where, tried.format): tried.harm for place in inside for tried in place.tried}
     values = [_floor(harm) for (_, name), harm in known.items() if name in names]
     if not values:
@@ -226,13 +232,10 @@ def _grid(
     lines: list[tuple[str, list[Shaded | None]]] = []
     for part in parts:
         places = [inside.get((part, layer)) for layer in layers]
-        lines.append(
-            (
-                short(part.replace("_", "-"), 32),
-                [cell(place) if place else None for place in places],
-            )
-        )
-    return layers, lines
+        cells = [cell(place) if place else None for place in places]
+        if any(cells):
+            lines.append((short(part.replace("_", "-"), 32), cells))
+    return (layers, lines) if lines else None
 
 
 # Bars ---------------------------------------------------------------------------------------------
