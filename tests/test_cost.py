@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from onecard import cost
+from onecard import cost, verbs
 from onecard.checkpoint.source import Source
 from onecard.core.device import Device
 from onecard.core.format import Format, Integers, parse_format
+from onecard.core.report import Report, Row
 from onecard.core.spec import linear_shapes
 from onecard.kernels import cpu, layout, rates
 from onecard.kernels.rates import Attending, Form, Heads, Rate
@@ -155,3 +156,15 @@ def test_overheads_of_a_damaged_file(told: list[str]) -> None:
         cost.measured.cache_clear()
         assert cost.measured() == good
     assert told == ["onecard.cost"] * 5
+
+
+def test_measuring_again_forgets_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in (rates.FILE, cost.FILE):
+        assert cpu.remember(name, "a machine", 1)
+    monkeypatch.setattr("onecard.kernels.tune.apply", lambda refresh: None)
+    monkeypatch.setattr(cpu, "info", lambda refresh: Report((Row("cpu", "cores", 2),)))
+    verbs.info(json=True)
+    assert cpu.remembered(rates.FILE) and cpu.remembered(cost.FILE)
+    verbs.info(refresh=True, json=True)
+    assert not cpu.remembered(rates.FILE) and not cpu.remembered(cost.FILE)

@@ -125,10 +125,14 @@ def info(*, refresh: Annotated[bool, Flag] = False, json: Json = False) -> None:
     Parameters
     ----------
     refresh
-        measure again instead of using the cached figures
+        measure again instead of using the cached figures; those of single kernels when next asked for
     """
-    from onecard.kernels import cpu, tune
+    from onecard import cost
+    from onecard.kernels import cpu, rates, tune
 
+    if refresh:
+        for name in (rates.FILE, cost.FILE):
+            cpu.forget(name)
     if cpu.available():
         tune.apply(refresh)
     show(cpu.info(refresh), json)

@@ -389,6 +389,12 @@ def remember(name: str, key: str, value: Any) -> bool:
     return False
 
 
+def forget(name: str) -> None:
+    """What a file holds is measured anew when it is next asked for."""
+    with suppress(OSError, RuntimeError):
+        _cache_file(name).unlink(missing_ok=True)
+
+
 # Cards, and the report of it all ----------------------------------------------------------------
 
 
