@@ -18,7 +18,7 @@ from pathlib import Path
 from onecard.calibrate.data import Calibration
 from onecard.checkpoint.hub import SHIPPED
 from onecard.checkpoint.journal import check_target, partial_of
-from onecard.checkpoint.load import Source, load_model
+from onecard.checkpoint.load import Source, compute_dtype, load_model
 from onecard.checkpoint.shards import Checkpoint
 from onecard.checkpoint.text import read_text
 from onecard.core.device import resident_peak
@@ -73,7 +73,8 @@ def run_demo(
     started, steps = time.perf_counter(), len(VARIANTS) + 2
     text = read_text(None, "held_out.txt")
     progress(0, steps, "dense")
-    dense = load_model(SHIPPED)
+    dtype = compute_dtype(Source(SHIPPED), "auto")
+    dense = load_model(SHIPPED, dtype)
     checkpoint, count = Checkpoint(SHIPPED), parameter_count(Source(SHIPPED).spec)
     rows, notes = measure(dense, dense, "dense", text, checkpoint, count)
     folders = {"dense": SHIPPED}
@@ -82,7 +83,8 @@ def run_demo(
         progress(number + 1, steps, recipe.name)
         folder = folders[recipe.name] = out / folder_name(recipe)
         found = made(folder, recipe)
-        more, _ = measure(load_model(folder), dense, recipe.name, text, Checkpoint(folder), count)
+        model = load_model(folder, dtype)
+        more, _ = measure(model, dense, recipe.name, text, Checkpoint(folder), count)
         rows += more
         rows.append(Row(recipe.name, "compress_seconds", found.value("seconds", "walk"), "s"))
         conventions = [note for note in found.notes if note[0].startswith("convention")]

@@ -73,10 +73,11 @@ def prove(
     progress: Progress = lambda done, total, what: None,
 ) -> Report:  # fmt: skip
     """`report` with perplexity before and after, KL, agreement and samples."""
-    from onecard.checkpoint.load import load_model
+    from onecard.checkpoint.load import compute_dtype, load_model
     from onecard.runtime.reference import TorchExecutor, TorchScorer
 
-    dense, made = load_model(original), load_model(result)
+    dtype = compute_dtype(Source(original), "auto")
+    dense, made = load_model(original, dtype), load_model(result, dtype)
     words, reading = _words(text)
     scorer = TorchScorer(dense)
     before = evaluate(scorer, words, reading, progress=progress)

@@ -57,7 +57,7 @@ class Compute:
     device: Annotated[str, Parameter(help="cpu, cuda or cuda:N")] = "cpu"
     dtype: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
-        Parameter(help="reference engine: what to compute in (auto: as stored)"),
+        Parameter(help="reference engine: what to compute in (auto: as stored, or what is fast)"),
     ] = "auto"
 
 
@@ -210,9 +210,13 @@ class InTorch:
 
     def load(self, device: str) -> Model:
         """The model in memory, its result folder verified against its manifest."""
-        from onecard.checkpoint.load import load_model
+        from onecard.checkpoint.load import compute_dtype, load_model
 
-        dtype = None if self.compute.dtype == "auto" else self.compute.dtype
+        dtype: str | None = self.compute.dtype
+        if self.compute.device == "cpu":
+            dtype = compute_dtype(self.source, self.compute.dtype)
+        elif dtype == "auto":
+            dtype = None
         return load_model(self.source.folder, dtype, device)
 
     def runner(self, positions: int | None = None) -> Runner:

@@ -240,6 +240,15 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
+def compute_dtype(source: Source, wanted: str) -> str:
+    """What this processor computes in, unless a dtype is wanted: bf16 where the weights are and it multiplies
+    them, else fp32, as torch is far slower in bf16 where there is no instruction for it."""
+    if wanted != "auto":
+        return wanted
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if source.dtype == "bf16" and fast else "fp32"
+
+
 def load_model(
     folder: str | Path, dtype: str | None = None, device: str = "cpu", tokenizer: bool = True
 ) -> Model:

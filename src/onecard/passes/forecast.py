@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from onecard.calibrate.walk import compares, peak_bytes, weight_count
+from onecard.checkpoint.load import compute_dtype
 from onecard.checkpoint.source import Source
 from onecard.core.device import resident, resident_peak
 from onecard.core.format import DTYPE_BYTES
@@ -26,14 +27,6 @@ from onecard.passes.plan import Plan, Settings, beyond_cap, disk_bytes
 
 SLACK, LIBRARIES = 48 << 20, 64 << 20
 """Allowance for the allocator, and for what matrix libraries keep once they have run."""
-
-
-def compute_dtype(source: Source, wanted: str) -> str:
-    """bf16 where the weights are bf16 and the processor multiplies them, else fp32."""
-    if wanted != "auto":
-        return wanted
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bf16" if source.dtype == "bf16" and fast else "fp32"
 
 
 def estimate_seconds(spec: Spec, ids: Tensor, dtype: str, replay: bool) -> float:
