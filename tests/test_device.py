@@ -256,7 +256,7 @@ def test_info_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not cpu.available()
     report = cpu.info()
     assert report.value("cores") == usable_cores()
-    assert "reinstall" in report.notes[0][1]
+    assert "ONECARD_NATIVE names it" in report.notes[0][1]
 
 
 @pytest.mark.skipif(not cpu.available(), reason="the native library is not built")

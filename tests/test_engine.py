@@ -472,7 +472,7 @@ except FailedWork as error:
     print(error, error.do)
 """
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "1048576 positions" in told.stdout and "smaller context" in told.stdout, told
+    assert "1048576 positions" in told.stdout and "smaller --context" in told.stdout, told
 
 
 # Nonsense -----------------------------------------------------------------------------------------

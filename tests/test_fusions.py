@@ -9,7 +9,6 @@ import pytest
 from conftest import call
 from test_families import CASES, random_model
 
-from onecard.core import fusions as module
 from onecard.core.fusions import fusions
 from onecard.core.report import Report
 from onecard.core.spec import Spec
@@ -41,7 +40,7 @@ def test_what_the_engine_fuses_follows_the_spec(case: str) -> None:
 
 
 def test_every_fusion_names_a_function_of_the_engine() -> None:
-    engine = Path(module.__file__).parents[1] / "kernels" / "csrc"
+    engine = Path(__file__).parents[1] / "src" / "onecard" / "kernels" / "csrc"
     text = "".join((engine / name).read_text() for name in ("forward.cpp", "attention.cpp"))
     for case in ("llama", "gemma2", "mixtral", "neox"):
         for _, fusion in fusions(spec_named(case)):

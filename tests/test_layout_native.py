@@ -326,7 +326,7 @@ def test_checksum_sees_flips_swaps_and_lengths() -> None:
 
 def test_structs_are_those_of_the_header(tmp_path: Path) -> None:
     """Size of each struct and place of each field, as a compiler sees them."""
-    source = Path(cpu.__file__).parent / "csrc"
+    source = Path(__file__).parents[1] / "src" / "onecard" / "kernels" / "csrc"
     names = {
         "oc_matrix": structs.Matrix, "oc_norm": structs.Norm, "oc_mlp": structs.Mlp,
         "oc_layer": structs.Layer, "oc_rope": structs.Rope, "oc_model": structs.Model,
