@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -46,14 +47,17 @@ def estimate_seconds(spec: Spec, ids: Tensor, dtype: str, replay: bool) -> float
     return seconds
 
 
+@cache
 def _rate(dtype: torch.dtype) -> float:
-    """Operations per second of a matrix product of 1024, best of three."""
-    a, best = torch.ones(1024, 1024, dtype=dtype), float("inf")
-    for _ in range(4):
+    """Operations per second of a product of 512, the best of ten or of half a second; once a process."""
+    a, best, begun = torch.ones(512, 512, dtype=dtype), float("inf"), time.perf_counter()
+    for _ in range(10):
         start = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+        if time.perf_counter() - begun > 0.5:
+            break
+    return 2 * 512**3 / best
 
 
 @dataclass(frozen=True)
