@@ -45,7 +45,7 @@ from onecard.fit.around import Bank, bank_bytes, search
 from onecard.fit.candidates import LARGE, Trial, trial_of
 from onecard.fit.costs import Costs, Fixed
 from onecard.fit.goal import Goal
-from onecard.fit.planner import COSTS, Infeasible, Limits, Option, Plan, solve, summed
+from onecard.fit.planner import Infeasible, Limits, Option, Plan, solve, summed
 from onecard.fit.result import FILE, FitResult, Gate, Said, read_fit
 from onecard.fit.sensitivity import Sensitivity, default_home, known, look, table_formats
 from onecard.passes import job as jobs
@@ -521,8 +521,3 @@ def seconds(job: Job) -> float:
     streams = spec.num_layers * (1 if trial.together else 4 * len(trial.anchors)) / 2
     solving = len(trial.formats) * weights * (4e-9 if trial.rounding == "nearest" else 2e-7)
     return walk + streams * trial.tried * per_token + solving
-
-
-def costs_of(plan: Plan, fixed: Fixed) -> dict[str, float]:
-    """What a plan costs with everything fixed."""
-    return {name: getattr(plan, name) + getattr(fixed, name) for name in COSTS}

@@ -1,8 +1,8 @@
 """Matrix in, Weight out, and back: the native kernel where it is built and the input suits it, else
 the reference. Both give the same bits.
 
-The last two functions are the native inner loops of passes/gptq.py, whose plain versions of the
-same signature lie there. They want the library and float32 on the CPU (`native`).
+The last two functions are the native inner loops of rounding, whose plain versions of the same
+signature lie in passes/columns.py. They want the library and float32 on the CPU (`native`).
 """
 
 from __future__ import annotations
