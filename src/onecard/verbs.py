@@ -408,7 +408,7 @@ def fit(
             result = fits.fit(job, progress, lambda folder, _, made: write_text(
                 folder / "report.html", fit_to_html(made)))  # fmt: skip
     if dry_run:
-        show(story.dry(job, planning.chosen()), json)
+        show(story.dry(job, planning), json)
         if explain and not json:
             show(story.explained(story.places(job, found, planning)), False)
         return
