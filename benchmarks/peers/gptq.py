@@ -208,7 +208,7 @@ def score(folder: Path, windows: Path, asked: argparse.Namespace) -> dict[str, f
 
 
 def fast_dtype(model: Path) -> str:
-    """What this processor is fast in, of the checkpoint's dtype and float32; asked in a process of its own."""
+    """The faster here of the checkpoint's dtype and float32; asked in a process of its own."""
     code = (
         "import sys; from onecard.checkpoint.load import Source, compute_dtype; "
         "print(compute_dtype(Source(sys.argv[1]), 'auto'))"

@@ -58,7 +58,8 @@ def run_methods(
 ) -> Report:
     """Make and measure all variants; OUT gets one folder each and report.json.
 
-    Killed, a second call goes on behind the last variant that was finished. BadRequest: OUT holds something else.
+    Killed, a second call goes on behind the last variant that was finished. Raises BadRequest where OUT holds
+    something else.
     """
     if not (SHIPPED / "config.json").is_file():
         raise BadRequest(
