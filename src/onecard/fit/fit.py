@@ -213,9 +213,15 @@ def explained(job: Job, error: Infeasible) -> BadRequest:
     return BadRequest(
         f"{job.source.called} does not fit into --{error.name} {format_size(float(asked or 0))}",
         f"{words}the least possible in any format tried is {format_size(total)}",
-        f"--{error.name} {math.ceil(total / 2**20) + 1}MiB" + (", or a smaller --context or --batch"
+        f"--{error.name} {roomy(total)}" + (", or a smaller --context or --batch"
                                                               if error.name == "memory" else ""),
     )  # fmt: skip
+
+
+def roomy(least: float) -> str:
+    """A budget to write on the command line that so many bytes fit into."""
+    unit, name = (2**20, "MiB") if least > 2**24 else (2**10, "KiB")
+    return f"{math.ceil(1.01 * least / unit)}{name}"
 
 
 # The loop -----------------------------------------------------------------------------------------
