@@ -91,7 +91,7 @@ def look(
     folder = (home or default_home()) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     path = folder.with_suffix(".json")
     if path.is_file():
-        shutil.rmtree(partial_of(folder), ignore_errors=True)  # of one that was killed just behind it
+        shutil.rmtree(partial_of(folder), ignore_errors=True)  # of a run killed just behind it
         return Sensitivity(**json.loads(path.read_text(encoding="utf-8")))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with Journal(folder, key, force=True) as journal:
