@@ -385,7 +385,8 @@ def fit(
         tried.append(one_try(job, best.planning, texts, "recovered", what, progress, minutes))
         clock.step("recover")
         best = best_of(job, tried)
-    seen = story.measured(job, best.folder) if measure else story.Seen()
+    cache = best.planning.chosen()["cache"].format
+    seen = story.measured(job, best.folder, cache) if measure else story.Seen()
     clock.step("measure")
     result = story.told(job, found, best, tried, seen, clock.said())
     write_text(best.folder / FILE, result.to_json())
