@@ -430,7 +430,7 @@ def one_try(
     if gates is None or os.path.getmtime(kept) < os.path.getmtime(folder / "report.json"):
         cache = planning.chosen()["cache"].format
         held = None if cache == "fp16" else cache
-        gates = judge.judged(job.source.folder, folder, texts, held, progress)
+        gates = judge.judged(job.source.folder, folder, texts, held, job.costs.here, progress)
         judge.keep(kept, gates)
     goal = job.goal
     passed = None if goal.quality is None else judge.quality(gates, goal.measure) >= goal.quality

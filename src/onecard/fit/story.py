@@ -317,8 +317,9 @@ def how(job: Job, best: Tried) -> tuple[Said, ...]:
         ("plan", "a multiple-choice knapsack, solved "
          f"{'to a bound' if best.planning.plan.gap else 'exactly'}; at most "
          f"{best.planning.plan.gap:.2g} nat above the optimum of these sums"),
-        ("gates", f"{', '.join(f'{g.tokens} tokens of {g.text}' for g in best.gates)}; both models in "
-         "float32"),
+        ("gates", f"{', '.join(f'{g.tokens} tokens of {g.text}' for g in best.gates)}; "
+         + ("the result as the engine runs it, the original with nothing rounded" if job.costs.here
+         else "both models in float32")),
     ]  # fmt: skip
     if looked:
         found.append(
