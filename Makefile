@@ -8,6 +8,7 @@ SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -name '*.
 .PHONY: demo test lint bench proofs proofs-here proofs-peers gpu sanitize neon clean
 
 demo: $(VENV)/.installed
+	$(BIN)/onecard demo --methods --force
 	$(BIN)/onecard demo --force
 
 test: $(VENV)/.installed
@@ -73,4 +74,4 @@ $(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build onecard-demo
+	rm -rf $(VENV) build onecard-demo onecard-methods

@@ -633,6 +633,8 @@ def test_imports_are_light() -> None:
 def test_ctrl_c_is_quiet(tmp_path: Path, words: tuple[str, ...], delay: float) -> None:
     """130 and no traceback, unless it was done by then, or Python itself had not started yet."""
     words = tuple(word.replace("OUT", str(tmp_path / "out")) for word in words)
+    # Whoever runs the tests may ignore it, a shell's background job does: children would, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([sys.executable, "-m", "onecard", *words], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     time.sleep(delay)

@@ -59,7 +59,7 @@ def test_links_lead_somewhere(target: str) -> None:
 
 def test_demo_output_is_real() -> None:
     """The pasted table has a line for each variant that the demo makes."""
-    from onecard.demo import VARIANTS
+    from onecard.methods import VARIANTS
 
     (pasted,) = re.findall(r"<!-- demo -->(.*?)<!-- /demo -->", TEXT, re.DOTALL)
     for recipe in VARIANTS:

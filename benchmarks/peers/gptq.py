@@ -8,7 +8,9 @@ takes random token ids (make_llama.py writes a model of any size for it) and sco
 question: is perplexity no worse than each peer's, and how many times less does it take.
 
 Peers run with their own defaults, only the weights' bits and group are set, each in its own environment under
-`--work`, made on first use with the pins below. Times, all on one clock:
+`--work`, made on first use with the pins below. They hold the weights in what we compute in (`--dtype`):
+bfloat16 where the processor multiplies it, else float32, as torch is hundreds of times slower in bfloat16
+without the instruction, and no peer looks. Times, all on one clock:
 
     seconds     a peer: its solving call alone, model loaded, nothing saved · ours: the whole command
     whole       the whole process, start to exit, loading and saving included
@@ -176,7 +178,7 @@ def run_peer(peer: Peer, bits: int, tokens: Path, out: Path, asked: argparse.Nam
         tokens,
         out,
     ]
-    command += ["--bits", str(bits), "--group", str(asked.group)]
+    command += ["--bits", str(bits), "--group", str(asked.group), "--dtype", asked.dtype]
     if peer.dense and asked.verb == "quality":
         command += ["--dense", dense_folder(out)]
     done = run(command, out.with_suffix(".log"), asked.threads, out.parent)
@@ -203,6 +205,18 @@ def score(folder: Path, windows: Path, asked: argparse.Namespace) -> dict[str, f
     log = asked.work / "runs" / f"score-{folder.name}.log"
     command: list[str | Path] = [sys.executable, HERE / "perplexity.py", "score", folder, windows]
     return run(command, log, asked.threads).said
+
+
+def fast_dtype(model: Path) -> str:
+    """The faster here of the checkpoint's dtype and float32; asked in a process of its own."""
+    code = (
+        "import sys; from onecard.checkpoint.load import Source, compute_dtype; "
+        "print(compute_dtype(Source(sys.argv[1]), 'auto'))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(model)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return {"bf16": "bfloat16", "fp32": "float32"}[found.stdout.strip()]
 
 
 # ---- token ids ---------------------------------------------------------------------------------
@@ -386,6 +400,7 @@ def report(dense: float | None, results: list[Result], asked: argparse.Namespace
             "model": asked.model.name,
             "calibration": f"{asked.samples} samples of {asked.length} tokens",
             "repeats": asked.repeats,
+            "dtype of peers": asked.dtype,
             "used": {r.method: r.used for r in results if r.used},
         },
     }
@@ -419,6 +434,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="default: 128 for quality, 16 for speed")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, help="default: 1 for quality, 2 for speed")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of peers' weights"
+    )
     parser.add_argument("--check", action="store_true", help="fail where a promise is not kept")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--results", type=Path, default=HERE.parent.parent / "results")
@@ -434,6 +452,8 @@ def main() -> None:
     asked.samples = asked.samples or (128 if quality else 16)
     asked.repeats = asked.repeats or (1 if quality else 2)
     asked.model, asked.work = asked.model.absolute(), asked.work.absolute()
+
+    asked.dtype = fast_dtype(asked.model) if asked.dtype == "auto" else asked.dtype
 
     dense, results = compare(asked)
     print(table(dense, results))

@@ -26,6 +26,7 @@ from onecard.terminal import Progress, Stop, say
 
 if TYPE_CHECKING:
     from onecard.checkpoint.source import Source
+    from onecard.fit.fit import Job, Request
     from onecard.fit.result import FitResult
     from onecard.runtime.chat import Conversation
     from onecard.runtime.engine import Piece, Result, Runner
@@ -385,9 +386,7 @@ def fit(
         replace OUT
     """
     from onecard.fit import fit as fits
-    from onecard.fit import story
     from onecard.fit.goal import goal_of
-    from onecard.render import fit_report, fit_to_html
 
     given = asdict(budgets)
     goal = goal_of(given.pop("memory"), given.pop("size"), **given, effort=effort, recover=recover)
@@ -397,24 +396,50 @@ def fit(
         say(f"{out} is finished")
         show(Report.from_json((out / "report.json").read_text(encoding="utf-8")), json)
         return
-    job = fits.prepare(replace(request, force=force))
+    job = checked(replace(request, force=force))
+    if dry_run:
+        plan_only(job, explain and not json, json)
+    else:
+        fitted(job, explain and not json, json)
+
+
+def checked(request: Request) -> Job:
+    """A fit that can be begun, with what there is to be said before."""
+    from onecard.fit import fit as fits
+
+    job = fits.prepare(request)
     for warning in job.warnings:
         say(f"warning: {warning}")
-    say(f"sensitivities of {job.source.called} at {effort} effort: about {fits.seconds(job):.0f} s")
+    effort, seconds = request.goal.effort, fits.seconds(job)
+    say(f"sensitivities of {job.source.called} at {effort} effort: about {seconds:.0f} s")
+    return job
+
+
+def plan_only(job: Job, explain: bool, json: bool) -> None:
+    """Measure, plan, and stop."""
+    from onecard.fit import fit as fits
+    from onecard.fit import story
+
+    with Progress("planning") as progress:
+        planning, found = fits.plan_only(job, progress)
+    show(story.dry(job, planning), json)
+    if explain:
+        show(story.explained(story.places(job, found, planning)), False)
+
+
+def fitted(job: Job, explain: bool, json: bool) -> None:
+    """Carry a fit out, and show it; FailedWork where the result does not keep what was asked."""
+    from onecard.fit import fit as fits
+    from onecard.fit import story
+    from onecard.render import fit_report, fit_to_html
+
+    out = job.request.out
     with Progress("fitting") as progress:
-        if dry_run:
-            planning, found = fits.plan_only(job, progress)
-        else:
-            result = fits.fit(job, progress, lambda folder, _, made: write_text(
-                folder / "report.html", fit_to_html(made)))  # fmt: skip
-    if dry_run:
-        show(story.dry(job, planning), json)
-        if explain and not json:
-            show(story.explained(story.places(job, found, planning)), False)
-        return
+        result = fits.fit(job, progress, lambda folder, _, made: write_text(
+            folder / "report.html", fit_to_html(made)))  # fmt: skip
     made = Report.from_json((out / "report.json").read_text(encoding="utf-8"))
     show(made if json else fit_report(result), json)
-    if explain and not json:
+    if explain:
         show(story.explained(result.places), False)
     say(f"model: {out}\nreport: {out / 'report.html'}")
     if not result.kept:
@@ -551,24 +576,32 @@ def demo(
     out: Annotated[Path | None, Parameter()] = None,
     /,
     *,
+    methods: Annotated[bool, Flag] = False,
     force: Annotated[bool, Flag] = False,
     json: Json = False,
 ) -> None:
-    """Compress the shipped model six ways, prove what each costs, run them, write a report.
+    """Fit the shipped model into a third of its size at 99 % of its quality, prove it, write a page.
 
     Parameters
     ----------
     out
-        folder for the models and the report (default: ./onecard-demo)
+        folder to write (default: ./onecard-demo; with --methods ./onecard-methods)
+    methods
+        compress it in six ways instead, and show what each costs beside the others
     force
         replace OUT
     """
-    from onecard.demo import run_demo
+    if not methods:
+        from onecard.demo import shipped
+
+        fitted(checked(shipped(out or Path("onecard-demo"), force)), False, json)
+        return
+    from onecard.methods import run_methods
     from onecard.render import to_html
 
-    out = out or Path("onecard-demo")
-    with Progress("demo") as progress:
-        found = run_demo(out, force, progress)
+    out = out or Path("onecard-methods")
+    with Progress("methods") as progress:
+        found = run_methods(out, force, progress)
     write_text(out / "report.html", to_html(found))
     show(found, json)
     say(f"report: {out / 'report.html'}")

@@ -249,15 +249,15 @@ def explained(job: Job, error: Infeasible) -> BadRequest:
         f"{job.source.called} does not fit into --{error.name} {format_size(float(asked or 0))}",
         f"{words}the least possible in any format tried is {format_size(all_blocks)} with all blocks, "
         f"{format_size(total)} with all but one left out",
-        f"--{error.name} {rounded_up(all_blocks)}"
+        f"--{error.name} {roomy(all_blocks)}"
         + (", or a smaller --context or --batch" if error.name == "memory" else ""),
     )  # fmt: skip
 
 
-def rounded_up(size: float) -> str:
-    """Bytes as people write them, a little more than these."""
-    unit, name = (2**20, "MiB") if size >= 2**24 else (2**10, "KiB")
-    return f"{math.ceil(1.005 * size / unit)}{name}"
+def roomy(least: float) -> str:
+    """A budget to write on the command line that so many bytes fit into."""
+    unit, name = (2**20, "MiB") if least > 2**24 else (2**10, "KiB")
+    return f"{math.ceil(1.01 * least / unit)}{name}"
 
 
 # The loop -----------------------------------------------------------------------------------------
@@ -494,7 +494,8 @@ def fit(
         tried.append(one_try(job, best.planning, texts, "recovered", what, progress, minutes))
         clock.step("recover")
         best = best_of(job, tried)
-    seen = story.measured(job, best.folder) if measure else story.Seen()
+    cache = best.planning.chosen()["cache"].format
+    seen = story.measured(job, best.folder, cache) if measure else story.Seen()
     clock.step("measure")
     result = story.told(job, found, best, tried, seen, clock.said())
     write_text(best.folder / FILE, result.to_json())
@@ -538,7 +539,7 @@ def one_try(
     if gates is None or os.path.getmtime(kept) < os.path.getmtime(folder / "report.json"):
         cache = planning.chosen()["cache"].format
         held = None if cache == "fp16" else cache
-        gates = judge.judged(job.source.folder, folder, texts, held, progress)
+        gates = judge.judged(job.source.folder, folder, texts, held, job.costs.here, progress)
         judge.keep(kept, gates)
     goal = job.goal
     passed = None if goal.quality is None else judge.quality(gates, goal.measure) >= goal.quality

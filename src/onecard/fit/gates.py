@@ -5,7 +5,9 @@ distribution (temperature 1). There a model shows damage that text of others hid
 mistakes that follow from its own. KL, agreement and perplexity are taken on both; `quality` is the worse
 text's, by the measure that the goal names (goal.py).
 
-Both models are read in torch, float32, beside each other; only what is predicted from `FIRST` tokens of
+What was made is read by the engine that will serve it, with its rounded inputs, head and cache, so that all
+that this costs counts too; the original beside it with nothing rounded. For another device, and where the
+native engine is missing, both are read in torch, float32. Only what is predicted from `FIRST` tokens of
 context on counts in the own words, as the beginnings are not the original's.
 """
 
@@ -32,6 +34,7 @@ from onecard.runtime.engine import Runner, complete
 from onecard.runtime.reference import TorchExecutor, TorchScorer
 from onecard.runtime.sample import Sampling
 from onecard.runtime.scheduler import Engine
+from onecard.runtime.score import NativeScorer, Scorer
 from onecard.windows import Piece, Pieces, Reading
 
 FIRST, WRITTEN = 16, 112
@@ -109,12 +112,23 @@ def texts_of(
 
 
 def judged(
-    original: Path, made: Path, texts: Texts, cache: str | None = None,
+    original: Path, made: Path, texts: Texts, cache: str | None = None, here: bool = True,
     progress: Progress = lambda done, total, what: None,
 ) -> tuple[Gate, ...]:  # fmt: skip
-    """KL, agreement and perplexity of what was made, on both texts; keys and values held in `cache`."""
-    theirs = TorchScorer(load_model(original, "fp32"))
-    ours = TorchScorer(load_model(made, "fp32"), cache)
+    """KL, agreement and perplexity of what was made, on both texts; keys and values held in `cache`.
+
+    `here`: it will be run on this processor.
+    """
+    theirs: Scorer
+    ours: Scorer
+    if here and cpu.available():
+        longest = max(len(piece.ids) for piece in (*texts.held_out, *texts.own))
+        unrounded = CpuSettings(context=longest, head="stored", exact=("all",))
+        theirs = native_scorer(original, unrounded)
+        ours = native_scorer(made, CpuSettings(context=longest, cache=cache))
+    else:
+        theirs = TorchScorer(load_model(original, "fp32"))
+        ours = TorchScorer(load_model(made, "fp32"), cache)
     found = []
     for name, pieces in (("held-out", texts.held_out), ("own words", texts.own)):
         progress(0, len(pieces), f"judging on {name}")
@@ -125,6 +139,11 @@ def judged(
             math.exp(min(700.0, after.nats / count)), math.exp(min(700.0, before.nats / count)), count,
         ))  # fmt: skip
     return tuple(found)
+
+
+def native_scorer(folder: Path, settings: CpuSettings) -> NativeScorer:
+    source = Source(folder)
+    return NativeScorer(CpuStepper(source, settings), source.tokenizer())
 
 
 def quality(gates: Sequence[Gate], measure: Measure) -> float:

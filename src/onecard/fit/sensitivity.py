@@ -32,6 +32,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -45,7 +46,7 @@ from onecard import __version__
 from onecard.calibrate.data import digest
 from onecard.calibrate.stats import HESSIAN, NORM
 from onecard.calibrate.walk import Progress, Reached, batches, walk
-from onecard.checkpoint.journal import Journal
+from onecard.checkpoint.journal import Journal, partial_of
 from onecard.checkpoint.load import as_array
 from onecard.checkpoint.load import block as read_block
 from onecard.checkpoint.load import stem as read_stem
@@ -91,6 +92,7 @@ def look(
     folder = (home or default_home()) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     path = folder.with_suffix(".json")
     if path.is_file():
+        shutil.rmtree(partial_of(folder), ignore_errors=True)  # of a run killed just behind it
         return Sensitivity(**json.loads(path.read_text(encoding="utf-8")))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with Journal(folder, key, force=True) as journal:

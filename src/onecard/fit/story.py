@@ -65,11 +65,12 @@ class Seen:
     samples: tuple[Sample, ...] = field(default_factory=tuple)
 
 
-def measured(job: Job, folder: Path) -> Seen:
-    """Run what was made; nothing where the native engine is missing or another device is meant."""
+def measured(job: Job, folder: Path, cache: str) -> Seen:
+    """Run what was made, keys and values held in `cache`; nothing where the native engine is missing or
+    another device is meant."""
     if not cpu.available() or job.goal.device != "auto":
         return Seen(samples=samples_of(job, folder))
-    made, before = benched(job, folder), benched(job, job.source.folder)
+    made, before = benched(job, folder, cache), benched(job, job.source.folder)
     return Seen(
         made.get("peak_memory_bytes"), made.get("prompt_tokens_per_second"),
         made.get("decode_tokens_per_second"), before.get("prompt_tokens_per_second"),
@@ -77,13 +78,14 @@ def measured(job: Job, folder: Path) -> Seen:
     )  # fmt: skip
 
 
-def benched(job: Job, folder: Path) -> dict[str, float]:
+def benched(job: Job, folder: Path, cache: str = "fp16") -> dict[str, float]:
     """what -> value, of `onecard bench` in a process of its own."""
     context, batch = job.costs.context, job.goal.batch
     prompt = max(1, min(PROMPTED, context // 2))
     decode = max(1, min(DECODED, context - prompt))
     words = [sys.executable, "-m", "onecard", "bench", str(folder), "--prompt", str(prompt), "--decode",
              str(decode), "--batch", str(batch), "--context", str(context * batch), "--json"]  # fmt: skip
+    words += [] if cache == "fp16" else ["--cache", cache]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         return {}
@@ -361,8 +363,9 @@ def how(job: Job, best: Tried) -> tuple[Said, ...]:
         ("plan", "a multiple-choice knapsack, solved "
          f"{'to a bound' if best.planning.plan.gap else 'exactly'}; at most "
          f"{best.planning.plan.gap:.2g} nat above the optimum of these sums"),
-        ("gates", f"{', '.join(f'{g.tokens} tokens of {g.text}' for g in best.gates)}; both models in "
-         "float32"),
+        ("gates", f"{', '.join(f'{g.tokens} tokens of {g.text}' for g in best.gates)}; "
+         + ("the result as the engine runs it, the original with nothing rounded" if job.costs.here
+         else "both models in float32")),
     ]  # fmt: skip
     if gone := left_out(best.planning):
         blocks = ", ".join(map(str, gone))
