@@ -6,12 +6,14 @@ import contextlib
 import itertools
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import call
+from test_render import Page
 from test_walk import SETTINGS, ids_of, same
 
 from onecard.calibrate.data import Calibration, calibration_ids
@@ -23,10 +25,10 @@ from onecard.core.errors import BadRequest
 from onecard.core.format import parse_format
 from onecard.core.spec import sites
 from onecard.fit import fit as fits
-from onecard.fit import gates, planner, removal
+from onecard.fit import gates, planner, removal, story
 from onecard.fit.around import Bank, lighter, neighbours, search
 from onecard.fit.candidates import TRIALS, Trial, possible, size_of
-from onecard.fit.costs import Costs
+from onecard.fit.costs import Costs, program_bytes
 from onecard.fit.goal import Goal, goal_of
 from onecard.fit.planner import Group, Infeasible, Limits, Option, front, solve, summed
 from onecard.fit.result import FitResult, read_fit
@@ -39,7 +41,10 @@ from onecard.passes.layers import DropLayers
 from onecard.passes.plan import Settings
 from onecard.passes.planned import Chosen, Planned, carry_out
 from onecard.passes.walked import apply
+from onecard.render import fit_report, fit_to_html
+from onecard.runtime.cpu import CpuSettings, usual_cache
 from onecard.runtime.engine import complete
+from onecard.runtime.footprint import footprint
 from onecard.runtime.sample import Sampling
 
 FORMATS = ("int2-g32-zp", "int3-g32", "int4-g64", "int6-g128", "codebook2")
@@ -656,6 +661,49 @@ def test_costs_with_a_block_left_out_are_those_of_the_smaller_model(
         assert 0 <= sums[0][0] - sums[1][0] < 8192  # lines of headers
 
 
+def test_the_largest_batch_is_counted_by_the_code_that_allocates(
+    tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    memory = program_bytes() + (16 << 20)
+    asked = request(tiny, text_file, tmp_path / "out", tmp_path, memory=memory, batch=2)
+    result = fits.fit(fits.prepare(asked), measure=False)
+    batch = result.largest_batch
+    assert batch is not None and batch > 2
+    cache = next(p.format for p in result.places if p.part == "cache")
+    settings = CpuSettings(cache=usual_cache() if cache == "fp16" else cache)
+
+    def held(batch: int) -> int:
+        return footprint(
+            Source(tmp_path / "out"), 128, batch, settings, program=program_bytes()
+        ).total
+
+    assert held(batch) <= memory < held(batch + 2)  # work space is that of any format
+    rows = {row.what: row.value for row in fit_report(result).rows}
+    assert rows["largest_batch"] == batch
+    text = Page(fit_to_html(result)).text
+    assert f"{batch:,} sequences at once fit into --memory" in text
+    job = fits.prepare(replace(asked, force=True))
+    dry = story.dry(job, fits.plan_only(job)[0])
+    assert next(row.value for row in dry.rows if row.what == "largest_batch") == batch
+    without = fits.prepare(request(tiny, text_file, tmp_path / "no", tmp_path, size="1GB"))
+    assert fits.largest_batch(without, fits.plan_only(without)[0]) is None
+
+
+def test_a_missed_gate_names_the_budget_that_would_do(stories: Path, tmp_path: Path) -> None:
+    def fit(**goal) -> FitResult:
+        wanted = goal_of(**goal, quality=0.95, context=128, effort="quick")
+        asked = fits.Request(str(stories), tmp_path / "out", wanted, force=True, home=tmp_path)
+        return fits.fit(fits.prepare(asked), measure=False)
+
+    missed = fit(size="200KiB")
+    said = fits.advice(missed)
+    found = re.match("--size ([0-9]+)KiB would do", said)
+    assert not missed.kept and found and "--memory" not in said
+    assert 200 < int(found[1]) < 300
+    again = fit(size=f"{found[1]}KiB")
+    assert again.kept and again.nearest == ""
+
+
 def test_a_text_that_falls_into_bytes(tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "other.txt"
     text.write_text("機械学習の模型を小さくする。" * 200, encoding="utf-8")
@@ -664,8 +712,6 @@ def test_a_text_that_falls_into_bytes(tiny: Path, tmp_path: Path) -> None:
 
 def test_costs_are_those_of_the_code_that_allocates(tiny: Path) -> None:
     """The sum over a plan of one format is the footprint of the model in that format."""
-    from onecard.runtime.footprint import footprint
-
     source = Source(tiny)
     costs = Costs(source, Goal(memory=1 << 40, context=128))
     options, fixed = costs.options(("int4-g64",)), costs.fixed(False)
@@ -675,6 +721,4 @@ def test_costs_are_those_of_the_code_that_allocates(tiny: Path) -> None:
     held = footprint(source, 128, 1, formats=parse_format("int4-g64"))
     program = dict(held.parts())["program"]
     own = held.total - program
-    from onecard.fit.costs import program_bytes
-
     assert own <= total - program_bytes() <= own + (64 << 10)

@@ -166,21 +166,25 @@ class Costs:
 
     def cache(self, name: str, harm: float) -> Option:
         """Keys and values of all positions; a step reads them all. Seconds beside those of the usual one."""
-        spec, usual = self.source.spec, usual_cache()
-        if not self.here:
-            size = self.context * self.goal.batch * sum(
-                position_bytes(row.attention.num_kv_heads, row.attention.head_dim, name)
-                for row in spec.layers
-            )  # fmt: skip
+        usual, size = usual_cache(), self.kept(name)
+        if not self.here or self.machine is None:
             return Option(name, harm, 0, size, size * self.per_byte)
-        held = usual if name == "fp16" else name
-        size = _footprint(self.source, self.context, self.goal.batch, held).kv_bytes
-        if self.machine is None:
-            return Option(name, harm, 0, size, size * self.per_byte)
-        slower = 0.0
+        held, slower = usual if name == "fp16" else name, 0.0
         if held != usual:
             slower = self.running(held).rest().decode - self.machine.rest().decode
         return Option(name, harm, 0, size, slower)
+
+    def kept(self, cache: str, blocks: Sequence[int] | None = None) -> int:
+        """Bytes of keys and values, of all blocks or of these."""
+        held = usual_cache() if self.here and cache == "fp16" else cache
+        shares = [
+            position_bytes(row.attention.num_kv_heads, row.attention.head_dim, held)
+            for row in self.source.spec.layers
+        ]
+        total = self.context * self.goal.batch * sum(shares)
+        if self.here:
+            total = _footprint(self.source, self.context, self.goal.batch, held).kv_bytes
+        return total if blocks is None else sum(total * shares[i] // sum(shares) for i in blocks)
 
     def groups(
         self, places: Mapping[str, Sequence[Option]], harms: Mapping[str, Mapping[str, float]] | None,
@@ -206,44 +210,47 @@ class Costs:
             for site in sites(layer) for name in site.linears
         )  # fmt: skip
         size = max(0, sum(source.checkpoint.entries[n].nbytes for n in tensors) - linears)
+        kv = self.kept(cache, [index])
         if not self.here:
-            kept = position_bytes(layer.attention.num_kv_heads, layer.attention.head_dim, cache)
-            memory = self.context * self.goal.batch * kept
-            return Option(GONE, 0.0, size, memory + size, memory * self.per_byte)
+            return Option(GONE, 0.0, size, kv + size, kv * self.per_byte)
         held = usual_cache() if cache == "fp16" else cache
-        shares = [
-            position_bytes(row.attention.num_kv_heads, row.attention.head_dim, held)
-            for row in source.spec.layers
-        ]
-        kv = _footprint(source, self.context, self.goal.batch, held).kv_bytes
-        memory = kv * shares[index] // sum(shares)
-        if self.machine is None:
-            seconds = memory * self.per_byte
-        else:
-            seconds = self.running(held).block(layer).decode
-        return Option(GONE, 0.0, size, memory + _beside(source)[index], seconds)
+        seconds = (
+            kv * self.per_byte if self.machine is None else self.running(held).block(layer).decode
+        )
+        return Option(GONE, 0.0, size, kv + _beside(source)[index], seconds)
+
+    @cached_property
+    def linears(self) -> int:
+        """Bytes of the linears of all blocks, as they are stored."""
+        spec, dense = self.source.spec, Dense(self.source.dtype)
+        return sum(
+            dense.bytes(linear_shapes(spec, layer)[name])
+            for layer in spec.layers for site in sites(layer) for name in site.linears
+        )  # fmt: skip
 
     def fixed(self, tables: bool = True) -> Fixed:
         """What the options leave out; the tables too, where they are no choice."""
         source, spec = self.source, self.source.spec
-        linears = sum(
-            Dense(source.dtype).bytes(linear_shapes(spec, layer)[name])
-            for layer in spec.layers for site in sites(layer) for name in site.linears
-        )  # fmt: skip
         table = self.table(source.dtype, 0.0)
         files = sum(path.stat().st_size for path in source.checkpoint.files)
         count = sum(len(site.linears) for layer in spec.layers for site in sites(layer))
-        size = files - linears + 4 * ENTRY * count - (table.size if tables else 0)
+        size = files - self.linears + 4 * ENTRY * count - (table.size if tables else 0)
+        memory = self.fixed_memory(tables)
         if not self.here:
-            need = needed(source, None, self.context, self.goal.batch)
-            memory = max(0, need.fixed - linears - (table.memory if tables else 0))
             return Fixed(size, memory, 0.0 if tables else table.seconds)
-        found = _footprint(source, self.context, self.goal.batch, usual_cache())
+        head = dict(_footprint(source, self.context, self.goal.batch, usual_cache()).weights)
+        seconds = head.get("head", 0) * self.per_byte
+        return Fixed(size, memory, seconds if self.machine is None else self.machine.rest().decode)
+
+    def fixed_memory(self, tables: bool = True) -> int:
+        """Bytes in memory that the options leave out."""
+        source, context, batch = self.source, self.context, self.goal.batch
+        if not self.here:
+            own = self.table(source.dtype, 0.0).memory if tables else 0
+            return max(0, needed(source, None, context, batch).fixed - self.linears - own)
+        found = _footprint(source, context, batch, usual_cache())
         blocks = sum(self.laid_out(source.dtype).values())
-        memory = found.weight_bytes - blocks + _work(source, self.context, self.goal.batch)
-        head = dict(found.weights).get("head", 0)
-        seconds = head * self.per_byte if self.machine is None else self.machine.rest().decode
-        return Fixed(size, memory + program_bytes(), seconds)
+        return found.weight_bytes - blocks + _work(source, context, batch) + program_bytes()
 
 
 @lru_cache(maxsize=128)

@@ -47,7 +47,7 @@ from onecard.fit import planner, removal
 from onecard.fit.around import Bank, bank_bytes, lighter, search
 from onecard.fit.candidates import LARGE, Trial, trial_of
 from onecard.fit.costs import Costs, Fixed
-from onecard.fit.goal import Goal
+from onecard.fit.goal import MOST, Goal
 from onecard.fit.planner import GONE, Group, Infeasible, Limits, Option, Plan, summed
 from onecard.fit.result import FILE, FitResult, Gate, Said, read_fit
 from onecard.fit.sensitivity import Sensitivity, default_home, known, left_out, look, table_formats
@@ -517,8 +517,8 @@ def advice(result: FitResult) -> str:
     """What to do about a result that does not keep what was asked."""
     missed = {promise.what for promise in result.promises if promise.kept is False}
     if missed & {"likelihood", "perplexity", "agreement"}:
-        budget = "raise --size or --memory, " if result.goal.size or result.goal.memory else ""
-        return f"{budget}try --effort thorough, --recover 10, or lower --quality"
+        budgets = f"{result.nearest}; or " if result.nearest else ""
+        return f"{budgets}try --effort thorough, --recover 10, or lower --quality"
     return "lower --speed" if missed == {"decode"} else "give more room, or --effort thorough"
 
 
@@ -568,6 +568,51 @@ def shortfall(goal: Goal, quality: float) -> float:
     if goal.measure == "agreement":
         return ((1 - goal.quality) / max(1 - quality, 1e-9)) ** 2
     return math.log(goal.quality) / min(math.log(max(quality, 1e-9)), -1e-12)
+
+
+def nearest(job: Job, best: Tried) -> str:
+    """The byte budgets that are predicted to keep a quality that was missed, in words; empty where none was,
+    or where no format keeps it. Harms are taken to be off by as much as they were in this plan, but never to
+    come to less than half of what is predicted: the smaller they get, the truer they are."""
+    goal, planning = job.goal, best.planning
+    if best.passed is not False or job.harm is None or not (goal.size or goal.memory):
+        return ""
+    worst = max(gate.kl for gate in best.gates)
+    factor = planning.factor * max(0.5, worst / max(planning.harm, 1e-12))
+    missed = judge.quality(best.gates, goal.measure)
+    harm = min(job.harm, worst * shortfall(goal, missed)) * OVERSHOOT / factor
+    options, needs = list(planning.places.values()), dict[str, float]()
+    try:
+        for name in ("size", "memory"):
+            if getattr(goal, name):
+                plan = planner.smallest(options, harm, name)
+                needs[name] = getattr(plan, name) + getattr(job.fixed, name)
+    except Infeasible:
+        return ""
+    short = {n: need for n, need in needs.items() if need > getattr(goal, n)} or needs
+    said = " and ".join(f"--{name} {roomy(need)}" for name, need in short.items())
+    return f"{said} would do, as predicted from what this plan came to"
+
+
+def largest_batch(job: Job, planning: Planning) -> int | None:
+    """How many sequences of the context asked for fit into --memory at once with a plan; None without it."""
+    goal, plan, most = job.goal, planning.plan, job.goal.memory
+    if most is None:
+        return None
+    cache = planning.chosen()["cache"].format
+    gone = [int(block.split(".")[1]) for block in plan.gone]
+
+    def needed(batch: int) -> int:
+        costs = Costs(job.source, replace(goal, batch=batch))
+        kept = costs.kept(cache) - costs.kept(cache, gone)
+        return kept + costs.fixed_memory(bool(job.tables))
+
+    rest = plan.memory + job.fixed.memory - needed(goal.batch)
+    low, high = goal.batch, MOST + 1  # the one fits, the other does not or is not offered
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if rest + needed(middle) <= most else (low, middle)
+    return low
 
 
 def best_of(job: Job, tried: Sequence[Tried]) -> Tried:

@@ -148,15 +148,15 @@ def solve(places: Sequence[Sequence[Option]], limits: Limits) -> Plan:
     raise Infeasible(worst, costs[worst], getattr(found, worst))
 
 
-def smallest(places: Sequence[Sequence[Option]], harm: float) -> Plan:
-    """The plan of least size whose harms come to at most `harm`."""
+def smallest(places: Sequence[Sequence[Option]], harm: float, name: str = "size") -> Plan:
+    """The plan of least size, or of another cost, whose harms come to at most `harm`."""
     least = sum(min(o.harm for o in options) for options in places)
     if least > harm:
         raise Infeasible("harm", harm, least)
-    most = sum(max(o.size for o in options) for options in places)
-    table = Table(places, "size", float(most), {})
+    most = sum(max(o.cost(name) for o in options) for options in places)
+    table = Table(places, name, most, {})
     room = table.first(harm)
-    return _with(summed(places, table.trace(room)), None, table.price(room), "size")
+    return _with(summed(places, table.trace(room)), None, table.price(room), name)
 
 
 def front(places: Sequence[Sequence[Option]], name: str = "size") -> list[Plan]:

@@ -177,6 +177,10 @@ class FitResult:
     run: str
     version: int = VERSION
     left_out: tuple[int, ...] = ()  # blocks of the original that the result goes without
+    largest_batch: int | None = (
+        None  # sequences of the context asked for that `--memory` holds at once
+    )
+    nearest: str = ""  # byte budgets that are predicted to keep a quality that was missed
 
     def to_json(self) -> str:
         return json.dumps(_finite(asdict(self)), indent=1, ensure_ascii=False)

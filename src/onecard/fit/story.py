@@ -117,6 +117,8 @@ def told(
     job: Job, found: Sensitivity, best: Tried, tried: Sequence[Tried], seen: Seen, clock: tuple[Said, ...]
 ) -> FitResult:  # fmt: skip
     """Everything about a fit, as data."""
+    from onecard.fit.fit import largest_batch, nearest
+
     promises = promised(job, best, seen)
     kept = all(p.kept is not False for p in promises)
     chosen = best.planning.chosen()
@@ -130,6 +132,7 @@ def told(
         best.gates, attempts(job, tried), seen.samples, how(job, best), clock,
         tuple(Said(name, str(value)) for name, value in facts(job).items()), run,
         left_out=left_out(best.planning),
+        largest_batch=largest_batch(job, best.planning), nearest=nearest(job, best),
     )  # fmt: skip
 
 
@@ -409,6 +412,8 @@ def report_of(job: Job, best: Tried, result: FitResult) -> Report:
     for promise in result.promises:
         if promise.predicted is not None:
             rows.append(Row("promise", promise.what, promise.predicted, promise.unit))
+    if result.largest_batch is not None:
+        rows.append(Row("model", "largest_batch", result.largest_batch))
     rows += [
         Row(p.where, "planned", p.format) for p in result.places if (p.part == "layer") == (p.format == GONE)
     ]  # fmt: skip
@@ -425,6 +430,8 @@ def report_of(job: Job, best: Tried, result: FitResult) -> Report:
 
 def dry(job: Job, planning: Planning) -> Report:
     """What would be done, from the plan alone."""
+    from onecard.fit.fit import largest_batch
+
     plan, fixed = planning.plan, job.fixed
     found = [
         Row("plan", "file_bytes", plan.size + fixed.size, "B", file_bytes(job.source.checkpoint)),
@@ -434,6 +441,8 @@ def dry(job: Job, planning: Planning) -> Report:
     ]  # fmt: skip
     if plan.seconds + fixed.seconds > 0:
         found.append(Row.of("plan", "decode_tokens_per_second", 1 / (plan.seconds + fixed.seconds)))
+    if (batch := largest_batch(job, planning)) is not None:
+        found.append(Row("plan", "largest_batch", batch))
     found += [Row(block, "planned", GONE) for block in plan.gone]
     found += [
         Row(where, "planned", option.format)

@@ -43,7 +43,8 @@ def fit_to_html(fit: FitResult) -> str:
         speeds=fit_plots.speeds_of(fit),
         gates=gates(fit), attempts=attempts(fit), outside=places(fit, inside=False),
         places=places(fit, inside=True), left_out=max(0, len(fit.places) - MOST),
-        how=[(named(p.what), p.how) for p in fit.promises] + pairs(fit.how),
+        how=[(named(p.what), p.how) for p in fit.promises] + pairs(fit.how)
+        + [("what would keep it", fit.nearest)] * bool(fit.nearest),
         budgets=budgets(fit), seconds=pairs(fit.seconds), environment=pairs(fit.environment),
     )  # fmt: skip
 
@@ -114,6 +115,10 @@ def budgets(fit: FitResult) -> list[tuple[str, str]]:
         )
     )
     found += [("--batch", f"{goal.batch}")] if goal.batch > 1 else []
+    if fit.largest_batch is not None:
+        found.append(
+            ("largest batch", f"{fit.largest_batch:,} sequences at once fit into --memory")
+        )
     found += [("--recover", f"{goal.recover:g} minutes")] if goal.recover else []
     return [*found, ("--effort", goal.effort), ("--device", goal.device)]
 
@@ -262,4 +267,6 @@ def rows_of(name: str, fit: FitResult) -> list[Row]:
         rows.append(Row.of(name, "top1_agreement", min(gate.agreement for gate in fit.gates)))
     if fit.gates and "perplexity" not in known:
         rows.append(Row.of(name, "perplexity", fit.gates[0].perplexity))
+    if fit.largest_batch is not None:
+        rows.append(Row(name, "largest_batch", fit.largest_batch))
     return [*rows, Row(name, "everything_kept", fit.kept)]

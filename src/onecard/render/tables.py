@@ -29,7 +29,8 @@ GROUPS = {
 }  # fmt: skip
 REST = "Memory and work"
 HEADLINE = ("format", "file_bytes", "bits_per_weight", "perplexity", "kl", "top1_agreement",
-            "accuracy", "needed_bytes", "fits", "longest_context", "decode_tokens_per_second")  # fmt: skip
+            "accuracy", "needed_bytes", "fits", "longest_context", "largest_batch",
+            "decode_tokens_per_second")  # fmt: skip
 MORE_IS_BETTER = {*GROUPS["Speed"], "top1_agreement", "accuracy", "accuracy_by_length",
                   "calibration_tokens"} - {"time_to_first_token", "energy_joules"}  # fmt: skip
 VARIANT = {"file_bytes", "bits_per_weight", "needed_bytes", *GROUPS["Quality"]} - {
