@@ -122,6 +122,14 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def no_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+
+
+def other_format(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+
+
 def no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
@@ -170,6 +178,7 @@ def edit_config(folder: Path, **more: object) -> None:
     (not_a_number, "model.layers.1.mlp.up_proj.weight"), (infinite, "model.embed_tokens.weight"),
     (missing_tensor, "model.layers.1.mlp.up_proj.weight"), (wrong_shape, "model.norm.weight"),
     (missing_shard, "lacks 1 of 1 shards"), (shard_outside, "outside"), (pickled, "pickled"),
+    (no_index, "fetch model.safetensors.index.json"), (other_format, "model.gguf is not read"),
     (no_config, "config.json"), (config_is_list, "config.json"), (deep_config, "config.json"),
     (unknown_family, "LlamaForCausalLM"), (negative_layers, "num_hidden_layers"),
     (text_for_number, "hidden_size"), (gigantic_layers, "num_hidden_layers"),
@@ -239,6 +248,7 @@ def test_damaged_models_are_refused(
     (("eval", "MODEL", "--data", "TEXT", "--window", 64, "--stride", 128), "stride"),
     (("eval", "MODEL", "--data", "EMPTY", "--bos", "none"), "too few"),
     (("eval", "MODEL", "--data", "TEXT", "--limit", -1), "is possible"),
+    (("eval", "demo", "--data", "TEXT", "--window", 600), "--window 512"),
     (("eval", "MODEL", "--data", "TEXT", "--documents", "x", "--stride", 8), "--stride"),
     (("eval", "MODEL", "--stride", 8), "--stride"),
     (("eval", "MODEL", "--task", "TEXT"), "line 1"),
@@ -246,6 +256,7 @@ def test_damaged_models_are_refused(
     (("run", "MODEL", "hi", "--seed", "9" * 30), "too large"),
     (("inspect", "org/name/more"), "no folder"),
     (("inspect", "MODEL", "--context", "-1"), "context"),
+    (("inspect", "MODEL", "--device", "zzzzzzzz"), "DDR4-3200, 2 channels; DDR5"),
     (("report", "MODEL"), "no report"),
     (("report", "REPORT", "--out", "nowhere/page.html"), "there is no folder nowhere"),
     (("report", "REPORT", "--out", "full"), "is a folder"),
@@ -563,6 +574,26 @@ def test_dry_run_touches_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Capt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_tells_what_it_learns_from(
+    tiny: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text(text_file.read_text()[:400])
+    for text, samples, said in ((text_file, 3, "3 windows of 32 tokens from "),
+                                (few, 900, "which is too short for the 900 asked for")):  # fmt: skip
+        words = ("--data", text, "--samples", samples, "--length", 32, "--dry-run")
+        assert call("compress", tiny, tmp_path / "out", *words) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert said in shown and ("short" in said) is ("too short" in shown)
+
+
+def test_one_recipe_is_told_whole(capsys: pytest.CaptureFixture) -> None:
+    assert call("recipes", "rtn-int4") == 0
+    text = capsys.readouterr().out
+    assert call("recipes", "rtn-int4", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == [["recipe", text]]
+
+
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture) -> None:
     assert call("inspect", "nowhere", "--debug") == 2
     error = capsys.readouterr().err
@@ -601,6 +632,12 @@ def test_sizes(text: str, size: int) -> None:
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(BadRequest):
         parse_size(text)
+
+
+def test_passes_are_listed() -> None:
+    import onecard.passes
+
+    assert {"GPTQ", "RoundToNearest", "find_recipe"} <= set(dir(onecard.passes))
 
 
 def test_public_names_are_no_modules() -> None:

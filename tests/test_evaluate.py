@@ -103,6 +103,16 @@ def test_kl_and_agreement(model: Model, tiny: Path, text_file: Path) -> None:
     assert found.value("kl") > 0
 
 
+def test_a_reference_of_a_shorter_context(model: Model, text_file: Path) -> None:
+    text, scorer, short = text_file.read_text()[:3000], TorchScorer(model), TorchScorer(model)
+    short.max_context = 32
+    found = evaluate(scorer, text, Reading(limit=1), short)
+    assert found.value("predicted_tokens") == 31 and "windows of 32 " in found.notes[0][1]
+    assert "only the first window;" in found.notes[0][1]
+    with pytest.raises(BadRequest, match="the reference's context is 32"):
+        evaluate(scorer, text, Reading(64), short)
+
+
 def test_uniform_model_counts_bits(model: Model, tiny: Path) -> None:
     """A model that knows nothing: log of the vocabulary per token, and bytes counted in UTF-8."""
     blank = load_model(tiny, "fp32")

@@ -58,12 +58,20 @@ def evaluate(
     where: str = "model", progress: Progress = lambda done, total, what: None,
 ) -> Report:  # fmt: skip
     """Perplexity of a text, and the distance to a reference model if one is given."""
-    pieces = Pieces(model.tokenizer, text, reading, model.max_context)
-    if reference is not None and reference.vocab_size != model.vocab_size:
-        raise BadRequest(
-            f"the reference knows {reference.vocab_size} tokens, the model "
-            f"{model.vocab_size}", do="they must share a tokenizer",
-        )  # fmt: skip
+    context = model.max_context
+    if reference is not None:
+        if reference.vocab_size != model.vocab_size:
+            raise BadRequest(
+                f"the reference knows {reference.vocab_size} tokens, the model "
+                f"{model.vocab_size}", do="they must share a tokenizer",
+            )  # fmt: skip
+        context = min(context, reference.max_context)
+        if reading.window > reference.max_context:
+            raise BadRequest(
+                f"windows of {reading.window} tokens, the reference's context is "
+                f"{reference.max_context}", do=f"--window {context}",
+            )  # fmt: skip
+    pieces = Pieces(model.tokenizer, text, reading, context)
     total, done, (whole, what) = Tally(), 0, pieces.extent()
     for batch in _batched(pieces):
         check_vocabulary([max(p.ids) for p in batch], model.vocab_size)

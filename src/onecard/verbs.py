@@ -187,7 +187,9 @@ def recipes(name: str | None = None, /, *, json: Json = False) -> None:
         return
     chosen = [find_recipe(name)] if name is not None else []
     lines = [(r.name, r.good_for) for r in chosen] or [(n, good_for) for n, _, good_for in SHIPPED]
-    show(Report(tuple(Row(n, "good_for", what) for n, what in lines), title="Recipes"), json)
+    notes = tuple(("recipe", to_yaml(recipe)) for recipe in chosen)
+    rows = tuple(Row(n, "good_for", what) for n, what in lines)
+    show(Report(rows, title="Recipes", notes=notes), json)
 
 
 @app.command
@@ -311,7 +313,8 @@ def compress(
     prepared = jobs.prepare(model, out, find_recipe(recipe), settings)
     proof = proof_of(prepared.source, prove, held_out, cap)
     if dry_run:
-        show(Report(prepared.plan.rows(), title="Plan, nothing was done"), json)
+        notes = jobs.calibrated_on(prepared)
+        show(Report(prepared.plan.rows(), title="Plan, nothing was done", notes=notes), json)
         return
     with Progress("compressing") as progress, ThreadPoolExecutor(1) as aside:
         aside.submit(import_module, "onecard.render")

@@ -86,12 +86,16 @@ class Pieces:
         window = min(reading.window or 2048, self.context)
         if reading.window > self.context:
             raise BadRequest(
-                f"windows of {reading.window} tokens, the model's context is {self.context}"
+                f"windows of {reading.window} tokens, the model's context is {self.context}",
+                do=f"--window {self.context}",
             )
         if window < 2:
             raise BadRequest("windows of one token predict nothing", do="--window 2 or more")
         if reading.stride > window:
-            raise BadRequest(f"a stride of {reading.stride} skips text between windows of {window}")
+            raise BadRequest(
+                f"a stride of {reading.stride} skips text between windows of {window}",
+                do=f"--stride {window} or less",
+            )
 
     def _windows(self) -> Iterator[Piece]:
         reading, tokenizer = self.reading, self.tokenizer
@@ -124,7 +128,8 @@ class Pieces:
                   "tokenizer", "each": "in front of every window", "none": "none"}[reading.bos]  # fmt: skip
         kept = "kept" if reading.keep_tail else "dropped"
         tail = f"last partial window {kept}" if count > 1 else "one window"
-        tail = f"only the first {count} windows" if limited else tail
+        these = "window" if count == 1 else f"{count} windows"
+        tail = f"only the first {these}" if limited else tail
         self.convention = (
             f"one stream, windows of {window} tokens, stride {stride}, BOS {policy}, {tail}; mean "
             "over all predicted tokens"

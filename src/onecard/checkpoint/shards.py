@@ -205,8 +205,9 @@ def _files(folder: Path) -> list[Path]:
                 "model.save_pretrained(DIR), which writes safetensors",
             )
         raise BadRequest(
-            f"{folder} holds no model", seen="neither model.safetensors nor an index of shards"
-        )
+            f"{folder} holds no model", "neither model.safetensors nor an index of shards",
+            _instead(folder),
+        )  # fmt: skip
     paths = [folder / name for name in _shards(index)]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
@@ -215,6 +216,15 @@ def _files(folder: Path) -> list[Path]:
             do="fetch the missing files",
         )  # fmt: skip
     return paths
+
+
+def _instead(folder: Path) -> str:
+    """What to do about weights that are there under another name."""
+    if parts := sorted(folder.glob("*.safetensors")):
+        return f"{parts[0].name} is there: fetch model.safetensors.index.json as well"
+    if other := sorted(folder.glob("*.gguf")):
+        return f"{other[0].name} is not read: fetch the model as safetensors"
+    return ""
 
 
 def _shards(index: Path) -> list[str]:

@@ -224,6 +224,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"onecard.passes has no {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(cls for _, cls in PASSES.values())})
+
+
 def find_recipe(name: str) -> Recipe:
     """A shipped recipe by name, or one from a YAML file. BadRequest with the nearest known name."""
     path = Path(name)
