@@ -181,8 +181,7 @@ def choose(
     right = right_by_byte = 0
     for number, question in enumerate(questions):
         progress(number, len(questions), "answering")
-        prompt = TEMPLATES[template].format(question.question)
-        answers = [(prompt, " " + choice.strip()) for choice in question.choices]
+        answers = [posed(question, choice, template) for choice in question.choices]
         scores = [score for score, _ in log_likelihoods(model, answers)]
         sizes = [len(choice.strip().encode("utf-8", "replace")) for choice in question.choices]
         right += scores.index(max(scores)) == question.gold
@@ -199,6 +198,11 @@ def choose(
                 f"zero-shot, prompt {TEMPLATES[template]!r}, BOS {bos}, answer after one space; "
                 "by_length divides the log likelihood by the answer's UTF-8 bytes"),),
     )  # fmt: skip
+
+
+def posed(question: Question, choice: str, template: str = "question") -> tuple[str, str]:
+    """(prompt, answer) as they are read one behind the other."""
+    return TEMPLATES[template].format(question.question), " " + choice.strip()
 
 
 def log_likelihood(model: Scorer, prompt: str, answer: str) -> tuple[float, bool]:

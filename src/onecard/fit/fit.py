@@ -44,7 +44,7 @@ from onecard.fit import gates as judge
 from onecard.fit.around import Bank, bank_bytes, search
 from onecard.fit.candidates import LARGE, Trial, trial_of
 from onecard.fit.costs import Costs, Fixed
-from onecard.fit.goal import Goal
+from onecard.fit.goal import MEASURES, Goal
 from onecard.fit.planner import Infeasible, Limits, Option, Plan, solve, summed
 from onecard.fit.result import FILE, FitResult, Gate, Said, read_fit
 from onecard.fit.sensitivity import Sensitivity, default_home, known, look, table_formats
@@ -78,6 +78,7 @@ class Request:
     held_out: Path | None = None
     cap: int | None = None
     force: bool = False
+    task: Path | None = None  # questions to judge on, too
     home: Path | None = None  # where sensitivities are kept
 
 
@@ -167,6 +168,7 @@ def prepare(request: Request) -> Job:
         None if given else tokenizer, request.data, wanted, source.spec.vocab_size
     )
     judge.require_text(source, request.held_out)
+    judge.require_questions(request.task, goal.measure)
     job = Job(request, source, ids, tuple(warned(source, request.data)))
     require_possible(job)
     return job
@@ -353,7 +355,8 @@ def fit(
     job.work.mkdir(parents=True, exist_ok=True)
     wanted = {
         "goal": asdict(job.goal), "model": str(job.source.folder), "ids": digest(job.ids),
-        "held out": str(job.request.held_out), "threads": torch.get_num_threads(),
+        "held out": str(job.request.held_out), "task": judge.name_of(job.request.task),
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
     begun = job.work / "goal.json"
     if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) != wanted:
@@ -368,8 +371,9 @@ def fit(
     planning = recalled(job, planning) or remembered(job, looked_around(job, planning, progress))
     clock.step("look around")
     texts = judge.texts_of(
-        job.source, job.request.held_out, gate_tokens(job), job.work / "texts.json", progress
-    )
+        job.source, job.request.held_out, gate_tokens(job), job.work / "texts.json",
+        job.request.task, progress,
+    )  # fmt: skip
     tried: list[Tried] = []
     for number in range(ATTEMPTS):
         tried.append(one_try(job, planning, texts, f"attempt-{number + 1}", "as planned", progress))
@@ -407,7 +411,7 @@ def plan_only(job: Job, progress: Progress = Quiet) -> tuple[Planning, Sensitivi
 def advice(result: FitResult) -> str:
     """What to do about a result that does not keep what was asked."""
     missed = {promise.what for promise in result.promises if promise.kept is False}
-    if missed & {"likelihood", "perplexity", "agreement"}:
+    if missed & MEASURES.keys():
         budget = "raise --size or --memory, " if result.goal.size or result.goal.memory else ""
         return f"{budget}try --effort thorough, --recover 10, or lower --quality"
     return "lower --speed" if missed == {"decode"} else "give more room, or --effort thorough"
@@ -456,7 +460,7 @@ def raised(job: Job, found: Sensitivity, tried: Sequence[Tried]) -> Planning | N
 def shortfall(goal: Goal, quality: float) -> float:
     """By which share the KL has to fall so that the measure reaches what is asked."""
     assert goal.quality is not None
-    if goal.measure == "agreement":
+    if goal.measure in judge.CHOICES:
         return ((1 - goal.quality) / max(1 - quality, 1e-9)) ** 2
     return math.log(goal.quality) / min(math.log(max(quality, 1e-9)), -1e-12)
 

@@ -178,6 +178,11 @@ def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
     found.append(Promise("kl", "nat", None, True, best.planning.harm,
                          best.planning.harm * (job.trial.uncertainty - 1), worst.kl, 0.0, None,
                          f"mean KL(original || result) per token, the worse text: {worst.text}"))  # fmt: skip
+    found += [
+        Promise("right answers", "", None, False, None, None, g.right, g.right_before, None,
+                f"share of {g.questions} questions of {g.text}, likeliest answer by length")
+        for g in best.gates if g.questions
+    ]  # fmt: skip
     outside = best.gates[0]
     found.append(Promise("perplexity", "", None, True, None, None, outside.perplexity, outside.before, None,
                          f"on {outside.text} text, {outside.tokens} tokens"))  # fmt: skip
