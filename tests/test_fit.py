@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -22,21 +23,24 @@ from onecard.core.errors import BadRequest
 from onecard.core.format import parse_format
 from onecard.core.spec import sites
 from onecard.fit import fit as fits
-from onecard.fit import gates, planner
-from onecard.fit.around import Bank, neighbours, search
+from onecard.fit import gates, planner, removal
+from onecard.fit.around import Bank, lighter, neighbours, search
 from onecard.fit.candidates import TRIALS, Trial, possible, size_of
 from onecard.fit.costs import Costs
 from onecard.fit.goal import Goal, goal_of
-from onecard.fit.planner import Infeasible, Limits, Option, front, solve, summed
+from onecard.fit.planner import Group, Infeasible, Limits, Option, front, solve, summed
 from onecard.fit.result import FitResult, read_fit
-from onecard.fit.sensitivity import between, look, shapes_of
+from onecard.fit.sensitivity import between, left_out, look, shapes_of
 from onecard.kernels.reference import from_dense
 from onecard.passes.base import Recipe
 from onecard.passes.job import compress, file_bytes, prepare
 from onecard.passes.judge import Judge
+from onecard.passes.layers import DropLayers
 from onecard.passes.plan import Settings
 from onecard.passes.planned import Chosen, Planned, carry_out
 from onecard.passes.walked import apply
+from onecard.runtime.engine import complete
+from onecard.runtime.sample import Sampling
 
 FORMATS = ("int2-g32-zp", "int3-g32", "int4-g64", "int6-g128", "codebook2")
 SMALL = Trial(1024, 64, 128, (2.2, 4.3), False, "gptq", FORMATS, 1, 1.5)
@@ -128,6 +132,98 @@ def test_reasons_name_the_steps_beside() -> None:
     said = planner.reason(options, 1, 1e-6)
     assert "int2 would save 1 KiB for 0.3 nat more" in said
     assert "int8 would take off 0.1 nat for 2 KiB" in said
+
+
+# Blocks that are left out -------------------------------------------------------------------------
+
+
+def drawn_groups(seed: int, saves: bool = True) -> tuple[list[list[Option]], list[Group]]:
+    """Three blocks of two sites, tables, and a cache of which a block takes its share."""
+    draw, places = random.Random(seed), drawn(seed, 7, 3)
+    cache = [Option("fp16", 0.0, 0, 192, 0.3), Option("int4", 0.3 * draw.random(), 0, 48, 0.15)]
+    saved = tuple(Option("gone", 0.0, 8, o.memory // 3 + 4, o.seconds / 3) for o in cache)
+    groups = [
+        Group(f"blocks.{i}", (2 * i, 2 * i + 1), 2 * draw.random(), saved if saves else ())
+        for i in range(3)
+    ]
+    return [*places, cache], groups
+
+
+def every_plan(places: list[list[Option]], groups: list[Group]) -> list[planner.Plan]:
+    """All plans, with all sets of blocks but the whole."""
+    found = []
+    for gone in itertools.product((False, True), repeat=len(groups)):
+        out = {
+            m for group, is_gone in zip(groups, gone, strict=True) if is_gone for m in group.members
+        }
+        if not all(gone):
+            choices = [[None] if i in out else range(len(p)) for i, p in enumerate(places)]
+            found += [summed(places, picks, groups) for picks in itertools.product(*choices)]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("names", [("size",), ("memory",), ("size", "memory", "seconds")])
+def test_leaving_blocks_out_against_all_plans(seed: int, names: tuple[str, ...]) -> None:
+    places, groups = drawn_groups(seed, saves=seed != 3)
+    plans = every_plan(places, groups)
+    for share in (0.0, 0.1, 0.3, 0.7):
+        limits = {}
+        for i, name in enumerate(names):
+            low = removal.least_cost(places, name, groups)
+            assert low == pytest.approx(min(getattr(p, name) for p in plans))
+            high = sum(max(o.cost(name) for o in p) for p in places)
+            limits[name] = low + (share + 0.1 * i) * (high - low)
+        best = min((p.harm for p in plans if all(getattr(p, n) <= v for n, v in limits.items())),
+                   default=None)  # fmt: skip
+        try:
+            plan = removal.solve(places, Limits(**limits), groups)
+        except Infeasible:
+            assert best is None
+            continue
+        assert best is not None
+        assert all(getattr(plan, name) <= limit + 1e-9 for name, limit in limits.items())
+        assert plan.harm - plan.gap <= best + 1e-9 <= plan.harm + 2e-9
+        assert len(names) > 1 or plan.gap == 0
+        again = summed(places, plan.picks, groups)
+        assert (again.harm, again.gone) == (pytest.approx(plan.harm), plan.gone)
+        with contextlib.suppress(Infeasible):
+            assert plan.harm <= solve(places, Limits(**limits)).harm + 1e-12
+    low = removal.least_cost(places, "memory", groups)
+    with pytest.raises(Infeasible) as error:
+        removal.solve(places, Limits(size=1e9, memory=low - 1), groups)
+    assert (error.value.name, error.value.least) == ("memory", pytest.approx(low))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_smallest_and_the_front_leave_blocks_out(seed: int) -> None:
+    places, groups = drawn_groups(seed)
+    plans = every_plan(places, groups)
+    least = sum(min(o.harm for o in p) for p in places)
+    for more in (0.05, 0.5, 2.0):
+        plan = removal.smallest(places, least + more, groups)
+        assert plan.harm <= least + more
+        assert plan.size == min(p.size for p in plans if p.harm <= least + more)
+    found = removal.front(places, "size", groups)
+    assert found[0].gone and all(
+        a.size < b.size and a.harm > b.harm for a, b in itertools.pairwise(found)
+    )
+    for plan in found:
+        assert plan.harm == pytest.approx(min(p.harm for p in plans if p.size <= plan.size))
+
+
+def test_costs_without_a_common_divisor_keep_the_bound() -> None:
+    """The coarse table, and what it leaves out planned again."""
+    draw = random.Random(1)
+    places, groups = drawn_groups(1)
+    odd = [[replace(o, size=o.size * 99991 + draw.randint(0, 9999)) for o in p] for p in places]
+    plans = every_plan(odd, groups)
+    for share in (0.1, 0.3, 0.6):
+        low, high = (f(p.size for p in plans) for f in (min, max))
+        room = low + share * (high - low)
+        plan = removal.solve(odd, Limits(size=room), groups)
+        best = min(p.harm for p in plans if p.size <= room)
+        assert plan.size <= room and plan.harm - plan.gap <= best + 1e-9 <= plan.harm + 2e-9
 
 
 # Goals --------------------------------------------------------------------------------------------
@@ -322,6 +418,58 @@ def test_a_search_is_never_worse(tiny: Path, ids: torch.Tensor, home: Path) -> N
     assert all(n in {o.format for o in first} for n in neighbours(first, "int4-g64"))
 
 
+def test_streams_and_the_bank_leave_out_the_same(tiny: Path, ids: torch.Tensor, home: Path) -> None:
+    source = Source(tiny)
+    found, bank = look(source, ids, SMALL, home), Bank(source, ids, ids[:2])
+    for gone in (["blocks.1"], ["blocks.0", "blocks.2"]):
+        bank.leave_out(gone)
+        streamed = left_out(source, ids, 128, gone)
+        assert streamed == pytest.approx(bank.kl(), rel=1e-4) and streamed > 0
+        if len(gone) == 1:
+            assert streamed == pytest.approx(found.harms[gone[0]]["gone"], rel=1e-4)
+    bank.leave_out([])
+    assert bank.kl() < 1e-9
+
+
+def of_sites(
+    tiny: Path, ids: torch.Tensor, home: Path
+) -> tuple[dict[str, list[Option]], list[Group]]:
+    """Places and blocks of the tiny model, by their sizes alone."""
+    source = Source(tiny)
+    found, places, groups = look(source, ids, SMALL, home), {}, []
+    for i, layer in enumerate(source.spec.layers):
+        first = len(places)
+        for name, shapes in shapes_of(source.spec, layer).items():
+            where = f"blocks.{i}.{name}"
+            places[where] = [
+                Option(n, found.harms[where][n], size_of(f, shapes, "bf16"))
+                for n, f in possible(FORMATS, shapes, "bf16").items()
+            ]
+        members = tuple(range(first, len(places)))
+        groups.append(Group(f"blocks.{i}", members, found.harms[f"blocks.{i}"]["gone"]))
+    return places, groups
+
+
+def test_blocks_come_back_where_that_is_better(tiny: Path, ids: torch.Tensor, home: Path) -> None:
+    """Begun with all blocks but one left out in room for two of them: what is kept is measured."""
+    places, groups = of_sites(tiny, ids, home)
+    options = list(places.values())
+    dense = sum(p[-1].size for p in options)
+    bank = Bank(Source(tiny), ids, ids[:2])
+    limits = Limits(size=2 * dense / len(groups))
+    first = removal.with_out(options, limits, groups, [g.name for g in groups[1:]])
+    found = lighter(bank, places, groups, limits, first, 1)
+    assert 0 < len(found.plan.gone) < len(first.gone) and found.kl < found.before
+    assert found.plan.size <= limits.size  # type: ignore[operator]
+    bank.leave_out(found.plan.gone)
+    for where, option in zip(places, found.plan.options(options), strict=True):
+        if option.format != "gone":
+            bank.put(where, option.format)
+    assert bank.kl() == pytest.approx(found.kl, rel=1e-4)
+    again = summed(options, found.plan.picks, groups)
+    assert (again.size, again.gone) == (found.plan.size, found.plan.gone)
+
+
 # The whole ----------------------------------------------------------------------------------------
 
 
@@ -412,6 +560,100 @@ def test_what_is_compressed_already(tiny: Path, text_file: Path, tmp_path: Path)
     )
     with pytest.raises(BadRequest, match="compressed already"):
         fits.prepare(request(tmp_path / "small", text_file, tmp_path / "out", tmp_path, size="1GB"))
+
+
+def least_of(tiny: Path, text_file: Path, tmp_path: Path, **goal) -> float:
+    """Bytes of the files in the smallest formats, all blocks kept."""
+    job = fits.prepare(request(tiny, text_file, tmp_path / "out", tmp_path, size="1GB", **goal))
+    return planner.least_cost(list(job.places().values()), "size") + job.fixed.size
+
+
+def test_blocks_go_where_the_smallest_formats_are_too_large(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = int(least_of(tiny, text_file, tmp_path)) - 4096
+    asked = request(tiny, text_file, tmp_path / "one", tmp_path / "home", size=size)
+    job = fits.prepare(asked)
+    assert job.cramped
+    result = fits.fit(job, measure=False)
+    made, before = Source(tmp_path / "one"), Source(tiny)
+    assert result.kept and result.left_out
+    assert made.spec.num_layers == before.spec.num_layers - len(result.left_out)
+    assert file_bytes(made.checkpoint) <= size and "blocks left out" in result.answer
+    promise = {p.what: p for p in result.promises}
+    assert promise["size"].measured <= promise["size"].predicted <= size  # type: ignore[operator]
+    for place in result.places:
+        gone = place.layer in result.left_out
+        assert (place.format == "gone") == gone and (not gone or place.size == 0)
+    assert read_fit(tmp_path / "one") == FitResult.from_json(result.to_json())
+    runner = gates.runner_of(made, 64)
+    assert complete(runner, made.tokenizer(), [1, 2, 3], Sampling(4, ignore_eos=True)).ids
+
+    real = gates.judged
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    killed = replace(asked, out=tmp_path / "two")
+    monkeypatch.setattr(gates, "judged", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fits.fit(fits.prepare(killed), measure=False)
+    monkeypatch.setattr(gates, "judged", real)
+    again = fits.fit(fits.prepare(killed), measure=False)
+    assert same(tmp_path / "one", tmp_path / "two") and again.promises[0] == result.promises[0]
+
+
+def test_what_goes_is_measured_around(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At normal effort: a removal that the sums like and the model does not is not made."""
+    room = half(tiny)
+    job = fits.prepare(
+        request(tiny, text_file, tmp_path / "out", tmp_path, size=room, effort="normal")
+    )
+    monkeypatch.setattr(type(job), "effort", replace(SMALL, rounds=1))
+    found = look(job.source, job.ids, job.trial, tmp_path)
+    planning = fits.plan_for(job, found)
+    assert not job.cramped and not planning.plan.gone
+    liked = [replace(group, harm=1e-9) for group in planning.groups]
+    assert removal.solve(list(planning.places.values()), job.limits(None), liked).gone
+    seen: list[str] = []
+    kept = fits.looked_around(
+        job, replace(planning, groups=liked), lambda done, total, what: seen.append(what)
+    )
+    assert "measuring with blocks left out" in seen and not kept.plan.gone and kept.looked
+
+    small = request(tiny, text_file, tmp_path / "out", tmp_path, effort="normal",
+                    size=int(least_of(tiny, text_file, tmp_path)) - 4096)  # fmt: skip
+    job = fits.prepare(small)
+    planning = fits.looked_around(job, fits.plan_for(job, found))
+    assert planning.plan.gone and planning.looked
+    assert planning.harm == planning.plan.harm == planning.looked[1]
+
+
+def test_costs_with_a_block_left_out_are_those_of_the_smaller_model(
+    tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    model = load_model(tiny)
+    apply(model, Recipe("less", (DropLayers(layers=(1,), most=None),)), ids_of(tiny, text_file))
+    save_model(model, tmp_path / "less")
+    for device in ("auto", "RTX 4090"):
+        sums = []
+        for folder in (tiny, tmp_path / "less"):
+            costs = Costs(Source(folder), Goal(memory=1 << 40, context=128, batch=3, device=device))
+            places = costs.options(("int4-g64",))
+            names = {name for own in places.values() for name in (own[0].format,)}
+            assert names == {"int4-g64", "fp16"}
+            groups, fixed = costs.groups(places, None), costs.fixed(False)
+            gone = [groups[1].name] if folder == tiny else []
+            plan = planner.summed(
+                list(places.values()),
+                [None if w.split(".", 2)[:2] == ["blocks", "1"] and gone else 0 for w in places], groups
+            )  # fmt: skip
+            assert plan.gone == tuple(gone)
+            sums.append((plan.size + fixed.size, plan.memory + fixed.memory))
+        assert sums[0][1] == pytest.approx(sums[1][1], abs=256)
+        assert 0 <= sums[0][0] - sums[1][0] < 8192  # lines of headers
 
 
 def test_a_text_that_falls_into_bytes(tiny: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from onecard.fit.result import (
     Speed,
     Tried,
 )  # fmt: skip
-from onecard.render import compared, fit_to_html, to_html
+from onecard.render import compared, fit_report, fit_to_html, to_html
 from onecard.render.fit_plots import bits_of, front_of, harm_of, kind_of, memory_of, speeds_of
 
 FORMATS = {
@@ -405,6 +405,27 @@ def test_a_layer_that_was_not_left_out() -> None:
     assert bits.description.startswith("From 4.25 bits")
     (alone,) = [heat for heat in harm_of(more) if heat.title == "gone alone"]
     assert [name for name, _ in alone.lines] == ["layer"]
+
+
+def test_a_layer_that_was_left_out() -> None:
+    fit = fitted(3)
+    gone = {"format": "gone", "bits_per_weight": 0.0, "size": 0, "memory": 0, "harm": 0.0}
+    sites = tuple(
+        dataclasses.replace(p, **gone, why="gone with its layer") if p.layer == 1 else p
+        for p in fit.places
+    )
+    layer = Place("blocks.1", 1, "layer", 0, "gone", 0, 0.2, 0, 0, "measured to be better")
+    front = (dataclasses.replace(fit.front[0], left_out=2), *fit.front[1:])
+    less = dataclasses.replace(fit, places=(*sites, layer), front=front, left_out=(1,))
+    bits = bits_of(less)
+    assert bits is not None and bits.layers == [0, 1, 2]
+    for _, cells in bits.lines:
+        assert [cell and cell[2] == "-" for cell in cells] == [False, True, False]
+    text = Page(fit_to_html(less)).text
+    assert "measured to be better" in text and "without 2 blocks" in text
+    rows = {row.what: row.value for row in fit_report(less).rows}
+    there = {row.what: row.value for row in fit_report(fit).rows}
+    assert 0.5 * there["bits_per_weight"] < rows["bits_per_weight"] < 2 * there["bits_per_weight"]
 
 
 # Several ------------------------------------------------------------------------------------------

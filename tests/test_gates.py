@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import call
@@ -13,7 +14,9 @@ from conftest import call
 from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest
 from onecard.evaluate import choose, read_questions
-from onecard.fit import gates
+from onecard.fit import fit as fits
+from onecard.fit import gates, story
+from onecard.fit.goal import Goal
 from onecard.fit.result import Gate, read_fit
 from onecard.kernels import cpu
 from onecard.passes import RoundToNearest
@@ -126,3 +129,29 @@ def test_a_fit_answers_questions(
     assert gate.questions == 3 and gate.text == "asked.jsonl"
     assert code == (0 if gates.kept(gate, "accuracy") >= 0.01 else 1)
     assert {"accuracy", "right answers"} <= {p.what for p in result.promises}
+
+
+@pytest.mark.parametrize("rounded, whole, passed, exact", [
+    (0.009, 0.001, True, False),  # good as it is
+    (0.0105, 0.0099, True, True),  # inputs are what is missing
+    (0.0105, 0.0102, False, False),  # they are not all of it
+    (0.02, 0.001, False, False),  # far off: inputs cannot be it, and are not looked at
+])  # fmt: skip
+def test_inputs_stay_whole_where_that_keeps_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounded: float, whole: float, passed: bool, exact: bool
+) -> None:  # fmt: skip
+    def judged(*words: object) -> tuple[Gate, ...]:
+        runs = words[3]
+        assert isinstance(runs, CpuSettings) and runs.cache == "int8"
+        return (Gate("held-out", whole if runs.exact else rounded, 0.9, 10.0, 9.9, 50),)
+
+    (tmp_path / "report.json").write_text("{}")
+    monkeypatch.setattr(gates, "judged", judged)
+    monkeypatch.setattr(fits, "carried_out", lambda *_: (tmp_path, None))
+    job = SimpleNamespace(goal=Goal(quality=0.99), costs=SimpleNamespace(here=True), work=tmp_path,
+                          source=SimpleNamespace(folder=tmp_path))  # fmt: skip
+    planning = SimpleNamespace(chosen=lambda: {"cache": SimpleNamespace(format="int8")})
+    for _ in range(2):  # the second time from what is kept
+        found = fits.one_try(job, planning, None, "attempt-1", "as planned", fits.Quiet)
+        assert (found.passed, bool(found.runs.exact)) == (passed, exact)
+        assert story.flags(found.runs) == ["--cache", "int8"] + ["--exact", "all"] * exact

@@ -174,18 +174,25 @@ class Costs:
         return Share(0, o.step + layers * o.layer + self.batch * spec.vocab_size * o.choice)
 
     def _attention(self) -> Share:
+        rates.attending({self._heads(layer) for layer in self.spec.layers}, self.threads)
+        return sum((self._attends(layer) for layer in self.spec.layers), Share())
+
+    def block(self, layer: LayerSpec) -> Share:
+        """What a block takes beside its linears: attention, and the rest of its steps. Seconds alone."""
+        steps = _barriers(layer) / BARRIERS * self.overheads.layer
+        return Share(0, steps) + self._attends(layer)
+
+    def _attends(self, layer: LayerSpec) -> Share:
+        shape, seen = self._heads(layer), min(self.context, layer.attention.window or self.context)
+        known = rates.attending({shape}, self.threads)[shape]
+        o = self.overheads
+        decode = o.decode * self.batch * known.decode(seen, self.cached)
+        return Share(0, decode, o.prompt * known.prompt(seen) / seen)
+
+    def _heads(self, layer: LayerSpec) -> Heads:
+        a = layer.attention
         cache = self.settings.cache or usual_cache()
-        shapes = [
-            Heads(a.num_heads, a.num_kv_heads, a.head_dim, cache)
-            for a in (layer.attention for layer in self.spec.layers)
-        ]
-        known = rates.attending(set(shapes), self.threads)
-        decode = prompt = 0.0
-        for layer, shape in zip(self.spec.layers, shapes, strict=True):
-            seen = min(self.context, layer.attention.window or self.context)
-            decode += self.batch * known[shape].decode(seen, self.cached)
-            prompt += known[shape].prompt(seen) / seen
-        return Share(0, self.overheads.decode * decode, self.overheads.prompt * prompt)
+        return Heads(a.num_heads, a.num_kv_heads, a.head_dim, cache)
 
 
 def cost(

@@ -428,7 +428,7 @@ def plan_only(job: Job, explain: bool, json: bool) -> None:
 
     with Progress("planning") as progress:
         planning, found = fits.plan_only(job, progress)
-    show(story.dry(job, planning.chosen()), json)
+    show(story.dry(job, planning), json)
     if explain:
         show(story.explained(story.places(job, found, planning)), False)
 

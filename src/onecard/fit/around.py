@@ -11,6 +11,11 @@ takes the place of the harms, the knapsack is solved again over these neighbours
 put together and measured. It is kept only where it is better; where it is not, moves are made dearer by a
 toll until few enough remain that they do what they promise.
 
+Blocks that are left out do not add up at all: behind one that is gone another is needed more. So which ones
+go is decided by measuring (`lighter`): of the blocks that the planner would leave out each is put back in
+turn, others are left out besides, the rest is planned anew, and the best of these steps is taken while the KL
+falls.
+
 A `Bank` makes the matrices: the statistics of every site are collected once, on the original, and a site's
 candidate is solved for when it is first asked for. Memory: the model in float32 twice, a Hessian per site,
 the candidates that were asked for, in bfloat16.
@@ -18,12 +23,12 @@ the candidates that were asked for, in bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onecard.calibrate.stats import HESSIAN, Statistics
 from onecard.calibrate.walk import Progress, Reached, batches, walk, weight_count
@@ -32,7 +37,18 @@ from onecard.checkpoint.source import Source
 from onecard.core.format import parse_format
 from onecard.core.report import Row
 from onecard.core.spec import Spec, linear_shapes, sites
-from onecard.fit.planner import Limits, Option, Plan, solve, summed, undominated
+from onecard.fit import removal
+from onecard.fit.planner import (
+    GONE,
+    Group,
+    Infeasible,
+    Limits,
+    Option,
+    Plan,
+    solve,
+    summed,
+    undominated,
+)
 from onecard.kernels.reference import from_dense
 from onecard.nn.layers import Linear
 from onecard.nn.transformer import Block, positions_of
@@ -41,6 +57,8 @@ from onecard.passes.planned import carry_out
 
 REACH = 2
 """Neighbours that are tried, each way."""
+MEASURED, OTHERS = 24, 3
+"""Plans with blocks left out that are measured at most; blocks that each step leaves out besides."""
 TOLLS = (0.0, 0.05, 0.2, 0.8)
 """What a move has to be worth, in shares of the mean gain of all moves that promise any."""
 
@@ -62,6 +80,7 @@ class Bank:
         self.model = load_model(source.folder, "fp32", tokenizer=False)
         self.spec, self.stored, self.tried = source.spec, source.dtype, tried
         self.blocks = list(self.model.blocks())
+        self.there = list(range(len(self.blocks)))
         self.stats: dict[str, Statistics] = {}
         self.made: dict[tuple[str, str], dict[str, Tensor]] = {}
         self.original = {path: linear.matrix() for path, linear in self.model.linears()}
@@ -107,6 +126,11 @@ class Bank:
             found = self.matrices(where, format)
         for path, linear in self.linears(where).items():
             linear.replace(from_dense(found[path].float()))
+
+    def leave_out(self, gone: Collection[str]) -> None:
+        """The model has all blocks but these, `blocks.3`, from now on."""
+        self.there = [i for i in range(len(self.blocks)) if f"blocks.{i}" not in gone]
+        self.model.network.blocks = nn.ModuleList(self.blocks[i] for i in self.there)
 
     def judge(self) -> Judge:
         """Of the model as it is now, against the original's answers."""
@@ -174,12 +198,10 @@ def search(
     """The plan after at most `rounds` looks around; only sites move, tables and cache stay."""
     names = list(places)
     at = {
-        where: place[pick].format
-        for (where, place), pick in zip(places.items(), plan.picks, strict=True)
+        where: option.format
+        for where, option in zip(places, plan.options(list(places.values())), strict=True)
     }
-    moving = [where for where in names if where.startswith("blocks.")]
-    for where in moving:
-        bank.put(where, at[where])
+    settle(bank, at)
     before = kl = bank.kl()
     done = 0
     for number in range(rounds):
@@ -195,6 +217,60 @@ def search(
     return Found(found, kl, before, done)
 
 
+def settle(bank: Bank, at: Mapping[str, str]) -> None:
+    """Bring every site into its format; blocks whose sites are gone are left out."""
+    sites = {where: format for where, format in at.items() if where.startswith("blocks.")}
+    bank.leave_out({f"blocks.{_parts(where)[0]}" for where, f in sites.items() if f == GONE})
+    for where, format in sites.items():
+        if format != GONE:
+            bank.put(where, format)
+
+
+def lighter(
+    bank: Bank, places: Mapping[str, Sequence[Option]], groups: Sequence[Group], limits: Limits,
+    plan: Plan, rounds: int, progress: Progress = lambda done, total, what: None,
+) -> Found:  # fmt: skip
+    """The plan with blocks left out, begun with those that `plan` leaves out; its KL is measured.
+
+    At every step each block that is gone is put back, and each of the OTHERS least harmful ones that are
+    not is left out, the rest planned anew within the limits; the step of least KL is taken while it falls, at
+    most MEASURED plans in all. Then its sites are looked around, `rounds` times.
+    """
+    options = list(places.values())
+    by_harm = sorted(groups, key=lambda group: group.harm)
+    seen: set[frozenset[str]] = set()
+
+    def tried(gone: frozenset[str]) -> tuple[float, Plan] | None:
+        if gone in seen or len(seen) >= MEASURED or not 0 < len(gone) < len(groups):
+            return None
+        seen.add(gone)
+        progress(len(seen), MEASURED, "measuring with blocks left out")
+        try:
+            found = removal.with_out(options, limits, groups, gone)
+        except Infeasible:
+            return None
+        formats = [option.format for option in found.options(options)]
+        settle(bank, dict(zip(places, formats, strict=True)))
+        return bank.kl(), found
+
+    first = tried(frozenset(plan.gone))
+    assert first is not None, "what a plan leaves out can be left out"
+    before, best = first[0], first
+    while True:
+        gone = frozenset(best[1].gone)
+        others = [group.name for group in by_harm if group.name not in gone][:OTHERS]
+        steps = [tried(gone ^ {name}) for name in (*sorted(gone), *others)]
+        better = min((s for s in steps if s is not None), key=lambda s: s[0], default=None)
+        if better is None or better[0] >= best[0]:
+            break
+        best = better
+    left = dict(zip(places, removal.without(options, groups, best[1].gone), strict=True))
+    inside = replace(best[1], picks=tuple(pick or 0 for pick in best[1].picks))
+    found = search(bank, left, limits, inside, rounds, progress)
+    whole = removal.from_without(options, groups, best[1].gone, found.plan)
+    return Found(whole, found.kl, before, found.rounds)
+
+
 def looked(
     bank: Bank,
     places: Mapping[str, Sequence[Option]],
@@ -207,9 +283,9 @@ def looked(
     for number, (where, options) in enumerate(places.items()):
         progress(number, len(places), "looking around the plan")
         deltas[where] = {at[where]: 0.0}
-        if not where.startswith("blocks."):
+        if not where.startswith("blocks.") or at[where] == GONE:
             continue
-        index = _parts(where)[0]
+        index = bank.there.index(_parts(where)[0])
         for format in neighbours(options, at[where]):
             bank.put(where, format)
             deltas[where][format] = judge.moved(index) - kl
@@ -234,8 +310,8 @@ def moved(
         ]  # fmt: skip
         plan = solve(options, replace(limits, harm=None))
         new = {
-            w: own[pick].format for w, own, pick in zip(places, options, plan.picks, strict=True)
-        }
+            w: option.format for w, option in zip(places, plan.options(options), strict=True)
+        }  # fmt: skip
         changed = [where for where in places if new[where] != at[where]]
         if not changed:
             return None

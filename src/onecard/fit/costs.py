@@ -6,6 +6,9 @@
     seconds   of a step, from kernels measured on this machine (onecard.cost); where they are not known and no
               speed is asked for, or for another device, bytes over the bandwidth (roofline.py)
 
+A block that is left out takes with it all of its linears, its norms, its share of keys and values in whatever
+they are held, and the steps around its products; lines of a file's header are counted as if it were there.
+
 `Fixed` is what no choice changes: norms, biases, the embedding's rows, work space, the program itself. The
 program is that of `onecard run`, seen in a process of its own, as the one that plans holds far more.
 """
@@ -25,7 +28,7 @@ from onecard.core.format import Dense, Format, Integers, parse_format
 from onecard.core.spec import linear_shapes, sites
 from onecard.fit.candidates import CACHES, possible, size_of
 from onecard.fit.goal import Goal
-from onecard.fit.planner import Option
+from onecard.fit.planner import GONE, Group, Option
 from onecard.kernels import cpu, layout
 from onecard.roofline import DECODE, device_of, needed
 from onecard.runtime.cpu import CpuSettings, usual_cache
@@ -123,6 +126,16 @@ class Costs:
         return self.running(usual_cache())
 
     def running(self, cache: str) -> cost.Costs:
+        """Costs with keys and values in `cache`; made once."""
+        if cache not in self._running:
+            self._running[cache] = self._runs(cache)
+        return self._running[cache]
+
+    @cached_property
+    def _running(self) -> dict[str, cost.Costs]:
+        return {}
+
+    def _runs(self, cache: str) -> cost.Costs:
         size = sum(self.laid_out("int4-g128").values())
         return cost.Costs(
             self.source, self.context, self.goal.batch, CpuSettings(cache=cache), size
@@ -169,6 +182,47 @@ class Costs:
             slower = self.running(held).rest().decode - self.machine.rest().decode
         return Option(name, harm, 0, size, slower)
 
+    def groups(
+        self, places: Mapping[str, Sequence[Option]], harms: Mapping[str, Mapping[str, float]] | None,
+    ) -> list[Group]:  # fmt: skip
+        """The blocks that can be left out; with `harms` those of which it was measured."""
+        names, found = list(places), []
+        for index in range(self.source.spec.num_layers):
+            block = f"blocks.{index}"
+            if harms is not None and block not in harms:
+                continue
+            members = tuple(i for i, w in enumerate(names) if w.startswith(f"{block}."))
+            saves = tuple(self.saved(index, option.format) for option in places["cache"])
+            found.append(Group(block, members, harms[block][GONE] if harms else 0.0, saves))
+        return found if len(found) > 1 else []
+
+    def saved(self, index: int, cache: str) -> Option:
+        """What goes with a block beside its linears, where keys and values are held in `cache`."""
+        source, layer = self.source, self.source.spec.layers[index]
+        own = [place.stored.name for place in source.places(index)]
+        tensors = {n for n in source.checkpoint.entries if n.rpartition(".")[0] in own}
+        linears = sum(
+            Dense(source.dtype).bytes(linear_shapes(source.spec, layer)[name])
+            for site in sites(layer) for name in site.linears
+        )  # fmt: skip
+        size = max(0, sum(source.checkpoint.entries[n].nbytes for n in tensors) - linears)
+        if not self.here:
+            kept = position_bytes(layer.attention.num_kv_heads, layer.attention.head_dim, cache)
+            memory = self.context * self.goal.batch * kept
+            return Option(GONE, 0.0, size, memory + size, memory * self.per_byte)
+        held = usual_cache() if cache == "fp16" else cache
+        shares = [
+            position_bytes(row.attention.num_kv_heads, row.attention.head_dim, held)
+            for row in source.spec.layers
+        ]
+        kv = _footprint(source, self.context, self.goal.batch, held).kv_bytes
+        memory = kv * shares[index] // sum(shares)
+        if self.machine is None:
+            seconds = memory * self.per_byte
+        else:
+            seconds = self.running(held).block(layer).decode
+        return Option(GONE, 0.0, size, memory + _beside(source)[index], seconds)
+
     def fixed(self, tables: bool = True) -> Fixed:
         """What the options leave out; the tables too, where they are no choice."""
         source, spec = self.source, self.source.spec
@@ -196,6 +250,21 @@ class Costs:
 def _laid_out(source: Source, name: str | None) -> dict[str, int]:
     weights = planned_weights(source, "int8", parse_format(name) if name else None)
     return {path: size for path, size in weights.linears().items() if path.startswith("blocks.")}
+
+
+@lru_cache(maxsize=8)
+def _beside(source: Source) -> list[int]:
+    """Bytes in memory of every block's norms and biases."""
+    weights = planned_weights(source, "int8")
+    linears, found = weights.linears(), [0] * source.spec.num_layers
+    packed = {
+        f"blocks.{index}.{name}"
+        for index, layer in enumerate(source.spec.layers) for site in sites(layer) for name in site.linears
+    }  # fmt: skip
+    for path, size in weights.sizes().items():
+        if path.startswith("blocks.") and not (path in linears and path in packed):
+            found[int(path.split(".")[1])] += size
+    return found
 
 
 @lru_cache(maxsize=32)

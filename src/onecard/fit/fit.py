@@ -3,8 +3,9 @@
     prepare   everything that headers and texts can answer: budgets that contradict each other, what cannot
               fit in any format, what is compressed already; nothing is written
     look      what each candidate of each place does to the answers (sensitivity.py); remembered
-    plan      the least harm within the budgets (planner.py), looked at again from close by (around.py)
-    compress  the plan as an ordinary journaled job (passes/planned.py)
+    plan      the least harm within the budgets (planner.py), looked at again from close by (around.py);
+              whole blocks go where that was measured to be better, or where nothing else is possible
+    compress  the plan as an ordinary journaled job (passes/layers.py, passes/planned.py)
     judge     held-out text and the original's own words (gates.py). Where the quality asked for is missed,
               the harm that is allowed is lowered by what was missed and the plan is made anew;
               sensitivities, texts and earlier results stay
@@ -22,6 +23,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,25 +43,32 @@ from onecard.core.report import Report, write_text
 from onecard.core.settings import format_size
 from onecard.core.spec import linear_shapes, parameter_count
 from onecard.fit import gates as judge
-from onecard.fit.around import Bank, bank_bytes, search
+from onecard.fit import planner, removal
+from onecard.fit.around import Bank, bank_bytes, lighter, search
 from onecard.fit.candidates import LARGE, Trial, trial_of
 from onecard.fit.costs import Costs, Fixed
 from onecard.fit.goal import MEASURES, Goal
-from onecard.fit.planner import Infeasible, Limits, Option, Plan, solve, summed
+from onecard.fit.planner import GONE, Group, Infeasible, Limits, Option, Plan, summed
 from onecard.fit.result import FILE, FitResult, Gate, Said, read_fit
-from onecard.fit.sensitivity import Sensitivity, default_home, known, look, table_formats
+from onecard.fit.sensitivity import Sensitivity, default_home, known, left_out, look, table_formats
 from onecard.passes import job as jobs
 from onecard.passes.base import Pass, Recipe
 from onecard.passes.distill import Distil
+from onecard.passes.layers import DropLayers
 from onecard.passes.planned import Chosen, Planned
 from onecard.passes.tables import Tables
+from onecard.runtime.cpu import CpuSettings
 
 ATTEMPTS = 4
+LITTLE = 0.9
+"""A gate is missed by little where this share of the harm would do."""
 OVERSHOOT = 0.85
 """A missed gate is aimed at again with this share of the harm that would just do."""
 SUMS_UP = 1.2
 """Harms measured alone come to less than what they do together: 1.08 to 1.37 on the shipped model at 2.25 to
 3.5 bits per weight. The first promise is raised by it."""
+TOLLS = (0.0, 0.5, 1.0, 2.0, 4.0, 64.0)
+"""What leaving a block out costs more than it was measured to, in mean harms of a block."""
 SPLIT = 0.02
 """Share of byte tokens above which a calibration text is said not to be the tokenizer's."""
 
@@ -96,8 +105,23 @@ class Job:
         return self.request.goal
 
     @property
-    def trial(self) -> Trial:
+    def effort(self) -> Trial:
+        """What the effort tries of a model of this size."""
         return trial_of(self.goal.effort, parameter_count(self.source.spec))
+
+    @property
+    def trial(self) -> Trial:
+        """The same, and what it does to leave blocks out where some have to go."""
+        return replace(self.effort, left_out=True) if self.cramped else self.effort
+
+    @cached_property
+    def cramped(self) -> bool:
+        """Whether the budgets are beyond the smallest formats, so that blocks have to go."""
+        try:
+            planner.solve(list(self.places().values()), self.limits(None))
+        except Infeasible:
+            return True
+        return False
 
     @cached_property
     def costs(self) -> Costs:
@@ -108,7 +132,7 @@ class Job:
         """Formats of the embedding and head that are choices: rounding them takes the model in memory."""
         room = self.request.cap or available_memory()
         fits = 8 * parameter_count(self.source.spec) < room
-        return tuple(f.name for f in table_formats(self.source, self.trial.tables)) if fits else ()
+        return tuple(f.name for f in table_formats(self.source, self.effort.tables)) if fits else ()
 
     @cached_property
     def fixed(self) -> Fixed:
@@ -119,7 +143,16 @@ class Job:
         harms = None
         if found is not None:
             harms = {w: {n: SUMS_UP * h for n, h in own.items()} for w, own in found.harms.items()}
-        return self.costs.options(self.trial.formats, harms, self.tables)
+        return self.costs.options(self.effort.formats, harms, self.tables)
+
+    def groups(
+        self, places: Mapping[str, Sequence[Option]], found: Sensitivity | None = None
+    ) -> list[Group]:  # fmt: skip
+        """The blocks that may be left out of these places."""
+        harms = None
+        if found is not None:
+            harms = {w: {n: SUMS_UP * h for n, h in own.items()} for w, own in found.harms.items()}
+        return self.costs.groups(places, harms)
 
     def limits(self, harm: float | None) -> Limits:
         """What is left for the options when everything fixed is paid."""
@@ -189,9 +222,11 @@ def warned(source: Source, text: Path | None) -> list[str]:
 
 
 def require_possible(job: Job) -> None:
-    """BadRequest where even the cheapest formats are beyond a budget: the nearest, and what to relax."""
+    """BadRequest where even the cheapest formats are beyond a budget, with every block but one left out: the
+    nearest, and what to relax."""
+    places = job.places()
     try:
-        solve(list(job.places().values()), job.limits(None))
+        removal.solve(list(places.values()), job.limits(None), job.groups(places))
     except Infeasible as error:
         raise explained(job, error) from error
 
@@ -205,18 +240,22 @@ def explained(job: Job, error: Infeasible) -> BadRequest:
                           f"the best possible here is {least:.4f}", "lower --quality")  # fmt: skip
     asked = {"size": goal.size, "memory": goal.memory, "seconds": goal.speed}[error.name]
     total = error.least + getattr(fixed, error.name)
+    all_blocks = planner.least_cost(list(job.places().values()), error.name)
+    all_blocks = max(total, all_blocks + getattr(fixed, error.name))
     if error.name == "seconds":
         return BadRequest(f"--speed {asked:g} tokens/s is beyond {job.costs.device.name}",
-                          f"the most that is predicted, in the smallest formats, is {1 / total:.3g}",
-                          f"--speed {0.95 / total:.3g}, or a smaller --context")  # fmt: skip
+                          f"the most that is predicted, in the smallest formats, is {1 / all_blocks:.3g} "
+                          f"with all blocks, {1 / total:.3g} with all but one left out",
+                          f"--speed {0.95 / all_blocks:.3g}, or a smaller --context")  # fmt: skip
     words = f"{format_size(fixed.memory)} of it is the program, norms and work space; " * (
         error.name == "memory"
     )
     return BadRequest(
         f"{job.source.called} does not fit into --{error.name} {format_size(float(asked or 0))}",
-        f"{words}the least possible in any format tried is {format_size(total)}",
-        f"--{error.name} {roomy(total)}" + (", or a smaller --context or --batch"
-                                                              if error.name == "memory" else ""),
+        f"{words}the least possible in any format tried is {format_size(all_blocks)} with all blocks, "
+        f"{format_size(total)} with all but one left out",
+        f"--{error.name} {roomy(all_blocks)}"
+        + (", or a smaller --context or --batch" if error.name == "memory" else ""),
     )  # fmt: skip
 
 
@@ -239,6 +278,8 @@ class Planning:
     looked: tuple[float, float] | None = (
         None  # KL on the calibration text before and after looking around
     )
+    groups: Sequence[Group] = ()
+    """The blocks that may be left out."""
 
     @property
     def harm(self) -> float:
@@ -274,47 +315,113 @@ class Tried:
     gates: tuple[Gate, ...]
     passed: bool | None
     what: str
+    runs: CpuSettings
 
 
 def plan_for(
     job: Job, found: Sensitivity, factor: float = 1.0, harm: float | None = None
 ) -> Planning:
-    """The plan of least harm within the budgets; without one on bytes or speed, the smallest that is good."""
+    """The plan of least harm within the budgets; without one on bytes or speed, the smallest that is good.
+
+    Blocks are only left out where nothing else is possible: harms of several do not add up, so that such a
+    plan has to be measured first (`looked_around`). Where nothing is measured around a plan, at quick effort
+    or with a model that does not fit into memory, that is all the removal there is.
+    """
     places = job.places(found)
+    groups = job.groups(places, found)
     limits = job.limits(None)
     allowed = harm if harm is not None else job.harm
     if not limits.costs():
         limits = replace(limits, harm=None if allowed is None else allowed / factor)
     try:
-        plan = solve(list(places.values()), limits)
+        plan = removal.solve(list(places.values()), limits, groups if job.cramped else ())
     except Infeasible as error:
         raise explained(job, error) from error
-    return Planning(places, plan, factor)
+    return Planning(places, plan, factor, groups=groups)
 
 
 def looked_around(job: Job, planning: Planning, progress: Progress = Quiet) -> Planning:
-    """The plan after a look around it, where the model and what is needed fit into memory."""
+    """The plan after a look around it, where the model and what is needed fit into memory.
+
+    Where the sums say that a plan does better with blocks left out, that one is looked around too, and it is
+    taken only where its KL as measured is below that of the plan without; it is what is promised then.
+    """
     spec, rounds = job.source.spec, job.trial.rounds
     free = job.request.cap or available_memory()
     if not rounds or parameter_count(spec) > LARGE or bank_bytes(spec) > 0.7 * free:
-        return planning
-    limits = job.limits(None)
-    if not limits.costs():  # smaller is what is wanted: the bytes that the plan has are its budget
-        limits = Limits(size=planning.plan.size)
-    if not any(o.harm for o in planning.chosen().values()):
+        return together(job, planning, progress)
+    if not any(o.harm for o in planning.chosen().values()) and not planning.plan.gone:
         return planning
     rows = max(1, job.trial.tried // job.ids.shape[1])
     bank = Bank(job.source, job.ids, job.ids[:rows])
-    better = search(bank, planning.places, limits, planning.plan, rounds, progress)
-    return replace(planning, plan=better.plan, looked=(better.before, better.kl))
+    base, limits = planning, job.limits(None)
+    if not limits.costs():  # smaller is what is wanted: the bytes that the plan has are its budget
+        limits = Limits(size=planning.plan.size)
+    if not planning.plan.gone:
+        better = search(bank, planning.places, limits, planning.plan, rounds, progress)
+        base = replace(planning, plan=better.plan, looked=(better.before, better.kl))
+    return thinned(job, bank, base, progress) or base
+
+
+def thinned(job: Job, bank: Bank, base: Planning, progress: Progress) -> Planning | None:
+    """A plan with blocks left out, where it is measured to be better than the best without at the same
+    budgets, or the only one there is; None where not."""
+    options, groups = list(base.places.values()), base.groups
+    limits, rounds, first = job.limits(None), job.trial.rounds, base.plan
+    least = base.looked[1] if base.looked else math.inf
+    if not first.gone:
+        aim = limits if limits.costs() else Limits(harm=(job.harm or 0.0) / base.factor)
+        first = removal.solve(options, aim, groups)
+        if not first.gone:
+            return None
+    if not limits.costs():  # it is smaller; what is best without, at its size?
+        limits, least = Limits(size=first.size), job.harm or 0.0
+        with suppress(Infeasible):
+            kept = planner.solve(options, limits)
+            least = min(least, search(bank, base.places, limits, kept, rounds, progress).kl)
+    found = lighter(bank, base.places, groups, limits, first, rounds, progress)
+    if found.kl >= least:
+        return None
+    plan = replace(found.plan, harm=found.kl)
+    return replace(base, plan=plan, factor=1.0, looked=(found.before, found.kl))
+
+
+def together(job: Job, planning: Planning, progress: Progress = Quiet) -> Planning:
+    """A plan that has to leave blocks out and that nothing can be measured around.
+
+    With a toll on every block that goes, from none to one under which as few go as can, the planner names
+    sets of blocks; what each set does to the answers is measured, streamed, in place of the sum of what its
+    blocks do alone, and the plan of least harm is taken.
+    """
+    if not planning.plan.gone:
+        return planning
+    options, limits, groups = list(planning.places.values()), job.limits(None), planning.groups
+    typical = sum(group.harm for group in groups) / len(groups)
+    found: dict[tuple[str, ...], Plan] = {}
+    for number, toll in enumerate(TOLLS):
+        progress(number, len(TOLLS), "measuring with blocks left out")
+        dearer = [replace(group, harm=group.harm + toll * typical) for group in groups]
+        gone = removal.solve(options, limits, dearer).gone
+        if gone in found:
+            continue
+        plan = removal.with_out(options, limits, groups, gone)
+        alone = sum(group.harm for group in groups if group.name in gone)
+        harm = SUMS_UP * left_out(job.source, job.ids, job.trial.tried, gone)
+        found[gone] = replace(plan, harm=plan.harm - alone + harm)
+    return replace(planning, plan=min(found.values(), key=lambda plan: plan.harm))
 
 
 def recipe_for(job: Job, planning: Planning, minutes: float = 0.0) -> Recipe:
-    """The plan as passes."""
+    """The plan as passes: blocks that are left out go first, and the others are counted anew."""
     chosen = {where: option.format for where, option in planning.chosen().items()}
-    sites = tuple(Chosen(w, f) for w, f in chosen.items() if w.startswith("blocks."))
+    gone = sorted(int(block.split(".")[1]) for block in planning.plan.gone)
+    sites = tuple(
+        Chosen(renumbered(w, gone), f)
+        for w, f in chosen.items() if w.startswith("blocks.") and f != GONE
+    )  # fmt: skip
     quick = job.trial.rounding == "nearest"
-    passes: list[Pass] = [Planned(sites, sweeps=0 if quick else 1, correct=0.0 if quick else 1.0)]
+    passes: list[Pass] = [DropLayers(layers=tuple(gone), most=None)] if gone else []
+    passes.append(Planned(sites, sweeps=0 if quick else 1, correct=0.0 if quick else 1.0))
     table = chosen.get("tables", job.source.dtype)
     if table != job.source.dtype:
         name, group = table.split("-g")
@@ -323,6 +430,12 @@ def recipe_for(job: Job, planning: Planning, minutes: float = 0.0) -> Recipe:
         length = min(256, job.ids.shape[1])
         passes.append(Distil(training=Training(minutes=minutes, batch=4, length=length, rate=3e-4)))
     return Recipe("fit", tuple(passes), "planned for budgets")
+
+
+def renumbered(where: str, gone: Sequence[int]) -> str:
+    """A site, by the number of its block among those that stay."""
+    _, index, name = where.split(".", 2)
+    return f"blocks.{int(index) - sum(g < int(index) for g in gone)}.{name}"
 
 
 def carried_out(
@@ -389,8 +502,7 @@ def fit(
         tried.append(one_try(job, best.planning, texts, "recovered", what, progress, minutes))
         clock.step("recover")
         best = best_of(job, tried)
-    cache = best.planning.chosen()["cache"].format
-    seen = story.measured(job, best.folder, cache) if measure else story.Seen()
+    seen = story.measured(job, best.folder, best.runs) if measure else story.Seen()
     clock.step("measure")
     result = story.told(job, found, best, tried, seen, clock.said())
     write_text(best.folder / FILE, result.to_json())
@@ -427,18 +539,42 @@ def one_try(
     job: Job, planning: Planning, texts: judge.Texts, name: str, what: str, progress: Progress,
     minutes: float = 0.0,
 ) -> Tried:  # fmt: skip
-    """Carry a plan out and judge it."""
+    """Carry a plan out and judge it.
+
+    Where the gate is missed by little it is judged besides with inputs that are not rounded; as that is
+    slower, it is chosen only where it keeps what was asked.
+    """
     folder, report = carried_out(job, planning, name, minutes, progress)
+    goal, runs = job.goal, running(planning)
+    gates = judgement(job, folder, texts, runs, name, progress)
+    seen = judge.quality(gates, goal.measure)
+    if goal.quality is None:
+        return Tried(planning, folder, report, gates, None, what, runs)
+    if seen < goal.quality and job.costs.here and shortfall(goal, seen) > LITTLE:
+        exact = replace(runs, exact=("all",))
+        others = judgement(job, folder, texts, exact, f"{name}-exact", progress)
+        if judge.quality(others, goal.measure) >= goal.quality:
+            what = f"{what}, inputs not rounded"
+            return Tried(planning, folder, report, others, True, what, exact)
+    return Tried(planning, folder, report, gates, seen >= goal.quality, what, runs)
+
+
+def running(planning: Planning) -> CpuSettings:
+    """How the engine is to run a plan."""
+    cache = planning.chosen()["cache"].format
+    return CpuSettings(cache=None if cache == "fp16" else cache)
+
+
+def judgement(
+    job: Job, folder: Path, texts: judge.Texts, runs: CpuSettings, name: str, progress: Progress
+) -> tuple[Gate, ...]:
+    """What the gates see of a folder that is run so; remembered as long as the folder is the same."""
     kept = job.work / f"{name}.gates.json"
     gates = judge.read_kept(kept)
     if gates is None or os.path.getmtime(kept) < os.path.getmtime(folder / "report.json"):
-        cache = planning.chosen()["cache"].format
-        held = None if cache == "fp16" else cache
-        gates = judge.judged(job.source.folder, folder, texts, held, job.costs.here, progress)
+        gates = judge.judged(job.source.folder, folder, texts, runs, job.costs.here, progress)
         judge.keep(kept, gates)
-    goal = job.goal
-    passed = None if goal.quality is None else judge.quality(gates, goal.measure) >= goal.quality
-    return Tried(planning, folder, report, gates, passed, what)
+    return gates
 
 
 def raised(job: Job, found: Sensitivity, tried: Sequence[Tried]) -> Planning | None:
@@ -477,7 +613,7 @@ def best_of(job: Job, tried: Sequence[Tried]) -> Tried:
 
 def remembered(job: Job, planning: Planning) -> Planning:
     """The picks of the first plan, kept for a second run."""
-    data = {"picks": planning.plan.picks, "looked": planning.looked}
+    data = {"picks": planning.plan.picks, "harm": planning.plan.harm, "looked": planning.looked}
     write_text(job.work / "plan.json", json.dumps(data))
     return planning
 
@@ -488,10 +624,9 @@ def recalled(job: Job, planning: Planning) -> Planning | None:
     if not path.is_file():
         return None
     data = json.loads(path.read_text(encoding="utf-8"))
-    plan = summed(list(planning.places.values()), data["picks"])
-    plan = replace(
-        plan, gap=planning.plan.gap, price=planning.plan.price, priced=planning.plan.priced
-    )
+    old = planning.plan
+    plan = summed(list(planning.places.values()), data["picks"], planning.groups)
+    plan = replace(plan, harm=data["harm"], gap=old.gap, price=old.price, priced=old.priced)
     return replace(planning, plan=plan, looked=tuple(data["looked"]) if data["looked"] else None)
 
 

@@ -41,6 +41,7 @@ from onecard.windows import Piece, Pieces, Reading
 
 FIRST, WRITTEN = 16, 112
 """Tokens of a beginning, and that the original writes behind it."""
+USUAL = CpuSettings()
 QUESTIONED = 2048
 """Tokens of a question with an answer, at most; the oldest are dropped."""
 SEPARATOR = "<|endoftext|>"
@@ -117,12 +118,12 @@ def texts_of(
 
 
 def judged(
-    original: Path, made: Path, texts: Texts, cache: str | None = None, here: bool = True,
+    original: Path, made: Path, texts: Texts, runs: CpuSettings = USUAL, here: bool = True,
     progress: Progress = lambda done, total, what: None,
 ) -> tuple[Gate, ...]:  # fmt: skip
-    """KL, agreement and perplexity of what was made, on both texts; keys and values held in `cache`.
+    """KL, agreement and perplexity of what was made, on both texts, and of right answers.
 
-    `here`: it will be run on this processor.
+    `runs`: how the engine runs it; `here`: on this processor.
     """
     theirs: Scorer
     ours: Scorer
@@ -131,10 +132,10 @@ def judged(
         longest = QUESTIONED if texts.questions else longest
         unrounded = CpuSettings(context=longest, head="stored", exact=("all",))
         theirs = native_scorer(original, unrounded)
-        ours = native_scorer(made, CpuSettings(context=longest, cache=cache))
+        ours = native_scorer(made, replace(runs, context=longest))
     else:
         theirs = TorchScorer(load_model(original, "fp32"))
-        ours = TorchScorer(load_model(made, "fp32"), cache)
+        ours = TorchScorer(load_model(made, "fp32"), runs.cache)
     found = []
     answers = tuple(right_answer(theirs, question) for question in texts.questions)
     for name, pieces in (

@@ -43,7 +43,8 @@ class Promise:
 
 @dataclass(frozen=True)
 class Point:
-    """A plan on the Pareto front: bytes of the weight files against predicted KL and quality."""
+    """A plan on the Pareto front: bytes of the weight files against predicted KL and quality. `left_out`: how
+    many blocks it goes without; of more than one the KL is a sum of what each does alone, a first guess."""
 
     size: int
     memory: int
@@ -51,6 +52,7 @@ class Point:
     harm: float
     quality: float
     chosen: bool = False
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,11 @@ class Tried:
 
 @dataclass(frozen=True)
 class Place:
-    """A site (the linears that read one input), or the tables, or the cache, and what it got.
+    """A site (the linears that read one input), the tables, the cache, or a whole layer, and what it got.
 
-    `layer` is None outside the blocks. `part`: attention.in, attention.out, feed_forward.in ..., tables,
-    cache. `why` is what `--explain` says of it.
+    `layer` is None outside the blocks; it is counted as in the original. `part`: attention.in, attention.out,
+    feed_forward.in ..., tables, cache; layer, whose format is kept or gone. `why` is what
+    `--explain` says of it.
     """
 
     where: str
@@ -177,6 +180,7 @@ class FitResult:
     environment: tuple[Said, ...]
     run: str
     version: int = VERSION
+    left_out: tuple[int, ...] = ()  # blocks of the original that the result goes without
 
     def to_json(self) -> str:
         return json.dumps(_finite(asdict(self)), indent=1, ensure_ascii=False)

@@ -33,7 +33,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,13 +59,14 @@ from onecard.core.format import Format, Integers, Weight, parse_format
 from onecard.core.report import Row, write_text
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
 from onecard.fit.candidates import CACHES, TABLES, Trial, possible, size_of
+from onecard.fit.planner import GONE
 from onecard.kernels import convert
 from onecard.kernels.reference import DTYPES, from_dense
 from onecard.nn.layers import Matrix
 from onecard.nn.transformer import Block, Cache, Context, positions_of
 from onecard.passes.planned import carry_out
 
-GONE, LEAST = "gone", 1e-12
+LEAST = 1e-12
 VERSION = 1
 
 
@@ -320,6 +321,28 @@ class Watch:
                     now = torch.log_softmax(tail(h[row : row + 1]).float(), -1)
                 found[name] += max(0.0, float((p * (logp - now)).sum(-1).mean())) / count
         return found
+
+
+@torch.no_grad()
+def left_out(source: Source, ids: Tensor, tried: int, gone: Collection[str]) -> float:
+    """KL of the answers to the first `tried` of ids [samples, length], nats per token, were these blocks left
+    out together and all else untouched. One block is in memory at once."""
+    ids = ids[: max(1, tried // ids.shape[1])]
+    stem, tail = read_stem(source, torch.float32), read_tail(source, torch.float32)
+    whole = less = stem(ids, positions_of(ids, None, 0))
+    context = Context(source.spec, torch.arange(ids.shape[1]).expand(ids.shape))
+    for index in range(source.spec.num_layers):
+        block = read_block(source, index, torch.float32)
+        whole = block(whole, context)
+        if f"blocks.{index}" not in gone:
+            less = block(less, context)
+    total = 0.0
+    for row in range(len(ids)):
+        logp, now = (
+            torch.log_softmax(tail(h[row : row + 1]).float(), -1) for h in (whole, less)
+        )  # fmt: skip
+        total += max(0.0, float((logp.exp() * (logp - now)).sum(-1).mean())) / len(ids)
+    return total
 
 
 # Making candidates --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +20,11 @@ from onecard.core.settings import format_size
 from onecard.core.spec import linear_shapes, parameter_count, sites
 from onecard.cost import SPREAD
 from onecard.fit import gates as judge
+from onecard.fit import removal
 from onecard.fit.costs import program_bytes
 from onecard.fit.gates import held_out_pieces, runner_of
 from onecard.fit.goal import MEASURES
-from onecard.fit.planner import Option, front, reason, summed
+from onecard.fit.planner import GONE, Group, reason
 from onecard.fit.result import (
     Attempt,
     FitResult,
@@ -64,12 +65,11 @@ class Seen:
     samples: tuple[Sample, ...] = field(default_factory=tuple)
 
 
-def measured(job: Job, folder: Path, cache: str) -> Seen:
-    """Run what was made, keys and values held in `cache`; nothing where the native engine is missing or
-    another device is meant."""
+def measured(job: Job, folder: Path, runs: CpuSettings) -> Seen:
+    """Run what was made; nothing where the native engine is missing or another device is meant."""
     if not cpu.available() or job.goal.device != "auto":
         return Seen(samples=samples_of(job, folder))
-    made, before = benched(job, folder, cache), benched(job, job.source.folder)
+    made, before = benched(job, folder, runs), benched(job, job.source.folder, CpuSettings())
     return Seen(
         made.get("peak_memory_bytes"), made.get("prompt_tokens_per_second"),
         made.get("decode_tokens_per_second"), before.get("prompt_tokens_per_second"),
@@ -77,14 +77,14 @@ def measured(job: Job, folder: Path, cache: str) -> Seen:
     )  # fmt: skip
 
 
-def benched(job: Job, folder: Path, cache: str = "fp16") -> dict[str, float]:
+def benched(job: Job, folder: Path, runs: CpuSettings) -> dict[str, float]:
     """what -> value, of `onecard bench` in a process of its own."""
     context, batch = job.costs.context, job.goal.batch
     prompt = max(1, min(PROMPTED, context // 2))
     decode = max(1, min(DECODED, context - prompt))
     words = [sys.executable, "-m", "onecard", "bench", str(folder), "--prompt", str(prompt), "--decode",
              str(decode), "--batch", str(batch), "--context", str(context * batch), "--json"]  # fmt: skip
-    words += [] if cache == "fp16" else ["--cache", cache]
+    words += flags(runs)
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         return {}
@@ -94,6 +94,12 @@ def benched(job: Job, folder: Path, cache: str = "fp16") -> dict[str, float]:
         if isinstance(row.value, (int, float)):
             found.setdefault(row.what, float(row.value))
     return found
+
+
+def flags(runs: CpuSettings) -> list[str]:
+    """What says so on a command line."""
+    cache = [] if runs.cache is None else ["--cache", runs.cache]
+    return cache + (["--exact", ",".join(runs.exact)] if runs.exact else [])
 
 
 def samples_of(job: Job, folder: Path) -> tuple[Sample, ...]:
@@ -118,17 +124,21 @@ def told(
     """Everything about a fit, as data."""
     promises = promised(job, best, seen)
     kept = all(p.kept is not False for p in promises)
-    chosen = best.planning.chosen()
-    cache = chosen["cache"].format
     out = job.request.out
-    run = f'onecard run {out} "The"' + (f" --cache {cache}" if cache != "fp16" else "")
+    run = " ".join(["onecard run", str(out), '"The"', *flags(best.runs)])
     return FitResult(
-        job.source.called, str(out), answered(job, promises, kept), kept, job.goal, promises,
+        job.source.called, str(out), answered(job, best.planning, promises, kept), kept, job.goal, promises,
         points(job, best), places(job, found, best.planning), memories(job, best),
         speeds(job, best, promises, seen),
         best.gates, attempts(job, tried), seen.samples, how(job, best), clock,
         tuple(Said(name, str(value)) for name, value in facts(job).items()), run,
+        left_out=left_out(best.planning),
     )  # fmt: skip
+
+
+def left_out(planning: Planning) -> tuple[int, ...]:
+    """The blocks that a plan goes without, by their numbers in the original."""
+    return tuple(sorted(int(block.split(".")[1]) for block in planning.plan.gone))
 
 
 def facts(job: Job) -> dict[str, str | float | int | bool | None]:
@@ -193,7 +203,9 @@ def held(asked: float | None, got: float | None) -> bool | None:
     return None if asked is None or got is None else got <= asked
 
 
-def answered(job: Job, promises: Sequence[Promise], kept: bool) -> str:
+def answered(
+    job: Job, planning: Planning, promises: Sequence[Promise], kept: bool
+) -> str:  # fmt: skip
     """The answer in one sentence."""
     by = {p.what: p for p in promises}
     size, memory, quality = by["size"], by["memory"], by[job.goal.measure]
@@ -201,6 +213,8 @@ def answered(job: Job, promises: Sequence[Promise], kept: bool) -> str:
     held_in = memory.measured if memory.measured is not None else memory.predicted
     said = f"{job.source.called} {'fits' if kept else 'does not fit as asked'}: " if kept else ""
     said += f"{format_size(size.measured or 0)}, {shrunk:.2f}x smaller"
+    if gone := planning.plan.gone:
+        said += f", {len(gone)} of {job.source.spec.num_layers} blocks left out"
     said += f", {format_size(held_in or 0)} in memory with {job.costs.context} tokens"
     if "decode" in by:
         speed = by["decode"].measured or by["decode"].predicted or 0.0
@@ -220,38 +234,73 @@ def _shown(promise: Promise, value: float | None) -> str:
 
 
 def points(job: Job, best: Tried) -> tuple[Point, ...]:
-    """The Pareto front of the plan's options, and the plan itself."""
-    options, fixed = list(best.planning.places.values()), job.fixed
+    """The Pareto front of the plan's options, and the plan itself; with blocks left out where that was a
+    choice."""
+    planning, fixed = best.planning, job.fixed
+    options, plan = list(planning.places.values()), planning.plan
     count = parameter_count(job.source.spec)
-    plans = [(plan, False) for plan in front(options) if plan.picks != best.planning.plan.picks]
+    groups = planning.groups if job.cramped or job.trial.rounds else ()
+    plans = [(p, False) for p in removal.front(options, "size", groups) if p.picks != plan.picks]
     found = []
-    for plan, chosen in [*plans, (best.planning.plan, True)]:
-        harm, size = plan.harm * best.planning.factor, plan.size + fixed.size
+    for plan, chosen in [*plans, (planning.plan, True)]:
+        harm, size = plan.harm * planning.factor, plan.size + fixed.size
         found.append(Point(size, plan.memory + fixed.memory, 8 * size / count, harm,
-                           judge.share_of(harm, job.goal.measure), chosen))  # fmt: skip
+                           judge.share_of(harm, job.goal.measure), chosen, len(plan.gone)))  # fmt: skip
     return tuple(sorted(found, key=lambda p: p.size))
 
 
 def places(job: Job, found: Sensitivity, planning: Planning) -> tuple[Place, ...]:
-    """What every place got and why; each removed layer's harm is among what was tried."""
+    """What every place got and why; and of every layer whether it was left out."""
     plan, told = planning.plan, []
-    for (where, options), pick in zip(planning.places.items(), plan.picks, strict=True):
-        option, words = options[pick], where.split(".", 2)
+    for (where, options), option in zip(
+        planning.places.items(), plan.options(list(planning.places.values())), strict=True
+    ):
+        words = where.split(".", 2)
         layer = int(words[1]) if words[0] == "blocks" else None
         weights = weights_of(job, where)
+        why = "gone with its layer"
+        if option.format != GONE:
+            why = reason(options, options.index(option), plan.price, plan.priced)
         told.append(Place(
             where, layer, words[2] if layer is not None else where, weights, option.format,
-            8 * option.size / weights if weights else 0.0, option.harm, option.size, option.memory,
-            reason(options, pick, plan.price, plan.priced),
+            8 * option.size / weights if weights else 0.0, option.harm, option.size, option.memory, why,
             tuple(TriedFormat(o.format, o.harm, o.size, o.memory, o.seconds) for o in options),
         ))  # fmt: skip
+    groups = {group.name: group for group in planning.groups}
     for index in range(job.source.spec.num_layers):
-        gone = found.harms.get(f"blocks.{index}", {})
-        tried = tuple(TriedFormat(name, harm, 0, 0, 0.0) for name, harm in gone.items())
-        why = "leaving it out altogether, as measured; never chosen by the planner"
         where = f"blocks.{index}"
-        told.append(Place(where, index, "layer", 0, "kept", 0.0, 0.0, 0, 0, why, tried))
+        gone = where in plan.gone
+        tried = tuple(
+            TriedFormat(name, harm, 0, 0, 0.0) for name, harm in found.harms.get(where, {}).items()
+        )
+        why = layer_reason(job, planning, groups[where]) if where in groups else "never left out"
+        harm = groups[where].harm if gone else 0.0
+        told.append(
+            Place(where, index, "layer", 0, GONE if gone else "kept", 0.0, harm, 0, 0, why, tried)
+        )
     return tuple(told)
+
+
+def layer_reason(job: Job, planning: Planning, group: Group) -> str:
+    """Why a layer went or stayed: what leaving it out alone does, and what its places do and cost instead."""
+    plan, options = planning.plan, list(planning.places.values())
+    alone = f"leaving it out alone harms {group.harm:.2g} nat"
+    if group.name in plan.gone:
+        if job.cramped:
+            why = "in the smallest formats all blocks together are beyond the budget"
+        else:
+            why = "measured to be better than the best plan with all blocks"
+        least = sum(min(o.size for o in options[m]) for m in group.members)
+        return f"{alone} and saves {least / 1024:.4g} KiB or more; {why}"
+    chosen = plan.options(options)
+    harm = sum(chosen[m].harm for m in group.members)
+    size = sum(chosen[m].cost(plan.priced) for m in group.members)
+    said = f"{alone}, keeping it {harm:.2g} nat"
+    if plan.priced != "seconds":
+        said += f" and {size / 1024:.4g} KiB"
+        if plan.price:
+            said += f", which would buy {plan.price * size:.2g} nat elsewhere"
+    return said
 
 
 def weights_of(job: Job, where: str) -> int:
@@ -326,6 +375,13 @@ def how(job: Job, best: Tried) -> tuple[Said, ...]:
          + ("the result as the engine runs it, the original with nothing rounded" if job.costs.here
          else "both models in float32")),
     ]  # fmt: skip
+    if gone := left_out(best.planning):
+        blocks = ", ".join(map(str, gone))
+        found.append((
+            "left out", f"blocks {blocks} of the original, counted from 0; what is promised is "
+            + ("the KL of the whole plan as measured on calibration text" if looked else
+               "their KL as measured, together, on calibration text, and the harms of the other places"),
+        ))  # fmt: skip
     if looked:
         found.append(
             (
@@ -343,10 +399,10 @@ def report_of(job: Job, best: Tried, result: FitResult) -> Report:
     """The report of the job that made it, with what was promised and measured on top."""
     report, by = best.report, {p.what: p for p in result.promises}
     size = by["size"]
-    count = parameter_count(job.source.spec)
+    count, left = (parameter_count(s.spec) for s in (job.source, Source(best.folder)))
     rows = [
         Row.of("model", "file_bytes", int(size.measured or 0), int(size.original or 0)),
-        Row.of("model", "bits_per_weight", 8 * Checkpoint(best.folder).nbytes / count,
+        Row.of("model", "bits_per_weight", 8 * Checkpoint(best.folder).nbytes / left,
                8 * job.source.checkpoint.nbytes / count),
         Row("model", "kept", result.kept),
         Row("model", result.goal.measure + "_kept", by[result.goal.measure].measured),
@@ -361,7 +417,9 @@ def report_of(job: Job, best: Tried, result: FitResult) -> Report:
     for promise in result.promises:
         if promise.predicted is not None:
             rows.append(Row("promise", promise.what, promise.predicted, promise.unit))
-    rows += [Row(p.where, "planned", p.format) for p in result.places if p.part != "layer"]
+    rows += [
+        Row(p.where, "planned", p.format) for p in result.places if (p.part == "layer") == (p.format == GONE)
+    ]  # fmt: skip
     kept = [row for row in report.rows if row.where != "model" and row.what not in ("format",)]
     notes = [("answer", result.answer), *((said.name, said.text) for said in result.how)]
     notes += [
@@ -373,19 +431,22 @@ def report_of(job: Job, best: Tried, result: FitResult) -> Report:
                    notes=tuple(notes))  # fmt: skip
 
 
-def dry(job: Job, chosen: Mapping[str, Option]) -> Report:
+def dry(job: Job, planning: Planning) -> Report:
     """What would be done, from the plan alone."""
-    plan = summed([[option] for option in chosen.values()], [0] * len(chosen))
-    fixed = job.fixed
+    plan, fixed = planning.plan, job.fixed
     found = [
         Row("plan", "file_bytes", plan.size + fixed.size, "B", file_bytes(job.source.checkpoint)),
         Row("plan", "memory_bytes", plan.memory + fixed.memory, "B"),
-        Row("plan", job.goal.measure, judge.share_of(plan.harm, job.goal.measure)),
-        Row("plan", "kl", plan.harm, "nat"),
+        Row("plan", job.goal.measure, judge.share_of(planning.harm, job.goal.measure)),
+        Row("plan", "kl", planning.harm, "nat"),
     ]  # fmt: skip
     if plan.seconds + fixed.seconds > 0:
         found.append(Row.of("plan", "decode_tokens_per_second", 1 / (plan.seconds + fixed.seconds)))
-    found += [Row(where, "planned", option.format) for where, option in chosen.items()]
+    found += [Row(block, "planned", GONE) for block in plan.gone]
+    found += [
+        Row(where, "planned", option.format)
+        for where, option in planning.chosen().items() if option.format != GONE
+    ]  # fmt: skip
     notes = (
         (
             "quality",
@@ -399,5 +460,8 @@ def dry(job: Job, chosen: Mapping[str, Option]) -> Report:
 
 def explained(result_places: Sequence[Place]) -> Report:
     """Why each place got what it got."""
-    rows = [Row(p.where, "why", p.why) for p in result_places if p.part != "layer"]
+    rows = [
+        Row(p.where, "why", p.why)
+        for p in result_places if p.why and not (p.format == GONE and p.part != "layer")
+    ]  # fmt: skip
     return Report(tuple(rows), environment(), "Why each place got what it got")

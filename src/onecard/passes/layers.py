@@ -77,6 +77,9 @@ class DropLayers(Cut):
                 raise BadRequest(f"there is no layer {layer} among {spec.num_layers}")
 
     def leaves(self, spec: Spec) -> Spec:
+        if self.layers:
+            stay = (row for i, row in enumerate(spec.layers) if i not in self.layers)
+            return replace(spec, layers=tuple(stay))
         return replace(spec, layers=spec.layers[: spec.num_layers - self.number(spec)])
 
     def survey(self, spec: Spec) -> Survey:

@@ -248,7 +248,7 @@ def rows_of(name: str, fit: FitResult) -> list[Row]:
              "prompt": "prompt_tokens_per_second", "perplexity": "perplexity", "kl": "kl",
              "agreement": "top1_agreement"}  # fmt: skip
     rows = []
-    weights = sum(place.weights for place in fit.places)
+    weights = sum(place.weights for place in fit.places if place.format != "gone")
     if weights:
         bits = sum(place.weights * place.bits_per_weight for place in fit.places) / weights
         rows.append(Row.of(name, "bits_per_weight", bits))

@@ -28,8 +28,6 @@ HEIGHT, TOP = 340, 34
 LEAST = 1e-7
 """The smallest KL that a picture tells from none, in nats."""
 COLOURS = 9
-KEPT = "kept"
-"""What is said of a layer that was not left out, as if it were a format."""
 PARTS = ("attention.in", "attention.out", "feed_forward.in", "feed_forward.out")
 
 
@@ -108,7 +106,8 @@ def front_of(fit: FitResult) -> Front | None:
 
     marks = [
         Mark(across(p.size), down(p.harm),
-             words("chosen" if p.chosen else f"{p.bits_per_weight:.2f} bits", p.size, p.harm),
+             words("chosen" if p.chosen else f"{p.bits_per_weight:.2f} bits" + _without(p.left_out),
+                   p.size, p.harm),
              "chosen" if p.chosen else "plan")
         for p in sorted(points, key=lambda p: (p.chosen, p.size))
     ]  # fmt: skip
@@ -132,6 +131,10 @@ def front_of(fit: FitResult) -> Front | None:
         [(across(x), format_size(x).replace(".00 ", " ")) for x in x_ticks],
         [(down(10**y), f"{10**y:.2g}") for y in y_ticks],
     )  # fmt: skip
+
+
+def _without(blocks: int) -> str:
+    return f" without {blocks} blocks" if blocks > 1 else " without a block" if blocks else ""
 
 
 def _floor(harm: float) -> float:
@@ -158,7 +161,7 @@ def bits_of(fit: FitResult) -> Heat | None:
 
 
 def _bits(place: Place) -> Shaded | None:
-    if place.format == KEPT:
+    if place.part == "layer":  # its sites say so
         return None
     words = f"{place.where}: {place.format}, {place.bits_per_weight:.2f} bits, {place.why}"
     return min(1.0, place.bits_per_weight / 8.5), words, kind_of(place.format)
