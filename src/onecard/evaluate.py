@@ -139,7 +139,7 @@ def read_questions(path: Path) -> list[Question]:
     if not path.is_file():
         raise BadRequest(f"there is no file of questions {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadRequest(f"{path} is not UTF-8 text", seen=str(error)) from error
     questions = []
@@ -148,20 +148,29 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             questions.append(_question(json.loads(line)))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise BadRequest(f"{path}, line {number} is not a question", seen=str(error)) from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise BadRequest(
+                f"{path}, line {number} is not a question", seen=str(error),
+                do='{"question": "...", "choices": ["...", "..."], "gold": 0} is needed',
+            ) from error  # fmt: skip
     if not questions:
         raise BadRequest(f"{path} holds no questions")
     return questions
 
 
 def _question(row: Any) -> Question:
-    """A question from one line's JSON. Raises ValueError, KeyError or TypeError."""
+    """A question from one line's JSON. Raises ValueError or TypeError."""
+    if not isinstance(row, dict):
+        raise TypeError("it is not an object")
+    if missing := [name for name in ("question", "choices", "gold") if name not in row]:
+        raise ValueError(f"it has no {missing[0]!r}")
     text, choices, gold = row["question"], row["choices"], row["gold"]
     if not isinstance(text, str):
         raise TypeError("the question is not a string")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise TypeError("choices is not a list of strings")
+    if len(choices) < 2:
+        raise ValueError(f"{len(choices)} choice{'s' * (not choices)}: there is nothing to choose")
     if not all(choice.strip() for choice in choices):
         raise ValueError("an answer is empty")
     if isinstance(gold, bool) or not isinstance(gold, int):
@@ -178,17 +187,22 @@ def choose(
     """Accuracy on questions: the likeliest answer, raw and per byte of the answer."""
     if template not in TEMPLATES:
         raise BadRequest(f"there is no template {template!r}", do=", ".join(TEMPLATES))
-    right = right_by_byte = 0
+    right = right_by_byte = longer = 0
     for number, question in enumerate(questions):
         progress(number, len(questions), "answering")
-        answers = [posed(question, choice, template) for choice in question.choices]
-        scores = [score for score, _ in log_likelihoods(model, answers)]
+        answers = [
+            split(model.tokenizer, *posed(question, choice, template))
+            for choice in question.choices
+        ]
+        longer += any(len(head) + len(rest) > model.max_context + 1 for head, rest in answers)
+        scores = [score for score, _ in token_likelihoods(model, answers)]
         sizes = [len(choice.strip().encode("utf-8", "replace")) for choice in question.choices]
         right += scores.index(max(scores)) == question.gold
         rates = [score / size for score, size in zip(scores, sizes, strict=True)]
         right_by_byte += rates.index(max(rates)) == question.gold
     count = len(questions)
     bos = "in front as the tokenizer sets it" if model.tokenizer.adds_bos else "none"
+    cut = f"; {longer} longer than the context lost their beginnings" if longer else ""
     return Report(
         (Row.of(where, "accuracy", right / count),
          Row(where, "accuracy_by_length", right_by_byte / count),
@@ -196,7 +210,7 @@ def choose(
         environment(),
         notes=(("convention: accuracy",
                 f"zero-shot, prompt {TEMPLATES[template]!r}, BOS {bos}, answer after one space; "
-                "by_length divides the log likelihood by the answer's UTF-8 bytes"),),
+                f"by_length divides the log likelihood by the answer's UTF-8 bytes{cut}"),),
     )  # fmt: skip
 
 

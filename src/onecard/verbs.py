@@ -208,13 +208,16 @@ def report(*folders: Path, out: Path | None = None, json: Json = False) -> None:
         raise BadRequest("no result was named", do="onecard report FOLDER, or several folders")
     found = [(_named(folder), _result(folder)) for folder in folders]
     (_, first), several = found[0], len(found) > 1
+    beside = folders[0] if folders[0].is_dir() else folders[0].parent
+    page = out or (Path() if several else beside) / "report.html"
+    if page.is_dir() or not page.parent.is_dir():
+        wrong = "is a folder" if page.is_dir() else f"there is no folder {page.parent}"
+        raise BadRequest(f"the page cannot be written to {page}", wrong, "--out FILE.html")
     if several:
         made = compared(found)
     else:
         made = fit_report(first) if isinstance(first, FitResult) else first
     show(made, json)
-    beside = folders[0] if folders[0].is_dir() else folders[0].parent
-    page = out or (Path() if several else beside) / "report.html"
     alone = isinstance(first, FitResult) and not several
     write_text(page, fit_to_html(first) if alone else to_html(made))  # type: ignore[arg-type]
     say(f"page: {page}")
@@ -235,8 +238,13 @@ def _result(folder: Path) -> FitResult | Report:
         )
     if not path.is_file():
         raise BadRequest(f"there is no report at {folder}", do="give a folder that onecard wrote")
-    text = path.read_text(encoding="utf-8")
-    return FitResult.from_json(text) if path.name == FILE else Report.from_json(text)
+    try:
+        text = path.read_text(encoding="utf-8")
+        return FitResult.from_json(text) if path.name == FILE else Report.from_json(text)
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{path} is not UTF-8 text", seen=str(error)) from error
+    except BadRequest as error:
+        raise BadRequest(f"{path}: {error.what}", error.seen, error.do) from error
 
 
 # Making models smaller ----------------------------------------------------------------------------
@@ -660,6 +668,11 @@ def evaluate(
     from onecard import evaluate as ev
     from onecard.checkpoint.text import read_text
 
+    if stride and not task and (documents is not None or data is None):
+        raise BadRequest(
+            "documents are read from their beginnings, with no stride",
+            do="--stride is for one stream: --data FILE without --documents",
+        )
     reading = ev.Reading(window, stride, bos, documents, limit)
     if task and (data or against or window or stride or documents):
         raise BadRequest("--task answers questions, it reads no text", do="leave out --data, --against, "

@@ -40,7 +40,9 @@ class Reading:
     def __post_init__(self) -> None:
         for name in ("window", "stride", "limit"):
             if not 0 <= getattr(self, name) <= 1 << 24:
-                raise BadRequest(f"{name} is {getattr(self, name)}")
+                raise BadRequest(
+                    f"{name} is {getattr(self, name)}", do=f"0 to {1 << 24} is possible"
+                )
         if self.documents == "":
             raise BadRequest(
                 "the separator of documents is empty", do="--documents '<|endoftext|>'"
@@ -150,8 +152,9 @@ class Pieces:
                 yield Piece(tuple(bos + ids), 1, ends[-1] - (0 if bos else ends[0]))
         if not given:
             raise BadRequest("the text holds no document of two tokens or more")
+        alone = " (the separator is not in the text)" if separator not in self.text else ""
         self.convention = (
-            f"{given} documents, each stripped, in a context of its own, BOS "
+            f"{given} document{'s' * (given > 1)}{alone}, each stripped, in a context of its own, BOS "
             f"{'in front' if bos else 'none'}, cut at {length} tokens; mean over all predicted tokens"
         )
 
