@@ -198,9 +198,9 @@ def choose(
     right = right_by_byte = longer = 0
     for number, question in enumerate(questions):
         progress(number, len(questions), "answering")
-        prompt = TEMPLATES[template].format(question.question)
         answers = [
-            split(model.tokenizer, prompt, " " + choice.strip()) for choice in question.choices
+            split(model.tokenizer, *posed(question, choice, template))
+            for choice in question.choices
         ]
         longer += any(len(head) + len(rest) > model.max_context + 1 for head, rest in answers)
         scores = [score for score, _ in token_likelihoods(model, answers)]
@@ -220,6 +220,11 @@ def choose(
                 f"zero-shot, prompt {TEMPLATES[template]!r}, BOS {bos}, answer after one space; "
                 f"by_length divides the log likelihood by the answer's UTF-8 bytes{cut}"),),
     )  # fmt: skip
+
+
+def posed(question: Question, choice: str, template: str = "question") -> tuple[str, str]:
+    """(prompt, answer) as they are read one behind the other."""
+    return TEMPLATES[template].format(question.question), " " + choice.strip()
 
 
 def log_likelihood(model: Scorer, prompt: str, answer: str) -> tuple[float, bool]:

@@ -336,10 +336,11 @@ class Budgets:
         float | None, Parameter(help="share of --measure that is kept, 0.99 say")
     ] = None
     measure: Annotated[
-        Literal["likelihood", "perplexity", "agreement"],
+        Literal["likelihood", "perplexity", "agreement", "accuracy"],
         Parameter(
             help="likelihood: exp(-KL) against the original; perplexity: its over the result's; "
-            "agreement: how often both say the same. The worse of held-out text and the original's own"
+            "agreement: how often both say the same; the worse of held-out text and the original's own. "
+            "accuracy: right answers to --task over the original's"
         ),
     ] = "likelihood"
     context: Annotated[
@@ -362,6 +363,7 @@ def fit(
     recover: float = 0.0,
     calibration: Path | None = None,
     held_out: Path | None = None,
+    task: Path | None = None,
     cap: str | None = None,
     dry_run: Annotated[bool, Flag] = False,
     explain: Annotated[bool, Flag] = False,
@@ -385,6 +387,8 @@ def fit(
         text (UTF-8) to measure on, or a .json list of lists of ids; without it, shipped text
     held_out
         text to judge on; without it, the shipped held-out text
+    task
+        questions to judge on, too: JSON lines of {question, choices, gold}
     cap
         memory that the work itself may take
     dry_run
@@ -402,7 +406,9 @@ def fit(
     given = asdict(budgets)
     goal = goal_of(given.pop("memory"), given.pop("size"), **given, effort=effort, recover=recover)
     most = None if cap is None else parse_size(cap)
-    request = fits.Request(model, out, goal, calibration, held_out, most, force or resume)
+    request = fits.Request(
+        model, out, goal, calibration, held_out, most, force or resume, task=task
+    )
     if resume and fits.is_finished(request):
         say(f"{out} is finished")
         show(Report.from_json((out / "report.json").read_text(encoding="utf-8")), json)
