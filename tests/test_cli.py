@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -88,6 +89,11 @@ def infinite(folder: Path) -> None:
     save_file(found, folder / "model.safetensors")
 
 
+def list_for_header(folder: Path) -> None:
+    data = b"[1, 2]"
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(data)) + data)
+
+
 def missing_tensor(folder: Path) -> None:
     found = tensors(folder)
     del found["model.layers.1.mlp.up_proj.weight"]
@@ -114,6 +120,14 @@ def shard_outside(folder: Path) -> None:
 
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def no_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+
+
+def other_format(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.gguf")
 
 
 def no_config(folder: Path) -> None:
@@ -158,12 +172,13 @@ def edit_config(folder: Path, **more: object) -> None:
 
 
 @pytest.mark.parametrize("damage, said", [
-    (truncate, "not a whole safetensors file"), (flip_header_bits, "safetensors"),
+    (truncate, ", the file at "), (list_for_header, "it is not an object"), (flip_header_bits, "safetensors"),
     (absurd_sizes, "not a whole safetensors file"), (huge_header, "the header claims"),
     (overlapping, "not a whole safetensors file"),
     (not_a_number, "model.layers.1.mlp.up_proj.weight"), (infinite, "model.embed_tokens.weight"),
     (missing_tensor, "model.layers.1.mlp.up_proj.weight"), (wrong_shape, "model.norm.weight"),
     (missing_shard, "lacks 1 of 1 shards"), (shard_outside, "outside"), (pickled, "pickled"),
+    (no_index, "fetch model.safetensors.index.json"), (other_format, "model.gguf is not read"),
     (no_config, "config.json"), (config_is_list, "config.json"), (deep_config, "config.json"),
     (unknown_family, "LlamaForCausalLM"), (negative_layers, "num_hidden_layers"),
     (text_for_number, "hidden_size"), (gigantic_layers, "num_hidden_layers"),
@@ -201,6 +216,9 @@ def test_damaged_models_are_refused(
     (("compress", "MODEL", "FULL"), "not empty"),
     (("compress", "MODEL", "EMPTY"), "is a file"),
     (("compress", "MODEL", "out", "--recipe", "KEY"), "did you mean 'group'"),
+    (("compress", "MODEL", "out", "--recipe", "TWICE"), "bits is there twice, line 2"),
+    (("compress", "MODEL", "out", "--recipe", "PASS"), "did you mean 'passes'"),
+    (("compress", "MODEL", "out", "--recipe", "SEARCH"), "blocks of 1 to 4096"),
     (("compress", "MODEL", "out", "--recipe", "BITS"), "2 to 8 bits"),
     (("compress", "MODEL", "out", "--recipe", "GROUP"), "group"),
     (("compress", "MODEL", "out", "--recipe", "TEXT"), "list of passes"),
@@ -229,10 +247,20 @@ def test_damaged_models_are_refused(
     (("eval", "MODEL", "--data", "TEXT", "--window", 99999), "context"),
     (("eval", "MODEL", "--data", "TEXT", "--window", 64, "--stride", 128), "stride"),
     (("eval", "MODEL", "--data", "EMPTY", "--bos", "none"), "too few"),
+    (("eval", "MODEL", "--data", "TEXT", "--limit", -1), "is possible"),
+    (("eval", "demo", "--data", "TEXT", "--window", 600), "--window 512"),
+    (("eval", "MODEL", "--data", "TEXT", "--documents", "x", "--stride", 8), "--stride"),
+    (("eval", "MODEL", "--stride", 8), "--stride"),
     (("eval", "MODEL", "--task", "TEXT"), "line 1"),
+    (("run", "MODEL", "h\udcfft", "--seed", 1), "not UTF-8"),
+    (("run", "MODEL", "hi", "--seed", "9" * 30), "too large"),
     (("inspect", "org/name/more"), "no folder"),
     (("inspect", "MODEL", "--context", "-1"), "context"),
+    (("inspect", "MODEL", "--device", "zzzzzzzz"), "DDR4-3200, 2 channels; DDR5"),
     (("report", "MODEL"), "no report"),
+    (("report", "REPORT", "--out", "nowhere/page.html"), "there is no folder nowhere"),
+    (("report", "REPORT", "--out", "full"), "is a folder"),
+    (("report", "BINARY"), "BINARY.txt is not UTF-8"), (("report", "IDS"), "IDS.json: this is not"),
     (("recipes", "gptq"), "did you mean"),
     (("frobnicate",), "frobnicate"),
 ])  # fmt: skip
@@ -241,14 +269,18 @@ def test_bad_requests(
     monkeypatch: pytest.MonkeyPatch, words: tuple, said: str,
 ) -> None:  # fmt: skip
     files = {
+        "REPORT": b'{"rows": [], "environment": {}}',
         "EMPTY": b"", "BINARY": b"\xff\xfe\x00\x01" * 50, "IDS": b"[[1, 2, 300]]",
         "KEY": b"passes: [{gptq: {groupp: 64}}]", "BITS": b"passes: [{rtn: {bits: 9}}]",
-        "GROUP": b"passes: [{gptq: {group: 48}}]",
+        "GROUP": b"passes: [{gptq: {group: 48}}]", "PASS": b"pass: [{gptq: {bits: 4}}]",
+        "TWICE": b"passes:\n  - rtn: {bits: 4, bits: 3}", "SEARCH": b"passes: [{gptq: {block: 0}}]",
         "CODE": b"passes: !!python/object/apply:os.system ['true']",
     }  # fmt: skip
     names = {"MODEL": str(tiny), "TEXT": str(text_file)}
     for name, data in files.items():
-        suffix = {"IDS": ".json", "EMPTY": ".txt", "BINARY": ".txt"}.get(name, ".yaml")
+        suffix = {"IDS": ".json", "REPORT": ".json", "EMPTY": ".txt", "BINARY": ".txt"}.get(
+            name, ".yaml"
+        )
         path = tmp_path / f"{name}{suffix}"
         path.write_bytes(data)
         names[name] = str(path)
@@ -542,6 +574,26 @@ def test_dry_run_touches_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Capt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_tells_what_it_learns_from(
+    tiny: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text(text_file.read_text()[:400])
+    for text, samples, said in ((text_file, 3, "3 windows of 32 tokens from "),
+                                (few, 900, "which is too short for the 900 asked for")):  # fmt: skip
+        words = ("--data", text, "--samples", samples, "--length", 32, "--dry-run")
+        assert call("compress", tiny, tmp_path / "out", *words) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert said in shown and ("short" in said) is ("too short" in shown)
+
+
+def test_one_recipe_is_told_whole(capsys: pytest.CaptureFixture) -> None:
+    assert call("recipes", "rtn-int4") == 0
+    text = capsys.readouterr().out
+    assert call("recipes", "rtn-int4", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == [["recipe", text]]
+
+
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture) -> None:
     assert call("inspect", "nowhere", "--debug") == 2
     error = capsys.readouterr().err
@@ -582,6 +634,12 @@ def test_bad_sizes(text: str) -> None:
         parse_size(text)
 
 
+def test_passes_are_listed() -> None:
+    import onecard.passes
+
+    assert {"GPTQ", "RoundToNearest", "find_recipe"} <= set(dir(onecard.passes))
+
+
 def test_public_names_are_no_modules() -> None:
     """A name that is also a file's would be one or the other, by what was imported before."""
     import onecard
@@ -590,10 +648,29 @@ def test_public_names_are_no_modules() -> None:
         assert not isinstance(getattr(onecard, name), types.ModuleType), name
 
 
+@pytest.mark.parametrize("passes", [["rtn"], "rtn", None, 5, {"rtn": {}}, [None]], ids=str)
+def test_what_is_no_chain_of_passes(passes: object) -> None:
+    from onecard import Recipe
+
+    with pytest.raises(BadRequest, match="a tuple of passes"):
+        Recipe("mine", passes)  # type: ignore[arg-type]
+
+
+def test_a_chain_of_passes_is_a_tuple() -> None:
+    from onecard import Recipe
+    from onecard.passes import RoundToNearest
+
+    one = RoundToNearest(4)
+    assert Recipe("mine", [one]) == Recipe("mine", one) == Recipe("mine", (one,))  # type: ignore[arg-type]
+    with pytest.raises(BadRequest, match="bits is '4'"):
+        RoundToNearest("4")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("ids", [
+    [[1, 2]], "text",
     torch.zeros(8, dtype=torch.int64), torch.zeros(2, 8), torch.zeros(2, 0, dtype=torch.int64),
     torch.full((2, 8), 10**6), torch.full((2, 8), -1), torch.zeros(1, 9999, dtype=torch.int64),
-], ids=lambda ids: f"{list(ids.shape)}-{ids.dtype}")  # fmt: skip
+], ids=lambda ids: f"{list(getattr(ids, 'shape', ids))}-{getattr(ids, 'dtype', '')}")  # fmt: skip
 def test_ids_that_no_model_reads(tiny: Path, ids: torch.Tensor) -> None:
     from onecard import Recipe, apply, load_model
     from onecard.passes import GPTQ
@@ -678,6 +755,22 @@ def test_nobody_reads_on() -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) == 0
+
+
+def test_a_terminal_without_the_characters() -> None:
+    """What it cannot show is replaced; the work was done."""
+    command = [sys.executable, "-m", "onecard", "inspect", "demo", "--device", "RTX 4090"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=env, capture_output=True, check=False)
+    assert done.returncode == 0 and b"bug" not in done.stderr, done.stderr
+    assert b"?" in done.stdout and done.stdout.isascii()
+
+
+def test_tensors_that_are_not_used_are_named(model: Path, capsys: pytest.CaptureFixture) -> None:
+    edit_config(model, num_hidden_layers=2)
+    assert call("run", model, "hi", "--max-tokens", 2) == 0
+    said = capsys.readouterr().err
+    assert "does not use: model.layers.2.input_layernorm.weight" in said and ", ...\n" in said
 
 
 def test_what_files_say_cannot_steer_a_terminal(model: Path, capsys: pytest.CaptureFixture) -> None:

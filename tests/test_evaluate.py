@@ -21,6 +21,7 @@ from onecard.checkpoint.load import load_model
 from onecard.checkpoint.tokenizer import Tokenizer
 from onecard.core.errors import BadRequest
 from onecard.evaluate import (
+    Question,
     Reading,
     choose,
     cut,
@@ -102,6 +103,16 @@ def test_kl_and_agreement(model: Model, tiny: Path, text_file: Path) -> None:
     assert found.value("kl") > 0
 
 
+def test_a_reference_of_a_shorter_context(model: Model, text_file: Path) -> None:
+    text, scorer, short = text_file.read_text()[:3000], TorchScorer(model), TorchScorer(model)
+    short.max_context = 32
+    found = evaluate(scorer, text, Reading(limit=1), short)
+    assert found.value("predicted_tokens") == 31 and "windows of 32 " in found.notes[0][1]
+    assert "only the first window;" in found.notes[0][1]
+    with pytest.raises(BadRequest, match="the reference's context is 32"):
+        evaluate(scorer, text, Reading(64), short)
+
+
 def test_uniform_model_counts_bits(model: Model, tiny: Path) -> None:
     """A model that knows nothing: log of the vocabulary per token, and bytes counted in UTF-8."""
     blank = load_model(tiny, "fp32")
@@ -181,7 +192,10 @@ def test_choices(scorer: TorchScorer, tmp_path: Path) -> None:
         for c in (" fox", " zzqqxj")
     ]
     assert found.value("accuracy") == float(scores[0] > scores[1])
-    assert "BOS none" in found.notes[0][1]
+    assert "BOS none" in found.notes[0][1] and "lost their beginnings" not in found.notes[0][1]
+    long = Question("word " * 2000, ("a", "b"), 0)
+    found = choose(scorer, [*read_questions(questions), long])
+    assert "1 longer than the context lost their beginnings" in found.notes[0][1]
 
 
 @pytest.mark.parametrize("bad", [
@@ -193,15 +207,17 @@ def test_choices(scorer: TorchScorer, tmp_path: Path) -> None:
     b'{"question": "", "choices": ["a", "b"], "gold": 1.0}',
     b'{"question": "", "choices": ["a", "b"], "gold": "1"}',
     b'{"question": "", "choices": ["a", "b"], "gold": 2}',
+    b'{"question": "", "choices": ["a"], "gold": 0}', b'{"goal": "a", "sol1": "b", "sol2": "c"}',
 ])  # fmt: skip
 def test_bad_questions(tmp_path: Path, bad: bytes) -> None:
     (tmp_path / "q.jsonl").write_bytes(bad)
-    with pytest.raises(BadRequest, match=r"q\.jsonl"):
+    with pytest.raises(BadRequest, match=r"q\.jsonl") as error:
         read_questions(tmp_path / "q.jsonl")
+    assert "list indices" not in error.value.seen and error.value.seen != "'question'"
 
 
 def test_a_question_may_hold_other_line_separators(tmp_path: Path) -> None:
-    row = '{"question": "a\u2028b", "choices": ["c"], "gold": 0}\r\n'
+    row = '\ufeff{"question": "a\u2028b", "choices": ["c", "d"], "gold": 0}\r\n'
     (tmp_path / "q.jsonl").write_bytes(row.encode())
     assert read_questions(tmp_path / "q.jsonl")[0].question == "a\u2028b"
 
@@ -239,6 +255,12 @@ def test_bad_readings(scorer: TorchScorer) -> None:
             evaluate(scorer, "some text " * 50, reading)
     with pytest.raises(BadRequest):
         Reading(window=-1)
+    for separator, said in (
+        ("zzz", "1 document (the separator is not"),
+        ("text", "50 documents, "),
+    ):
+        found = evaluate(scorer, "some more text " * 50, Reading(documents=separator))
+        assert found.notes[0][1].startswith(said)
     with pytest.raises(BadRequest):
         evaluate(scorer, "", Reading())
 

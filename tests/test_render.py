@@ -163,6 +163,23 @@ def test_a_terminal_sums_up_many_layers_and_lists_few() -> None:
     assert "median" not in few and "blocks.0.attention.q" in few
 
 
+def test_stages_of_a_chain_are_told_apart() -> None:
+    places = [f"blocks.{i}.{name}" for i in range(8) for name in LINEARS]
+    shown = to_terminal(Report((
+        Row.of("model", "file_bytes", 2**30, 2**31),
+        Row("stage 1: calibration", "perplexity", 7.25, before=6.5),
+        *(Row(f"stage 1: blocks.{i}", "influence", 0.1 * i) for i in range(8)),
+        *(Row(f"stage 2: {place}", "format", "int4-g64") for place in places),
+        *(Row(f"stage 2: {place}", "relative_output_error", 0.01 * i) for i, place in enumerate(places)),
+    )))  # fmt: skip
+    answer, tables = " ".join(shown.split()).split("Before and after", 1)
+    assert "perplexity" not in answer and "stage 1: calibration" in tables
+    assert "Layers, stage 1" in tables and "Layers by format, stage 2" in tables
+    assert shown.count("int4-g64") == 1 and "stage 2: blocks" not in shown
+    page = Page(to_html(Report((Row("calibration", "perplexity", 7.25, before=6.5),))))
+    assert "Perplexity on the calibration text from 6.500 to 7.250" in page.text
+
+
 def test_experts_share_a_line() -> None:
     rows = tuple(Row(f"blocks.{i}.feed_forward.expert{e}.up", "sparsity", 0.1 * e)
                  for i in range(3) for e in range(4))  # fmt: skip

@@ -17,7 +17,7 @@ from onecard.calibrate.data import Calibration
 from onecard.checkpoint import save
 from onecard.checkpoint.journal import Journal, partial_of
 from onecard.checkpoint.shards import sha256_of
-from onecard.core.errors import BadRequest
+from onecard.core.errors import BadRequest, FailedWork
 from onecard.passes import GPTQ, RoundToNearest
 from onecard.passes.base import Recipe
 from onecard.passes.job import Settings, compress, prepare
@@ -143,6 +143,38 @@ def test_damaged_part_is_made_again(tiny: Path, text_file: Path, tmp_path: Path,
     part.write_bytes(data)
     compress(prepare(tiny, out, RECIPE, settings(text_file)))
     assert result(out) == undisturbed
+
+
+@pytest.mark.parametrize("junk", [b"\xff\xfe", b"[" * 100_000 + b"\n", b'{"a": 1}\n', b"5\n"],
+                         ids=["bytes", "deep", "keys", "number"])  # fmt: skip
+def test_what_is_no_journal_is_ignored(
+    tiny: Path, text_file: Path, tmp_path: Path, undisturbed: dict, junk: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for number, whole in enumerate((False, True)):
+        out = tmp_path / str(number) / "out"
+        _stop_after_blocks(tiny, text_file, out, monkeypatch)
+        journal = partial_of(out) / "journal.jsonl"
+        journal.write_bytes((b"" if whole else journal.read_bytes()) + junk)
+        compress(prepare(tiny, out, RECIPE, settings(text_file)))
+        assert result(out) == undisturbed
+
+
+def test_the_damaged_part_is_named(tiny: Path, text_file: Path, tmp_path: Path,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    _stop_after_blocks(tiny, text_file, out, monkeypatch)
+    (partial_of(out) / "block-00001.safetensors").write_bytes(b"junk")
+    with pytest.raises(FailedWork, match=r"block-00001\.safetensors is damaged or gone"):
+        compress(prepare(tiny, out, RECIPE, settings(text_file)))
+
+
+def test_a_file_where_the_work_goes(tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    partial_of(out).write_text("mine")
+    with pytest.raises(BadRequest, match=r"partial is a file"):
+        compress(prepare(tiny, out, RECIPE, settings(text_file)))
+    assert partial_of(out).read_text() == "mine"
 
 
 def test_another_job_is_not_mixed_in(tiny: Path, text_file: Path, tmp_path: Path,

@@ -90,6 +90,13 @@ def test_streamed_equals_in_memory(
     assert any(row.where.startswith("stage 2: ") for row in report.rows)
 
 
+@pytest.mark.parametrize("share, said", [(0.1, "0 of 3"), (0.3, "1 of 3")])
+def test_how_many_layers_went_is_told(tiny: Path, share: float, said: str) -> None:
+    found = apply(load_model(tiny), Recipe("d", (DropLayers(share=share, most=None),)),
+                  torch.arange(40).view(2, 20))  # fmt: skip
+    assert found.value("dropped", "layers") == said
+
+
 def test_dropping_is_leaving_out(tiny: Path, text_file: Path) -> None:
     """The hidden states skip the dropped layer and nothing else changes."""
     model, whole = load_model(tiny, "fp32"), load_model(tiny, "fp32")

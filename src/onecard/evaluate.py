@@ -58,12 +58,20 @@ def evaluate(
     where: str = "model", progress: Progress = lambda done, total, what: None,
 ) -> Report:  # fmt: skip
     """Perplexity of a text, and the distance to a reference model if one is given."""
-    pieces = Pieces(model.tokenizer, text, reading, model.max_context)
-    if reference is not None and reference.vocab_size != model.vocab_size:
-        raise BadRequest(
-            f"the reference knows {reference.vocab_size} tokens, the model "
-            f"{model.vocab_size}", do="they must share a tokenizer",
-        )  # fmt: skip
+    context = model.max_context
+    if reference is not None:
+        if reference.vocab_size != model.vocab_size:
+            raise BadRequest(
+                f"the reference knows {reference.vocab_size} tokens, the model "
+                f"{model.vocab_size}", do="they must share a tokenizer",
+            )  # fmt: skip
+        context = min(context, reference.max_context)
+        if reading.window > reference.max_context:
+            raise BadRequest(
+                f"windows of {reading.window} tokens, the reference's context is "
+                f"{reference.max_context}", do=f"--window {context}",
+            )  # fmt: skip
+    pieces = Pieces(model.tokenizer, text, reading, context)
     total, done, (whole, what) = Tally(), 0, pieces.extent()
     for batch in _batched(pieces):
         check_vocabulary([max(p.ids) for p in batch], model.vocab_size)
@@ -139,7 +147,7 @@ def read_questions(path: Path) -> list[Question]:
     if not path.is_file():
         raise BadRequest(f"there is no file of questions {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadRequest(f"{path} is not UTF-8 text", seen=str(error)) from error
     questions = []
@@ -148,20 +156,29 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             questions.append(_question(json.loads(line)))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise BadRequest(f"{path}, line {number} is not a question", seen=str(error)) from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise BadRequest(
+                f"{path}, line {number} is not a question", seen=str(error),
+                do='{"question": "...", "choices": ["...", "..."], "gold": 0} is needed',
+            ) from error  # fmt: skip
     if not questions:
         raise BadRequest(f"{path} holds no questions")
     return questions
 
 
 def _question(row: Any) -> Question:
-    """A question from one line's JSON. Raises ValueError, KeyError or TypeError."""
+    """A question from one line's JSON. Raises ValueError or TypeError."""
+    if not isinstance(row, dict):
+        raise TypeError("it is not an object")
+    if missing := [name for name in ("question", "choices", "gold") if name not in row]:
+        raise ValueError(f"it has no {missing[0]!r}")
     text, choices, gold = row["question"], row["choices"], row["gold"]
     if not isinstance(text, str):
         raise TypeError("the question is not a string")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise TypeError("choices is not a list of strings")
+    if len(choices) < 2:
+        raise ValueError(f"{len(choices)} choice{'s' * (not choices)}: there is nothing to choose")
     if not all(choice.strip() for choice in choices):
         raise ValueError("an answer is empty")
     if isinstance(gold, bool) or not isinstance(gold, int):
@@ -178,18 +195,22 @@ def choose(
     """Accuracy on questions: the likeliest answer, raw and per byte of the answer."""
     if template not in TEMPLATES:
         raise BadRequest(f"there is no template {template!r}", do=", ".join(TEMPLATES))
-    right = right_by_byte = 0
+    right = right_by_byte = longer = 0
     for number, question in enumerate(questions):
         progress(number, len(questions), "answering")
-        prompt = TEMPLATES[template].format(question.question)
-        answers = [(prompt, " " + choice.strip()) for choice in question.choices]
-        scores = [score for score, _ in log_likelihoods(model, answers)]
+        answers = [
+            split(model.tokenizer, *posed(question, choice, template))
+            for choice in question.choices
+        ]
+        longer += any(len(head) + len(rest) > model.max_context + 1 for head, rest in answers)
+        scores = [score for score, _ in token_likelihoods(model, answers)]
         sizes = [len(choice.strip().encode("utf-8", "replace")) for choice in question.choices]
         right += scores.index(max(scores)) == question.gold
         rates = [score / size for score, size in zip(scores, sizes, strict=True)]
         right_by_byte += rates.index(max(rates)) == question.gold
     count = len(questions)
     bos = "in front as the tokenizer sets it" if model.tokenizer.adds_bos else "none"
+    cut = f"; {longer} longer than the context lost their beginnings" if longer else ""
     return Report(
         (Row.of(where, "accuracy", right / count),
          Row(where, "accuracy_by_length", right_by_byte / count),
@@ -197,8 +218,13 @@ def choose(
         environment(),
         notes=(("convention: accuracy",
                 f"zero-shot, prompt {TEMPLATES[template]!r}, BOS {bos}, answer after one space; "
-                "by_length divides the log likelihood by the answer's UTF-8 bytes"),),
+                f"by_length divides the log likelihood by the answer's UTF-8 bytes{cut}"),),
     )  # fmt: skip
+
+
+def posed(question: Question, choice: str, template: str = "question") -> tuple[str, str]:
+    """(prompt, answer) as they are read one behind the other."""
+    return TEMPLATES[template].format(question.question), " " + choice.strip()
 
 
 def log_likelihood(model: Scorer, prompt: str, answer: str) -> tuple[float, bool]:

@@ -48,7 +48,9 @@ def inspect_model(
     of core/devices.py) adds what it takes there in several formats, and how fast it can be.
     """
     if context < 1 or batch < 1:
-        raise BadRequest(f"a context of {context} for {batch} sequences was asked for")
+        raise BadRequest(
+            f"a context of {context} for {batch} sequences was asked for", do="both are 1 or more"
+        )
     folder = find_model(model)
     if not (folder / "config.json").is_file():
         raise BadRequest(f"{folder} holds no model", seen="there is no config.json")

@@ -20,6 +20,7 @@ from onecard.core.errors import BadRequest, nearest
 from onecard.core.report import Value
 
 if TYPE_CHECKING:
+    from onecard.checkpoint.source import Source
     from onecard.checkpoint.tokenizer import Tokenizer
     from onecard.nn.model import Model
     from onecard.runtime.cpu import CpuSettings, CpuStepper
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 def whole(kind: type, tokens: Sequence[Token]) -> Any:
     """Whole numbers as they were typed: 1.5 is not one, where cyclopts would round it."""
     for token in tokens:
-        if not re.fullmatch("[+-]?[0-9]{1,18}", token.value):
+        if not re.fullmatch("[+-]?[0-9]+", token.value):
             raise ValueError(f"{token.value!r} is no whole number")
+        if len(token.value.lstrip("+-")) > 18:
+            raise ValueError(f"{token.value[:40]} is too large")
     return convert(kind, tokens)
 
 
@@ -145,13 +148,22 @@ class Opened(Protocol):
         """What a number must be read with."""
 
 
+def _source(model: str) -> Source:
+    """A model's headers, checked; tensors that are left out are named on standard error."""
+    from onecard.checkpoint.source import Source
+
+    source = Source(model)
+    if extra := source.extra:
+        names = ", ".join(extra[:3]) + ", ..." * (len(extra) > 3)
+        print(f"onecard: {model}: its architecture does not use: {names}", file=sys.stderr)
+    return source
+
+
 class OnCpu:
     """Runs on this processor, without torch."""
 
     def __init__(self, model: str, flags: Native) -> None:
-        from onecard.checkpoint.source import Source
-
-        self.flags, self.source = flags, Source(model)
+        self.flags, self.source = flags, _source(model)
         self.tokenizer = self.source.tokenizer()
 
     def open(self, positions: int) -> CpuStepper:
@@ -196,8 +208,6 @@ class InTorch:
     ) -> None:
         import torch
 
-        from onecard.checkpoint.source import Source
-
         self.compute, self.cache = compute, cache
         if compute.device != "cpu" and not torch.cuda.is_available():
             raise BadRequest("no CUDA device is available here", do="--device cpu")
@@ -205,7 +215,7 @@ class InTorch:
             if threads < 1:
                 raise BadRequest(f"threads is {threads}", do="1 or more is possible")
             torch.set_num_threads(threads)
-        self.source = Source(model)
+        self.source = _source(model)
         self.tokenizer = self.source.tokenizer()
 
     def load(self, device: str) -> Model:

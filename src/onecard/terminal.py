@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from io import TextIOWrapper
 from typing import Any
 
 INTERRUPTED = 130
@@ -36,6 +37,9 @@ def open_streams() -> None:
     sys.stdin = sys.stdin or open(0)  # noqa: SIM115
     sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character is no failure
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 class Leave:

@@ -187,7 +187,9 @@ def recipes(name: str | None = None, /, *, json: Json = False) -> None:
         return
     chosen = [find_recipe(name)] if name is not None else []
     lines = [(r.name, r.good_for) for r in chosen] or [(n, good_for) for n, _, good_for in SHIPPED]
-    show(Report(tuple(Row(n, "good_for", what) for n, what in lines), title="Recipes"), json)
+    notes = tuple(("recipe", to_yaml(recipe)) for recipe in chosen)
+    rows = tuple(Row(n, "good_for", what) for n, what in lines)
+    show(Report(rows, title="Recipes", notes=notes), json)
 
 
 @app.command
@@ -208,13 +210,16 @@ def report(*folders: Path, out: Path | None = None, json: Json = False) -> None:
         raise BadRequest("no result was named", do="onecard report FOLDER, or several folders")
     found = [(_named(folder), _result(folder)) for folder in folders]
     (_, first), several = found[0], len(found) > 1
+    beside = folders[0] if folders[0].is_dir() else folders[0].parent
+    page = out or (Path() if several else beside) / "report.html"
+    if page.is_dir() or not page.parent.is_dir():
+        wrong = "is a folder" if page.is_dir() else f"there is no folder {page.parent}"
+        raise BadRequest(f"the page cannot be written to {page}", wrong, "--out FILE.html")
     if several:
         made = compared(found)
     else:
         made = fit_report(first) if isinstance(first, FitResult) else first
     show(made, json)
-    beside = folders[0] if folders[0].is_dir() else folders[0].parent
-    page = out or (Path() if several else beside) / "report.html"
     alone = isinstance(first, FitResult) and not several
     write_text(page, fit_to_html(first) if alone else to_html(made))  # type: ignore[arg-type]
     say(f"page: {page}")
@@ -235,8 +240,13 @@ def _result(folder: Path) -> FitResult | Report:
         )
     if not path.is_file():
         raise BadRequest(f"there is no report at {folder}", do="give a folder that onecard wrote")
-    text = path.read_text(encoding="utf-8")
-    return FitResult.from_json(text) if path.name == FILE else Report.from_json(text)
+    try:
+        text = path.read_text(encoding="utf-8")
+        return FitResult.from_json(text) if path.name == FILE else Report.from_json(text)
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{path} is not UTF-8 text", seen=str(error)) from error
+    except BadRequest as error:
+        raise BadRequest(f"{path}: {error.what}", error.seen, error.do) from error
 
 
 # Making models smaller ----------------------------------------------------------------------------
@@ -303,7 +313,8 @@ def compress(
     prepared = jobs.prepare(model, out, find_recipe(recipe), settings)
     proof = proof_of(prepared.source, prove, held_out, cap)
     if dry_run:
-        show(Report(prepared.plan.rows(), title="Plan, nothing was done"), json)
+        notes = jobs.calibrated_on(prepared)
+        show(Report(prepared.plan.rows(), title="Plan, nothing was done", notes=notes), json)
         return
     with Progress("compressing") as progress, ThreadPoolExecutor(1) as aside:
         aside.submit(import_module, "onecard.render")
@@ -325,10 +336,11 @@ class Budgets:
         float | None, Parameter(help="share of --measure that is kept, 0.99 say")
     ] = None
     measure: Annotated[
-        Literal["likelihood", "perplexity", "agreement"],
+        Literal["likelihood", "perplexity", "agreement", "accuracy"],
         Parameter(
             help="likelihood: exp(-KL) against the original; perplexity: its over the result's; "
-            "agreement: how often both say the same. The worse of held-out text and the original's own"
+            "agreement: how often both say the same; the worse of held-out text and the original's own. "
+            "accuracy: right answers to --task over the original's"
         ),
     ] = "likelihood"
     context: Annotated[
@@ -351,6 +363,7 @@ def fit(
     recover: float = 0.0,
     calibration: Path | None = None,
     held_out: Path | None = None,
+    task: Path | None = None,
     cap: str | None = None,
     dry_run: Annotated[bool, Flag] = False,
     explain: Annotated[bool, Flag] = False,
@@ -374,6 +387,8 @@ def fit(
         text (UTF-8) to measure on, or a .json list of lists of ids; without it, shipped text
     held_out
         text to judge on; without it, the shipped held-out text
+    task
+        questions to judge on, too: JSON lines of {question, choices, gold}
     cap
         memory that the work itself may take
     dry_run
@@ -391,7 +406,9 @@ def fit(
     given = asdict(budgets)
     goal = goal_of(given.pop("memory"), given.pop("size"), **given, effort=effort, recover=recover)
     most = None if cap is None else parse_size(cap)
-    request = fits.Request(model, out, goal, calibration, held_out, most, force or resume)
+    request = fits.Request(
+        model, out, goal, calibration, held_out, most, force or resume, task=task
+    )
     if resume and fits.is_finished(request):
         say(f"{out} is finished")
         show(Report.from_json((out / "report.json").read_text(encoding="utf-8")), json)
@@ -654,6 +671,11 @@ def evaluate(
     from onecard import evaluate as ev
     from onecard.checkpoint.text import read_text
 
+    if stride and not task and (documents is not None or data is None):
+        raise BadRequest(
+            "documents are read from their beginnings, with no stride",
+            do="--stride is for one stream: --data FILE without --documents",
+        )
     reading = ev.Reading(window, stride, bos, documents, limit)
     if task and (data or against or window or stride or documents):
         raise BadRequest("--task answers questions, it reads no text", do="leave out --data, --against, "

@@ -40,7 +40,9 @@ class Reading:
     def __post_init__(self) -> None:
         for name in ("window", "stride", "limit"):
             if not 0 <= getattr(self, name) <= 1 << 24:
-                raise BadRequest(f"{name} is {getattr(self, name)}")
+                raise BadRequest(
+                    f"{name} is {getattr(self, name)}", do=f"0 to {1 << 24} is possible"
+                )
         if self.documents == "":
             raise BadRequest(
                 "the separator of documents is empty", do="--documents '<|endoftext|>'"
@@ -84,12 +86,16 @@ class Pieces:
         window = min(reading.window or 2048, self.context)
         if reading.window > self.context:
             raise BadRequest(
-                f"windows of {reading.window} tokens, the model's context is {self.context}"
+                f"windows of {reading.window} tokens, the model's context is {self.context}",
+                do=f"--window {self.context}",
             )
         if window < 2:
             raise BadRequest("windows of one token predict nothing", do="--window 2 or more")
         if reading.stride > window:
-            raise BadRequest(f"a stride of {reading.stride} skips text between windows of {window}")
+            raise BadRequest(
+                f"a stride of {reading.stride} skips text between windows of {window}",
+                do=f"--stride {window} or less",
+            )
 
     def _windows(self) -> Iterator[Piece]:
         reading, tokenizer = self.reading, self.tokenizer
@@ -122,7 +128,8 @@ class Pieces:
                   "tokenizer", "each": "in front of every window", "none": "none"}[reading.bos]  # fmt: skip
         kept = "kept" if reading.keep_tail else "dropped"
         tail = f"last partial window {kept}" if count > 1 else "one window"
-        tail = f"only the first {count} windows" if limited else tail
+        these = "window" if count == 1 else f"{count} windows"
+        tail = f"only the first {these}" if limited else tail
         self.convention = (
             f"one stream, windows of {window} tokens, stride {stride}, BOS {policy}, {tail}; mean "
             "over all predicted tokens"
@@ -150,8 +157,9 @@ class Pieces:
                 yield Piece(tuple(bos + ids), 1, ends[-1] - (0 if bos else ends[0]))
         if not given:
             raise BadRequest("the text holds no document of two tokens or more")
+        alone = " (the separator is not in the text)" if separator not in self.text else ""
         self.convention = (
-            f"{given} documents, each stripped, in a context of its own, BOS "
+            f"{given} document{'s' * (given > 1)}{alone}, each stripped, in a context of its own, BOS "
             f"{'in front' if bos else 'none'}, cut at {length} tokens; mean over all predicted tokens"
         )
 

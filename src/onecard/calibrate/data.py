@@ -171,6 +171,12 @@ def _given(path: Path, vocab_size: int) -> Tensor:
     for row in rows:
         if not all(type(id) is int and id >= 0 for id in row):  # a bool is an int to isinstance
             raise BadRequest(wrong, seen="an id is not a whole number from 0 on")
+    largest = max(max(row) for row in rows)
+    if largest >= vocab_size:
+        raise BadRequest(
+            f"{path} holds the id {largest}, the model knows {vocab_size} tokens",
+            do="give ids of the model's own tokenizer",
+        )
     return _tensor(rows, vocab_size)
 
 

@@ -158,7 +158,7 @@ def checked_ids(ids: Tensor, settings: Training) -> Tensor:
         raise BadRequest(
             f"the training text gives {len(ids)} windows of {ids.shape[1]} tokens, "
             f"one step needs {settings.batch}",
-            do="give a longer text, shorter windows or smaller batches",
+            do="give more samples, a longer text, shorter windows or smaller batches",
         )
     return ids
 

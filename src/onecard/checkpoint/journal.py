@@ -35,7 +35,13 @@ class Journal:
         self.result = self.folder / "result"
         self.key = json.loads(json.dumps(key, sort_keys=True))
         self.lines: list[dict[str, Any]] = []
+        self.damaged: Path | None = None
         self.fresh = not self.folder.exists()
+        if not self.fresh and not self.folder.is_dir():
+            raise BadRequest(
+                f"{self.folder} is a file", seen="unfinished work is kept in a folder of that name",
+                do="move it away, or give another output",
+            )  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         try:
@@ -78,6 +84,7 @@ class Journal:
             if moved.is_file():
                 os.replace(moved, file)
             if not file.is_file() or sha256_of(file) != line["sha256"]:
+                self.damaged = file
                 break
             self.lines.append(line)
         kept = {f"{line['part']}.safetensors" for line in self.lines} | {"lock"}
@@ -143,8 +150,10 @@ class Journal:
             return None
         file = self.folder / f"{line['state']}.safetensors"
         if not file.is_file() or sha256_of(file) != line["state_sha256"]:
+            culprit = file if file.is_file() else self.damaged or file  # the last state is kept
             raise FailedWork(
-                f"{file} is damaged, so the work cannot go on from there", do="start anew: --force"
+                f"{culprit} is damaged or gone, so the work cannot go on from there",
+                do="start anew: --force",
             )
         return file
 
@@ -264,15 +273,16 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal up to the first that is torn."""
+    """The lines of a journal up to the first that is torn or no line of a journal."""
     lines: list[dict[str, Any]] = []
     if path.is_file():
-        for text in path.read_text().splitlines(keepends=True):
+        for text in path.read_bytes().splitlines(keepends=True):
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
-            if not text.endswith("\n") or not isinstance(line, dict):
+            wanted = {"part", "rows", "sha256"} if lines else {"key"}
+            if not text.endswith(b"\n") or not isinstance(line, dict) or not wanted <= line.keys():
                 break
             lines.append(line)
     return lines

@@ -39,8 +39,10 @@ class Schemes:
             self._read_own(config)
             return
         if method not in ("compressed-tensors", "onecard") or layout not in LAYOUTS:
+            stated = [_short(config[k]) for k in ("quant_method", "format") if k in config]
             raise BadRequest(
-                f"the model is quantized as {_short(method)} / {_short(layout)}, which is not read yet",
+                f"the model is quantized as {' / '.join(stated) or 'nothing named'}, which is not read "
+                "yet",
                 do="readable: compressed-tensors pack-quantized and int-quantized (integers of 2 to "
                 "8 bits) and float-quantized (fp8), and onecard's own",
             )

@@ -67,6 +67,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("it is not an object")
         header.pop("__metadata__", None)
         entries = {name: _entry(path, name, row, 8 + length, size) for name, row in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -102,7 +104,12 @@ def _entry(path: Path, name: str, row: Mapping[str, Any], base: int, size: int) 
     dtype, shape = SAFETENSORS[code], tuple(row["shape"])
     begin, end = row["data_offsets"]
     for number in (*shape, begin, end):
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= size:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise ValueError(f"impossible number {number!r}")
+    if base + end > size:
+        raise _broken(path, f"{name} ends at byte {base + end}, the file at {size}")
+    for number in (*shape, begin):
+        if number > size:
             raise ValueError(f"impossible number {number!r}")
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise ValueError(f"{end - begin} bytes for {dtype} {list(shape)}")
@@ -198,8 +205,9 @@ def _files(folder: Path) -> list[Path]:
                 "model.save_pretrained(DIR), which writes safetensors",
             )
         raise BadRequest(
-            f"{folder} holds no model", seen="neither model.safetensors nor an index of shards"
-        )
+            f"{folder} holds no model", "neither model.safetensors nor an index of shards",
+            _instead(folder),
+        )  # fmt: skip
     paths = [folder / name for name in _shards(index)]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
@@ -208,6 +216,15 @@ def _files(folder: Path) -> list[Path]:
             do="fetch the missing files",
         )  # fmt: skip
     return paths
+
+
+def _instead(folder: Path) -> str:
+    """What to do about weights that are there under another name."""
+    if parts := sorted(folder.glob("*.safetensors")):
+        return f"{parts[0].name} is there: fetch model.safetensors.index.json as well"
+    if other := sorted(folder.glob("*.gguf")):
+        return f"{other[0].name} is not read: fetch the model as safetensors"
+    return ""
 
 
 def _shards(index: Path) -> list[str]:

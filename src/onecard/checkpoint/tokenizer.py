@@ -124,7 +124,8 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=special)
         except TypeError as error:
             raise BadRequest(
-                "the text is not valid Unicode", do="it holds half of a surrogate pair"
+                "the text is not valid Unicode",
+                do="it holds bytes that are not UTF-8, or half of a surrogate pair",
             ) from error
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -45,4 +45,5 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?` for the closest known word, or the list of known words."""
     words = sorted(known)
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(words)
+    between = "; " if any("," in word for word in words) else ", "
+    return f"did you mean {close[0]!r}?" if close else "known: " + between.join(words)

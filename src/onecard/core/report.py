@@ -75,6 +75,8 @@ class Report:
         """The report that `to_json` wrote. Raises BadRequest when it is something else."""
         try:
             data = json.loads(text)
+            if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
+                raise TypeError("it is not an object with a list of rows")
             rows = tuple(_row(row) for row in data["rows"])
             notes = tuple((_text(a), _text(b)) for a, b in data.get("notes", ()))
             facts = {key: _value(key, fact) for key, fact in data.get("environment", {}).items()}

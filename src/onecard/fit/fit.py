@@ -47,7 +47,7 @@ from onecard.fit import planner, removal
 from onecard.fit.around import Bank, bank_bytes, lighter, search
 from onecard.fit.candidates import LARGE, Trial, trial_of
 from onecard.fit.costs import Costs, Fixed
-from onecard.fit.goal import MOST, Goal
+from onecard.fit.goal import MEASURES, MOST, Goal
 from onecard.fit.planner import GONE, Group, Infeasible, Limits, Option, Plan, summed
 from onecard.fit.result import FILE, FitResult, Gate, Said, read_fit
 from onecard.fit.sensitivity import Sensitivity, default_home, known, left_out, look, table_formats
@@ -57,8 +57,11 @@ from onecard.passes.distill import Distil
 from onecard.passes.layers import DropLayers
 from onecard.passes.planned import Chosen, Planned
 from onecard.passes.tables import Tables
+from onecard.runtime.cpu import CpuSettings
 
 ATTEMPTS = 4
+LITTLE = 0.9
+"""A gate is missed by little where this share of the harm would do."""
 OVERSHOOT = 0.85
 """A missed gate is aimed at again with this share of the harm that would just do."""
 SUMS_UP = 1.2
@@ -84,6 +87,7 @@ class Request:
     held_out: Path | None = None
     cap: int | None = None
     force: bool = False
+    task: Path | None = None  # questions to judge on, too
     home: Path | None = None  # where sensitivities are kept
 
 
@@ -197,6 +201,7 @@ def prepare(request: Request) -> Job:
         None if given else tokenizer, request.data, wanted, source.spec.vocab_size
     )
     judge.require_text(source, request.held_out)
+    judge.require_questions(request.task, goal.measure)
     job = Job(request, source, ids, tuple(warned(source, request.data)))
     require_possible(job)
     return job
@@ -310,6 +315,7 @@ class Tried:
     gates: tuple[Gate, ...]
     passed: bool | None
     what: str
+    runs: CpuSettings
 
 
 def plan_for(
@@ -462,7 +468,8 @@ def fit(
     job.work.mkdir(parents=True, exist_ok=True)
     wanted = {
         "goal": asdict(job.goal), "model": str(job.source.folder), "ids": digest(job.ids),
-        "held out": str(job.request.held_out), "threads": torch.get_num_threads(),
+        "held out": str(job.request.held_out), "task": judge.name_of(job.request.task),
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
     begun = job.work / "goal.json"
     if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) != wanted:
@@ -477,8 +484,9 @@ def fit(
     planning = recalled(job, planning) or remembered(job, looked_around(job, planning, progress))
     clock.step("look around")
     texts = judge.texts_of(
-        job.source, job.request.held_out, gate_tokens(job), job.work / "texts.json", progress
-    )
+        job.source, job.request.held_out, gate_tokens(job), job.work / "texts.json",
+        job.request.task, progress,
+    )  # fmt: skip
     tried: list[Tried] = []
     for number in range(ATTEMPTS):
         tried.append(one_try(job, planning, texts, f"attempt-{number + 1}", "as planned", progress))
@@ -494,8 +502,7 @@ def fit(
         tried.append(one_try(job, best.planning, texts, "recovered", what, progress, minutes))
         clock.step("recover")
         best = best_of(job, tried)
-    cache = best.planning.chosen()["cache"].format
-    seen = story.measured(job, best.folder, cache) if measure else story.Seen()
+    seen = story.measured(job, best.folder, best.runs) if measure else story.Seen()
     clock.step("measure")
     result = story.told(job, found, best, tried, seen, clock.said())
     write_text(best.folder / FILE, result.to_json())
@@ -516,7 +523,7 @@ def plan_only(job: Job, progress: Progress = Quiet) -> tuple[Planning, Sensitivi
 def advice(result: FitResult) -> str:
     """What to do about a result that does not keep what was asked."""
     missed = {promise.what for promise in result.promises if promise.kept is False}
-    if missed & {"likelihood", "perplexity", "agreement"}:
+    if missed & MEASURES.keys():
         budgets = f"{result.nearest}; or " if result.nearest else ""
         return f"{budgets}try --effort thorough, --recover 10, or lower --quality"
     return "lower --speed" if missed == {"decode"} else "give more room, or --effort thorough"
@@ -532,18 +539,42 @@ def one_try(
     job: Job, planning: Planning, texts: judge.Texts, name: str, what: str, progress: Progress,
     minutes: float = 0.0,
 ) -> Tried:  # fmt: skip
-    """Carry a plan out and judge it."""
+    """Carry a plan out and judge it.
+
+    Where the gate is missed by little it is judged besides with inputs that are not rounded; as that is
+    slower, it is chosen only where it keeps what was asked.
+    """
     folder, report = carried_out(job, planning, name, minutes, progress)
+    goal, runs = job.goal, running(planning)
+    gates = judgement(job, folder, texts, runs, name, progress)
+    seen = judge.quality(gates, goal.measure)
+    if goal.quality is None:
+        return Tried(planning, folder, report, gates, None, what, runs)
+    if seen < goal.quality and job.costs.here and shortfall(goal, seen) > LITTLE:
+        exact = replace(runs, exact=("all",))
+        others = judgement(job, folder, texts, exact, f"{name}-exact", progress)
+        if judge.quality(others, goal.measure) >= goal.quality:
+            what = f"{what}, inputs not rounded"
+            return Tried(planning, folder, report, others, True, what, exact)
+    return Tried(planning, folder, report, gates, seen >= goal.quality, what, runs)
+
+
+def running(planning: Planning) -> CpuSettings:
+    """How the engine is to run a plan."""
+    cache = planning.chosen()["cache"].format
+    return CpuSettings(cache=None if cache == "fp16" else cache)
+
+
+def judgement(
+    job: Job, folder: Path, texts: judge.Texts, runs: CpuSettings, name: str, progress: Progress
+) -> tuple[Gate, ...]:
+    """What the gates see of a folder that is run so; remembered as long as the folder is the same."""
     kept = job.work / f"{name}.gates.json"
     gates = judge.read_kept(kept)
     if gates is None or os.path.getmtime(kept) < os.path.getmtime(folder / "report.json"):
-        cache = planning.chosen()["cache"].format
-        held = None if cache == "fp16" else cache
-        gates = judge.judged(job.source.folder, folder, texts, held, job.costs.here, progress)
+        gates = judge.judged(job.source.folder, folder, texts, runs, job.costs.here, progress)
         judge.keep(kept, gates)
-    goal = job.goal
-    passed = None if goal.quality is None else judge.quality(gates, goal.measure) >= goal.quality
-    return Tried(planning, folder, report, gates, passed, what)
+    return gates
 
 
 def raised(job: Job, found: Sensitivity, tried: Sequence[Tried]) -> Planning | None:
@@ -565,7 +596,7 @@ def raised(job: Job, found: Sensitivity, tried: Sequence[Tried]) -> Planning | N
 def shortfall(goal: Goal, quality: float) -> float:
     """By which share the KL has to fall so that the measure reaches what is asked."""
     assert goal.quality is not None
-    if goal.measure == "agreement":
+    if goal.measure in judge.CHOICES:
         return ((1 - goal.quality) / max(1 - quality, 1e-9)) ** 2
     return math.log(goal.quality) / min(math.log(max(quality, 1e-9)), -1e-12)
 

@@ -1,4 +1,5 @@
-"""Whether a compressed model still says what the original would: on held-out text, and on its own words.
+"""Whether a compressed model still says what the original would: on held-out text, on its own words, and on
+questions where some are given.
 
 The own words are what the original itself writes behind beginnings of held-out text, drawn from its
 distribution (temperature 1). There a model shows damage that text of others hides: what it is sure of, and
@@ -16,16 +17,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from onecard.checkpoint.load import load_model
+from onecard.checkpoint.shards import sha256_of
 from onecard.checkpoint.source import Source
 from onecard.checkpoint.text import read_text
 from onecard.core.errors import BadRequest
 from onecard.core.report import write_text
-from onecard.evaluate import Progress, tally
+from onecard.evaluate import Progress, Question, choose, posed, read_questions, split, tally
 from onecard.fit.goal import Measure
 from onecard.fit.result import Gate
 from onecard.kernels import cpu
@@ -39,15 +41,20 @@ from onecard.windows import Piece, Pieces, Reading
 
 FIRST, WRITTEN = 16, 112
 """Tokens of a beginning, and that the original writes behind it."""
+USUAL = CpuSettings()
+QUESTIONED = 2048
+"""Tokens of a question with an answer, at most; the oldest are dropped."""
 SEPARATOR = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What the gates read: pieces of held-out text, and of what the original wrote."""
+    """What the gates read: pieces of held-out text, of what the original wrote, and questions."""
 
     held_out: tuple[Piece, ...]
     own: tuple[Piece, ...]
+    questions: tuple[Question, ...] = ()
+    asked: str = ""  # where the questions come from
 
 
 def held_out_pieces(source: Source, text: Path | None, tokens: int) -> list[Piece]:
@@ -93,52 +100,76 @@ def own_words(
 
 
 def texts_of(
-    source: Source, text: Path | None, tokens: int, kept: Path,
+    source: Source, text: Path | None, tokens: int, kept: Path, task: Path | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> Texts:  # fmt: skip
-    """Both texts; `kept` is a file that they lie in from the first call on."""
-    if kept.is_file():
-        data = json.loads(kept.read_text(encoding="utf-8"))
-        return Texts(
-            *(tuple(Piece(tuple(i), f, n) for i, f, n in data[name]) for name in ("held", "own"))
-        )
-    held = held_out_pieces(source, text, tokens)
-    count = max(4, min(len(held), tokens // (2 * WRITTEN)))
-    own = own_words(source, held, count, progress)
-    data = {"held": [[list(p.ids), p.first, p.nbytes] for p in held],
-            "own": [[list(p.ids), p.first, p.nbytes] for p in own]}  # fmt: skip
-    write_text(kept, json.dumps(data))
-    return Texts(tuple(held), tuple(own))
+    """Both texts, and the questions of `task`; the texts lie in the file `kept` from the first call on."""
+    questions, asked = ((), "") if task is None else (tuple(read_questions(task)), task.name)
+    if not kept.is_file():
+        held = held_out_pieces(source, text, tokens)
+        count = max(4, min(len(held), tokens // (2 * WRITTEN)))
+        own = own_words(source, held, count, progress)
+        found = {"held": held, "own": own}
+        data = {name: [[p.ids, p.first, p.nbytes] for p in some] for name, some in found.items()}
+        write_text(kept, json.dumps(data))
+    data = json.loads(kept.read_text(encoding="utf-8"))
+    held, own = ([Piece(tuple(i), f, n) for i, f, n in data[name]] for name in ("held", "own"))
+    return Texts(tuple(held), tuple(own), questions, asked)
 
 
 def judged(
-    original: Path, made: Path, texts: Texts, cache: str | None = None, here: bool = True,
+    original: Path, made: Path, texts: Texts, runs: CpuSettings = USUAL, here: bool = True,
     progress: Progress = lambda done, total, what: None,
 ) -> tuple[Gate, ...]:  # fmt: skip
-    """KL, agreement and perplexity of what was made, on both texts; keys and values held in `cache`.
+    """KL, agreement and perplexity of what was made, on both texts, and of right answers.
 
-    `here`: it will be run on this processor.
+    `runs`: how the engine runs it; `here`: on this processor.
     """
     theirs: Scorer
     ours: Scorer
     if here and cpu.available():
         longest = max(len(piece.ids) for piece in (*texts.held_out, *texts.own))
+        longest = QUESTIONED if texts.questions else longest
         unrounded = CpuSettings(context=longest, head="stored", exact=("all",))
         theirs = native_scorer(original, unrounded)
-        ours = native_scorer(made, CpuSettings(context=longest, cache=cache))
+        ours = native_scorer(made, replace(runs, context=longest))
     else:
         theirs = TorchScorer(load_model(original, "fp32"))
-        ours = TorchScorer(load_model(made, "fp32"), cache)
+        ours = TorchScorer(load_model(made, "fp32"), runs.cache)
     found = []
-    for name, pieces in (("held-out", texts.held_out), ("own words", texts.own)):
+    answers = tuple(right_answer(theirs, question) for question in texts.questions)
+    for name, pieces in (
+        ("held-out", texts.held_out), ("own words", texts.own), (texts.asked, answers)
+    ):  # fmt: skip
+        if not pieces:
+            continue
         progress(0, len(pieces), f"judging on {name}")
         after, before = tally(ours, pieces, theirs), tally(theirs, pieces, None)
         count = after.tokens
-        found.append(Gate(
+        gate = Gate(
             name, max(0.0, after.kl / count), after.agreed / count,
             math.exp(min(700.0, after.nats / count)), math.exp(min(700.0, before.nats / count)), count,
-        ))  # fmt: skip
+        )  # fmt: skip
+        if pieces is answers:
+            right, was = (rightly(each, texts.questions, progress) for each in (ours, theirs))
+            gate = replace(gate, questions=len(answers), right=right, right_before=was)
+        found.append(gate)
     return tuple(found)
+
+
+def right_answer(model: Scorer, question: Question) -> Piece:
+    """A question with its right answer, as it is asked; the answer is predicted."""
+    prompt, answer = posed(question, question.choices[question.gold])
+    head, rest = split(model.tokenizer, prompt, answer)
+    ids = (head + rest)[-(model.max_context + 1) :]
+    return Piece(tuple(ids), max(len(ids) - len(rest), 1), len(answer.encode("utf-8", "replace")))
+
+
+def rightly(model: Scorer, questions: Sequence[Question], progress: Progress) -> float:
+    """The share of questions whose likeliest answer by length is the right one."""
+    value = choose(model, questions, progress=progress).value("accuracy_by_length")
+    assert isinstance(value, float)
+    return value
 
 
 def native_scorer(folder: Path, settings: CpuSettings) -> NativeScorer:
@@ -147,16 +178,18 @@ def native_scorer(folder: Path, settings: CpuSettings) -> NativeScorer:
 
 
 def quality(gates: Sequence[Gate], measure: Measure) -> float:
-    """The share of `measure` that is kept, on the worse text."""
-    return min(kept(gate, measure) for gate in gates)
+    """The share of `measure` that is kept, on the worst text."""
+    return min(kept(g, measure) for g in gates if measure != "accuracy" or g.questions)
 
 
 def kept(gate: Gate, measure: Measure) -> float:
-    """The share of `measure` that is kept on one text."""
+    """The share of `measure` that is kept on one text; a model that is never right has nothing to lose."""
     if measure == "likelihood":
         return math.exp(-gate.kl)
     if measure == "perplexity":
         return gate.before / gate.perplexity
+    if measure == "accuracy":
+        return min(1.0, gate.right / gate.right_before) if gate.right_before else 1.0
     return gate.agreement
 
 
@@ -177,17 +210,20 @@ def read_kept(path: Path) -> tuple[Gate, ...] | None:
 DISAGREEMENT = 0.58
 """1 - agreement over the root of KL: 0.54 to 0.62 on the shipped model from int8 down to int3."""
 
+CHOICES = ("agreement", "accuracy")
+"""What falls with the root of KL; of the answers that change not all were right, so that more is kept."""
+
 
 def harm_of(share: float, measure: Measure) -> float:
     """The KL, nats per token, that keeps a share of a measure, before anything was measured."""
-    if measure == "agreement":
+    if measure in CHOICES:
         return ((1 - share) / DISAGREEMENT) ** 2
     return -math.log(share)
 
 
 def share_of(harm: float, measure: Measure) -> float:
     """The share of a measure that a KL keeps, before anything was measured; the inverse of `harm_of`."""
-    if measure == "agreement":
+    if measure in CHOICES:
         return max(0.0, 1 - DISAGREEMENT * math.sqrt(max(harm, 0.0)))
     return math.exp(-min(harm, 700.0))
 
@@ -196,3 +232,17 @@ def require_text(source: Source, text: Path | None) -> None:
     """BadRequest where held-out text cannot be read or is too short."""
     if not held_out_pieces(source, text, 1):
         raise BadRequest("the held-out text is too short", do="give a longer one")
+
+
+def require_questions(task: Path | None, measure: Measure) -> None:
+    """BadRequest where questions cannot be read, or are needed and not given."""
+    if task is not None:
+        read_questions(task)
+    elif measure == "accuracy":
+        raise BadRequest("--measure accuracy is of right answers", "there are no questions",
+                         "--task FILE, JSON lines of {question, choices, gold}")  # fmt: skip
+
+
+def name_of(task: Path | None) -> str:
+    """A file of questions, as it is now."""
+    return "" if task is None else f"{task} {sha256_of(task)}"

@@ -11,8 +11,10 @@
                  it is 1 for equal answers and nothing else, so no damage hides in it
     perplexity   perplexity of the original over that of the result; it may be above 1
     agreement    how often both put the same token first
+    accuracy     right answers to the questions given over those of the original (where it is more, 1)
 
-The worse of the two texts counts. A goal without any budget asks for the smallest model of its quality.
+The worst text counts; questions, where some are given, are one more, that of their right answers. A goal
+without any budget asks for the smallest model of its quality.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ MEASURES = {
     "text that the original wrote itself",
     "agreement": "share of tokens where both put the same one first, the worse of held-out text and of "
     "text that the original wrote itself",
+    "accuracy": "right answers over the original's, likeliest answer by length, on the questions given",
 }
 EFFORTS = ("quick", "normal", "thorough")
-Measure = Literal["likelihood", "perplexity", "agreement"]
+Measure = Literal["likelihood", "perplexity", "agreement", "accuracy"]
 Effort = Literal["quick", "normal", "thorough"]
 FASTEST, LONGEST, MOST, HOURS = 1e7, 1 << 24, 4096, 24 * 60 * 30
 

@@ -116,7 +116,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class Gate:
-    """Quality on one text: `held-out` or `own words`. Perplexity `before` is the original's."""
+    """Quality on one text: `held-out`, `own words`, or the name of a file of questions, where it is that of
+    the right answers. Perplexity `before` is the original's; so is `right_before`."""
 
     text: str
     kl: float
@@ -124,6 +125,9 @@ class Gate:
     perplexity: float
     before: float
     tokens: int
+    questions: int = 0
+    right: float = 0.0  # share of questions whose likeliest answer by length is right
+    right_before: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,11 @@ class Seen:
     samples: tuple[Sample, ...] = field(default_factory=tuple)
 
 
-def measured(job: Job, folder: Path, cache: str) -> Seen:
-    """Run what was made, keys and values held in `cache`; nothing where the native engine is missing or
-    another device is meant."""
+def measured(job: Job, folder: Path, runs: CpuSettings) -> Seen:
+    """Run what was made; nothing where the native engine is missing or another device is meant."""
     if not cpu.available() or job.goal.device != "auto":
         return Seen(samples=samples_of(job, folder))
-    made, before = benched(job, folder, cache), benched(job, job.source.folder)
+    made, before = benched(job, folder, runs), benched(job, job.source.folder, CpuSettings())
     return Seen(
         made.get("peak_memory_bytes"), made.get("prompt_tokens_per_second"),
         made.get("decode_tokens_per_second"), before.get("prompt_tokens_per_second"),
@@ -78,14 +77,14 @@ def measured(job: Job, folder: Path, cache: str) -> Seen:
     )  # fmt: skip
 
 
-def benched(job: Job, folder: Path, cache: str = "fp16") -> dict[str, float]:
+def benched(job: Job, folder: Path, runs: CpuSettings) -> dict[str, float]:
     """what -> value, of `onecard bench` in a process of its own."""
     context, batch = job.costs.context, job.goal.batch
     prompt = max(1, min(PROMPTED, context // 2))
     decode = max(1, min(DECODED, context - prompt))
     words = [sys.executable, "-m", "onecard", "bench", str(folder), "--prompt", str(prompt), "--decode",
              str(decode), "--batch", str(batch), "--context", str(context * batch), "--json"]  # fmt: skip
-    words += [] if cache == "fp16" else ["--cache", cache]
+    words += flags(runs)
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         return {}
@@ -95,6 +94,12 @@ def benched(job: Job, folder: Path, cache: str = "fp16") -> dict[str, float]:
         if isinstance(row.value, (int, float)):
             found.setdefault(row.what, float(row.value))
     return found
+
+
+def flags(runs: CpuSettings) -> list[str]:
+    """What says so on a command line."""
+    cache = [] if runs.cache is None else ["--cache", runs.cache]
+    return cache + (["--exact", ",".join(runs.exact)] if runs.exact else [])
 
 
 def samples_of(job: Job, folder: Path) -> tuple[Sample, ...]:
@@ -121,10 +126,8 @@ def told(
 
     promises = promised(job, best, seen)
     kept = all(p.kept is not False for p in promises)
-    chosen = best.planning.chosen()
-    cache = chosen["cache"].format
     out = job.request.out
-    run = f'onecard run {out} "The"' + (f" --cache {cache}" if cache != "fp16" else "")
+    run = " ".join(["onecard run", str(out), '"The"', *flags(best.runs)])
     return FitResult(
         job.source.called, str(out), answered(job, best.planning, promises, kept), kept, job.goal, promises,
         points(job, best), places(job, found, best.planning), memories(job, best),
@@ -188,6 +191,11 @@ def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
     found.append(Promise("kl", "nat", None, True, best.planning.harm,
                          best.planning.harm * (job.trial.uncertainty - 1), worst.kl, 0.0, None,
                          f"mean KL(original || result) per token, the worse text: {worst.text}"))  # fmt: skip
+    found += [
+        Promise("right answers", "", None, False, None, None, g.right, g.right_before, None,
+                f"share of {g.questions} questions of {g.text}, likeliest answer by length")
+        for g in best.gates if g.questions
+    ]  # fmt: skip
     outside = best.gates[0]
     found.append(Promise("perplexity", "", None, True, None, None, outside.perplexity, outside.before, None,
                          f"on {outside.text} text, {outside.tokens} tokens"))  # fmt: skip

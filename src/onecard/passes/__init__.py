@@ -224,6 +224,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"onecard.passes has no {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(cls for _, cls in PASSES.values())})
+
+
 def find_recipe(name: str) -> Recipe:
     """A shipped recipe by name, or one from a YAML file. BadRequest with the nearest known name."""
     path = Path(name)
@@ -241,12 +245,20 @@ def find_recipe(name: str) -> Recipe:
 
 
 class Plain(yaml.SafeLoader):
-    """YAML without aliases, with which a few lines can stand for gigabytes."""
+    """YAML without aliases, with which a few lines can stand for gigabytes, and with every key once."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not read")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) != len(node.value):
+            names = [key.value for key, _ in node.value]
+            twice = next((name for name in names if names.count(name) > 1), "a key")
+            raise yaml.YAMLError(f"{twice} is there twice, line {node.start_mark.line + 1}")
+        return found
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -262,14 +274,14 @@ def read_recipe(path: Path) -> Recipe:
 
 def recipe_of(data: Any, where: str) -> Recipe:
     """A recipe from plain data, as a recipe file has it."""
-    if not isinstance(data, dict) or not isinstance(data.get("passes"), list):
-        raise BadRequest(f"{where} has no list of passes", do="passes: [{gptq: {bits: 4}}]")
-    for key in data:
+    for key in data if isinstance(data, dict) else ():
         if key not in ("name", "passes", "good_for"):
             raise BadRequest(
                 f"{where} has an unknown key {key!r}",
                 do=nearest(str(key), ("name", "passes", "good_for")),
             )
+    if not isinstance(data, dict) or not isinstance(data.get("passes"), list):
+        raise BadRequest(f"{where} has no list of passes", do="passes: [{gptq: {bits: 4}}]")
     passes = tuple(_pass(item, f"{where}: pass {i + 1}") for i, item in enumerate(data["passes"]))
     for key in ("name", "good_for"):
         if not isinstance(data.get(key, ""), str):

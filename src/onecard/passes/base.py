@@ -232,6 +232,15 @@ class Recipe:
     passes: tuple[Pass, ...]
     good_for: str = ""
 
+    def __post_init__(self) -> None:
+        passes = self.passes if isinstance(self.passes, (tuple, list)) else (self.passes,)
+        if not all(isinstance(p, Pass) for p in passes):
+            raise BadRequest(
+                f"the recipe {self.name}: its passes are {str(passes)[:80]}",
+                do='a tuple of passes is needed; find_recipe("gptq-int4") takes names',
+            )
+        object.__setattr__(self, "passes", tuple(passes))
+
     @property
     def calibrated(self) -> bool:
         return any(p.calibrated for p in self.passes)

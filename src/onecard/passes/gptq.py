@@ -107,7 +107,10 @@ class GPTQ(BlockPass):
                 f"gptq.damp is {self.damp}", do="a share from 0 to 1 is needed, 0.01 say"
             )
         if not 1 <= self.block <= 4096 or not 0 <= self.search <= 100:
-            raise BadRequest(f"gptq: block {self.block} or search {self.search} is out of range")
+            raise BadRequest(
+                f"gptq: block {self.block} or search {self.search} is out of range",
+                do="blocks of 1 to 4096 columns; 0 to 100 steps of search",
+            )
         if not 0 <= self.sweeps <= 100 or not 0 <= self.correct <= 1:
             raise BadRequest(
                 f"gptq: sweeps {self.sweeps} or correct {self.correct} is out of range",

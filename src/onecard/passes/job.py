@@ -39,7 +39,7 @@ from onecard.passes.plan import Plan, Prepared, Settings
 if TYPE_CHECKING:
     from onecard.calibrate.walk import Progress
 
-__all__ = ["Plan", "Prepared", "Settings", "compress", "file_bytes", "is_finished",
+__all__ = ["Plan", "Prepared", "Settings", "calibrated_on", "compress", "file_bytes", "is_finished",
            "prepare"]  # fmt: skip
 
 
@@ -125,6 +125,18 @@ def made(job: Prepared) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
+def calibrated_on(job: Prepared) -> tuple[tuple[str, str], ...]:
+    """The note on what a job learns from; of a short text there are fewer windows than were asked for."""
+    if job.ids is None:
+        return ()
+    (samples, length), asked = job.ids.shape, job.settings.calibration.samples
+    data = job.settings.data
+    text = f"{samples} windows of {length} tokens from {data.name if data else 'the shipped text'}"
+    if samples < asked and not (data and data.suffix == ".json"):
+        text += f", which is too short for the {asked} asked for"
+    return (("convention: calibration", text),)
+
+
 def summary(job: Prepared, rows: list[Row], folder: Path, seconds: float) -> Report:
     """The report of a finished job, whose result lies in `folder`."""
     source, made = job.source, Checkpoint(folder)
@@ -132,6 +144,7 @@ def summary(job: Prepared, rows: list[Row], folder: Path, seconds: float) -> Rep
     count, left = parameter_count(source.spec), parameter_count(Source(folder).spec)
     notes = [(f"reference: {p.title}", p.paper) for p in job.recipe.passes]
     notes.append(("convention: bits per weight", BITS_PER_WEIGHT))
+    notes += calibrated_on(job)
     notes.append(("run", f'onecard run {shlex.quote(str(job.out))} "The"'))
     if source.extra:
         notes.append(

@@ -90,6 +90,7 @@ class DropLayers(Cut):
         stay = [index for index in range(spec.num_layers) if index not in gone]
         rows = [Row(f"blocks.{i}", "influence", v) for i, v in enumerate(found["influence"])]
         rows += [Row(f"blocks.{i}", "dropped", True) for i in sorted(gone)]
+        rows.append(Row("layers", "dropped", f"{len(gone)} of {spec.num_layers}"))
         return surgery(spec, stay, [{} for _ in stay]), rows
 
 

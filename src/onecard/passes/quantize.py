@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from onecard.core.errors import FailedWork
+from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import Integers, Weight
 from onecard.core.report import Row
 from onecard.core.spec import Spec
@@ -31,6 +31,8 @@ def make_format(
     bits: int, group: int | Literal["auto"] | None, zero_point: bool, columns: int
 ) -> Integers:
     """The format of a row of `columns`; `auto` is the largest shipped group that divides it."""
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise BadRequest(f"bits is {bits!r}", do="a whole number from 2 to 8 is needed")
     if group == AUTO:
         return Integers(bits, 128, zero_point).for_row(columns)
     return Integers(bits, group, zero_point)

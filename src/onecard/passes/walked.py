@@ -63,6 +63,10 @@ def apply(model: Model, recipe: Recipe, ids: Tensor | None) -> Report:
 
 def check_ids(ids: Tensor, spec: Spec) -> None:
     """BadRequest where they are no samples of tokens that a model can read."""
+    if not hasattr(ids, "is_floating_point"):
+        raise BadRequest(
+            f"ids are a {type(ids).__name__}", do="a tensor int64 [samples, length] is needed"
+        )
     if ids.ndim != 2 or ids.is_floating_point() or not ids.numel() or ids.shape[1] < 2:
         raise BadRequest(f"ids are {str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}",
                          do="int64 [samples, length] is needed, of 2 tokens or more each")  # fmt: skip

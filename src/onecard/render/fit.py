@@ -23,7 +23,7 @@ from onecard.render.page import _LINE, _TEXT, templates
 from onecard.render.tables import MOST, Cell, Table
 from onecard.render.values import by_place, capital, label_of, sure
 
-SHARES = ("likelihood", "agreement")
+SHARES = ("likelihood", "agreement", "accuracy", "right answers")
 NAMES = {"decode": "decoding", "prompt": "reading a prompt", "kl": "KL", "size": "weight files"}
 TOLD = 2  # samples of a comparison
 

@@ -44,6 +44,7 @@ from onecard.render.tables import (
 )  # fmt: skip
 from onecard.render.values import (
     LAYER,
+    STAGE,
     before_of,
     by_place,
     capital,
@@ -223,10 +224,12 @@ def _answer(rows: list[Row], variants: list[str]) -> str:
     if variants:
         return _comparison_answer(rows, variants)
     parts = []
-    for row in (row for what in ANSWER for row in rows if row.what == what):
+    final = [row for row in rows if not STAGE.fullmatch(row.where)]
+    for row in (row for what in ANSWER for row in final if row.what == what):
         change = f" ({change_of(row)})" if change_of(row) else ""
         before = "" if row.before is None else f"from {before_of(row)} to "
-        parts.append(f"{label_of(row.what)} {before}{shown(row)}{change}")
+        text = " on the calibration text" if row.where == "calibration" else ""
+        parts.append(f"{label_of(row.what)}{text} {before}{shown(row)}{change}")
     if rows and is_listing(rows):
         return "Each name, and what it is good for."
     if not parts:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from onecard.core.report import Row
 from onecard.render.values import (
     MISSING,
+    STAGE,
     before_of,
     change_of,
     label_of,
@@ -147,7 +148,20 @@ def every_layer(rows: list[Row]) -> Table | None:
 
 
 def layer_tables(rows: list[Row]) -> list[Table]:
-    """Smallest, median and largest of every number, how often every text occurs, the worst few."""
+    """Smallest, median and largest of every number, how often every text occurs, the worst few.
+
+    Stages change one model one after the other, so what they say of layers is told apart.
+    """
+    stages: dict[str, list[Row]] = {}
+    for row in rows:
+        stage = STAGE.fullmatch(row.where)
+        own = replace(row, where=stage[2]) if stage else row
+        stages.setdefault(f", {stage[1]}" if stage else "", []).append(own)
+    found = [(stage, table) for stage, own in stages.items() for table in _layer_tables(own)]
+    return [replace(table, title=table.title + stage * (len(stages) > 1)) for stage, table in found]
+
+
+def _layer_tables(rows: list[Row]) -> list[Table]:
     summary: list[list[Cell]] = []
     tables = []
     for what in dict.fromkeys(row.what for row in rows):

@@ -27,7 +27,8 @@ DECIMALS = {"perplexity": 3, "bits_per_weight": 2, "nats_per_token": 4, "bits_pe
 WORDS = {"B": ("larger", "smaller"), "1/s": ("faster", "slower"), "s": ("longer", "shorter"),
          "B/s": ("faster", "slower")}  # fmt: skip
 ORIGINALS = ("dense", "original", "baseline")
-LAYER = re.compile(r"blocks\.([0-9]{1,6})(?:\.(.+))?")
+STAGE = re.compile(r"(stage [0-9]{1,6}): (.+)")
+LAYER = re.compile(r"(?:stage [0-9]{1,6}: )?blocks\.([0-9]{1,6})(?:\.(.+))?")
 MISSING = "n/a"
 
 
