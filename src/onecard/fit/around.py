@@ -240,22 +240,23 @@ def lighter(
     by_harm = sorted(groups, key=lambda group: group.harm)
     seen: set[frozenset[str]] = set()
 
-    def tried(gone: frozenset[str]) -> tuple[float, Plan] | None:
-        if gone in seen or len(seen) >= MEASURED or not 0 < len(gone) < len(groups):
-            return None
-        seen.add(gone)
+    def measured(found: Plan) -> tuple[float, Plan]:
+        seen.add(frozenset(found.gone))
         progress(len(seen), MEASURED, "measuring with blocks left out")
-        try:
-            found = removal.with_out(options, limits, groups, gone)
-        except Infeasible:
-            return None
         formats = [option.format for option in found.options(options)]
         settle(bank, dict(zip(places, formats, strict=True)))
         return bank.kl(), found
 
-    first = tried(frozenset(plan.gone))
-    assert first is not None, "what a plan leaves out can be left out"
-    before, best = first[0], first
+    def tried(gone: frozenset[str]) -> tuple[float, Plan] | None:
+        if gone in seen or len(seen) >= MEASURED or not 0 < len(gone) < len(groups):
+            return None
+        try:
+            return measured(removal.with_out(options, limits, groups, gone))
+        except Infeasible:
+            return None
+
+    best = measured(plan)
+    before = best[0]
     while True:
         gone = frozenset(best[1].gone)
         others = [group.name for group in by_harm if group.name not in gone][:OTHERS]

@@ -401,10 +401,12 @@ def together(job: Job, planning: Planning, progress: Progress = Quiet) -> Planni
     for number, toll in enumerate(TOLLS):
         progress(number, len(TOLLS), "measuring with blocks left out")
         dearer = [replace(group, harm=group.harm + toll * typical) for group in groups]
-        gone = removal.solve(options, limits, dearer).gone
+        named = removal.solve(options, limits, dearer)
+        gone, plan = named.gone, summed(options, named.picks, groups)
         if gone in found:
             continue
-        plan = removal.with_out(options, limits, groups, gone)
+        with suppress(Infeasible):
+            plan = removal.with_out(options, limits, groups, gone)
         alone = sum(group.harm for group in groups if group.name in gone)
         harm = SUMS_UP * left_out(job.source, job.ids, job.trial.tried, gone)
         found[gone] = replace(plan, harm=plan.harm - alone + harm)

@@ -354,13 +354,15 @@ def dual(
 ) -> tuple[float, dict[str, float]]:
     """The best lower bound on the harm that ROUNDS subgradient steps find, and its prices."""
     names = list(costs)
+    scale = {name: max(abs(limit), 1e-30) for name, limit in costs.items()}
+    limits = np.array([costs[name] / scale[name] for name in names])
     width = max(map(len, places))
     harm = np.full((len(places), width), np.inf)
     cost = np.zeros((len(names), len(places), width))
     for s, options in enumerate(places):
         for c, option in enumerate(options):
             harm[s, c] = option.harm
-            cost[:, s, c] = [option.cost(name) / max(costs[name], 1e-30) for name in names]
+            cost[:, s, c] = [option.cost(name) / scale[name] for name in names]
     prices, rows = np.zeros(len(names)), np.arange(len(places))
     inside = np.zeros((len(groups), len(places)))
     for g, group in enumerate(groups):
@@ -375,15 +377,15 @@ def dual(
         least = with_prices[rows, pick]
         gone = inside @ least > out
         stays = 1.0 - gone @ inside
-        value = float(least @ stays + out[gone].sum() - prices.sum())
+        value = float(least @ stays + out[gone].sum() - prices @ limits)
         if value > best:
             best, kept = value, prices.copy()
-        over = cost[:, rows, pick] @ stays - 1.0
+        over = cost[:, rows, pick] @ stays - limits
         norm = float(np.square(over).sum())
         if norm == 0 or (np.all(over <= 0) and not prices.any()):
             break
         prices = np.maximum(0.0, prices + step / math.sqrt(norm) / (1 + number) * over)
-    return best, {n: float(p / max(costs[n], 1e-30)) for n, p in zip(names, kept, strict=True)}
+    return best, {n: float(p / scale[n]) for n, p in zip(names, kept, strict=True)}
 
 
 def _with(plan: Plan, bound: float | None, price: float, name: str) -> Plan:
