@@ -256,6 +256,7 @@ def test_damaged_models_are_refused(
     (("run", "MODEL", "hi", "--seed", "9" * 30), "too large"),
     (("inspect", "org/name/more"), "no folder"),
     (("inspect", "MODEL", "--context", "-1"), "context"),
+    (("inspect", "MODEL", "--device", "auto", "--batch", 10**6), "positions in all"),
     (("inspect", "MODEL", "--device", "zzzzzzzz"), "DDR4-3200, 2 channels; DDR5"),
     (("report", "MODEL"), "no report"),
     (("report", "REPORT", "--out", "nowhere/page.html"), "there is no folder nowhere"),

@@ -193,6 +193,23 @@ def test_a_mask_that_lies_is_found() -> None:
         expand.expand(parts, SHAPE, weight.format)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["fp8-row", "nf4-g64", "int4-g32", "codebook4-row"])
+def test_damaged_scales_give_infinities_and_no_warnings(name: str) -> None:
+    weight = held(weights() * 100, parse_format(name).scaled("fp32"))
+    parts = {key: storage.as_numpy(part).copy() for key, part in weight.parts.items()}
+    part = "weight_table" if name.startswith("code") else "weight_scale"
+    parts[part] = np.full_like(parts[part], np.inf)
+    assert not np.isfinite(expand.expand(parts, SHAPE, weight.format)).all()
+
+
+def test_a_group_that_cannot_be_changed() -> None:
+    with pytest.raises(BadRequest, match="sizes that do: 32"):
+        parse_format("nf4-g64").bytes((3, 96))
+    with pytest.raises(BadRequest, match="mxfp4 has no other size"):
+        parse_format("mxfp4").bytes((3, 172))
+
+
 def test_hashing_is_even_and_the_best_there_is() -> None:
     """Buckets and signs are evenly taken; no other shared numbers come closer."""
     bucket, sign = expand.hashed((256, 512), 1000)

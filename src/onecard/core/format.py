@@ -151,9 +151,12 @@ class Grouped(Format):
         if shape[1] % self.group:
             raise BadRequest(
                 f"groups of {self.group} do not divide a row of {shape[1]} weights",
-                do=f"sizes that do: {_divisors(shape[1])}, or one group per row (group: null)",
+                do=self._instead(shape[1]),
             )
         return shape[1] // self.group
+
+    def _instead(self, columns: int) -> str:
+        return f"sizes that do: {_divisors(columns)}, or one group per row (group: null)"
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,11 @@ class Levels(Grouped):
         if kind == "fp8":
             parts["weight_global"] = ("fp32", (1,))
         return parts
+
+    def _instead(self, columns: int) -> str:
+        if TABLES[self.table].group:
+            return f"{self.table} has no other size: take another format, nf4 say"
+        return super()._instead(columns)
 
     def for_row(self, columns: int) -> Levels:
         if TABLES[self.table].group:

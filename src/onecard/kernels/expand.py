@@ -38,8 +38,12 @@ Floats = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def expand(parts: Arrays, shape: Shape, format: Format) -> Floats:
-    """The matrix [rows, columns] in float32. BadRequest where the parts contradict each other."""
+    """The matrix [rows, columns] in float32. BadRequest where the parts contradict each other.
+
+    What damaged scales make infinite is found by those who lay it out, by the matrix's name.
+    """
     rows, columns = shape
     match format:
         case Dense(dtype):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from onecard.checkpoint.source import Source
 from onecard.core.device import resident
 from onecard.core.errors import BadRequest
-from onecard.runtime.cpu import PAGE, CpuSettings, Described
+from onecard.runtime.cpu import MOST, PAGE, CpuSettings, Described
 from onecard.runtime.weights import Formats, planned_weights
 
 USUAL = CpuSettings()
@@ -57,8 +57,15 @@ def footprint(
     where the engine cannot run the model.
     """
     if context < 1 or batch < 1:
-        raise BadRequest(f"a context of {context} for {batch} sequences was asked for")
+        raise BadRequest(
+            f"a context of {context} for {batch} sequences was asked for", do="both are 1 or more"
+        )
     pages = batch * -(-context // PAGE)
+    if pages * PAGE > MOST["context"]:
+        raise BadRequest(
+            f"{batch} sequences of {context} positions were asked for",
+            do=f"{MOST['context']} positions in all are possible",
+        )
     weights = planned_weights(source, settings.head, formats)
     work, kv = Described(source, replace(settings, context=pages * PAGE), weights).need()
     sizes: Counter[str] = Counter()

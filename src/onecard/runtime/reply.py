@@ -110,7 +110,7 @@ class Reply:
         return FailedWork(
             f"the model's logits at step {len(self.new)} are not numbers",
             seen=seen,
-            do="try dtype fp32; if that fails too, the weights are damaged",
+            do="try float32 (--engine reference --dtype fp32); if that fails too, the weights are damaged",
         )
 
     def _show(self, id: int) -> str:
