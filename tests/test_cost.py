@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from onecard import cost, verbs
+from onecard import cost
 from onecard.checkpoint.source import Source
 from onecard.core.device import Device
 from onecard.core.format import Format, Integers, parse_format
@@ -18,6 +18,7 @@ from onecard.kernels import cpu, layout, rates
 from onecard.kernels.rates import Attending, Form, Heads, Rate
 from onecard.runtime.footprint import footprint
 from onecard.runtime.weights import matrices
+from onecard.verbs import look
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native library is not built")
 FORMATS = ("int4-g64", "int2-g32-zp", "bf16", "codebook3", "codebook4-row", "sparse0.5(int8-g64)",
@@ -164,7 +165,7 @@ def test_measuring_again_forgets_kernels(tmp_path: Path, monkeypatch: pytest.Mon
         assert cpu.remember(name, "a machine", 1)
     monkeypatch.setattr("onecard.kernels.tune.apply", lambda refresh: None)
     monkeypatch.setattr(cpu, "info", lambda refresh: Report((Row("cpu", "cores", 2),)))
-    verbs.info(json=True)
+    look.info(json=True)
     assert cpu.remembered(rates.FILE) and cpu.remembered(cost.FILE)
-    verbs.info(refresh=True, json=True)
+    look.info(refresh=True, json=True)
     assert not cpu.remembered(rates.FILE) and not cpu.remembered(cost.FILE)

@@ -1,4 +1,4 @@
-"""The entry point: words in, an exit code out. The verbs are in verbs.py.
+"""The entry point: words in, an exit code out. The verbs are in `verbs`.
 
 Exit code 0: done; 1: work failed, what was finished is kept; 2: the request cannot be carried out and
 nothing was touched; 130: interrupted. `--debug` shows the traceback. Nothing heavy is imported before
