@@ -21,10 +21,11 @@ INTEGERS = (
 CODEBOOKS = ("codebook2", "codebook2-row", "codebook8x4", "codebook3", "codebook3-row", "codebook4")
 MORE = (
     "int2-g32", "int2-g64", "int2-row", "int3-row", "int3-g128-zp", "int3-g32-zp", "int4-g64-zp", "int4-row",
-    "int4-g32-zp", "int5-g32", "int6-g64", "int6-g32", "int7-g128", "int8-row", "codebook6x2", "codebook8x2",
+    "int4-g32-zp", "int5-g32", "int6-g64", "int8-row", "codebook6x2", "codebook8x2",
     "codebook4-row", "codebook5", "codebook6", "sparse0.5(int4-g64)", "sparse0.3(int3-g64)",
     "lowrank16(int8-row)+int2-g64", "lowrank16(int8-row)+int3-g64", "nf4-g64",
 )  # fmt: skip
+FINE = ("int6-g32", "int7-g128", "int7-g32")
 TABLES = ("int3-g32", "int4-g32", "int4-g64", "int5-g64", "int6-g64", "int6-g128", "int8-g128")
 CACHES = ("fp16", "int8", "fp8", "int4")
 
@@ -48,9 +49,9 @@ class Trial:
 
 TRIALS = {
     "quick": Trial(8192, 256, 512, (3.25,), True, "nearest", INTEGERS, 0, 2.0),
-    "normal": Trial(16384, 256, 1024, (2.2, 3.2, 4.2), False, "gptq", INTEGERS + CODEBOOKS, 1, 1.5),
+    "normal": Trial(16384, 256, 1024, (2.2, 3.2, 4.2), False, "gptq", INTEGERS + CODEBOOKS + FINE, 1, 1.5),
     "thorough": Trial(32768, 512, 4096, (2.0, 2.25, 2.6, 3.1, 3.6, 4.2, 5.2), False, "gptq",
-                      INTEGERS + CODEBOOKS + MORE, 3, 1.3),
+                      INTEGERS + CODEBOOKS + FINE + MORE, 3, 1.3),
 }  # fmt: skip
 
 
