@@ -24,7 +24,7 @@ from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest
 from onecard.core.format import parse_format
 from onecard.core.spec import sites
-from onecard.fit import candidates, gates, planner, removal, story
+from onecard.fit import candidates, gates, planner, removal, sensitivity, story
 from onecard.fit import fit as fits
 from onecard.fit.around import Bank, lighter, neighbours, search
 from onecard.fit.candidates import TRIALS, Trial, possible, size_of
@@ -392,6 +392,21 @@ def test_quick_deals_out_what_blocks_do(tiny: Path, ids: torch.Tensor, tmp_path:
         for site in sites(layer):
             harms = found.harms[f"blocks.{i}.{site.name}"]
             assert harms["int2-g64-zp"] > harms["int4-g64"] > harms["bf16"] == 0
+
+
+def test_some_rows_tell_what_rounding_all_of_them_does(
+    tiny: Path, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = replace(TRIALS["quick"], tokens=512, length=64, tried=128)
+    every = look(Source(tiny), ids, trial, tmp_path / "every").errors
+    monkeypatch.setattr(sensitivity, "ROWS", 16)
+    some = look(Source(tiny), ids, trial, tmp_path / "some").errors
+    monkeypatch.setattr(sensitivity, "rounding_error", lambda *_: None)
+    made = look(Source(tiny), ids, trial, tmp_path / "made").errors
+    for where, found in made.items():
+        for name, error in found.items():
+            assert every[where][name] == pytest.approx(error, rel=1e-4)
+            assert some[where][name] == pytest.approx(error, rel=0.25)
 
 
 def test_between_the_points() -> None:

@@ -58,7 +58,7 @@ TRIALS = {
 LARGE = 150_000_000
 """Parameters from which quick effort tries less, so that it stays quick."""
 QUICK_LARGE = Trial(
-    2048, 256, 256, (3.25,), True, "nearest",
+    1024, 256, 256, (3.25,), True, "nearest",
     ("int2-g32-zp", "int2-g64-zp", "int3-g32", "int3-g64", "int3-g128", "int4-g32", "int4-g64", "int4-g128",
      "int6-g128", "int8-g128"), 0, 2.0, ("int4-g32", "int6-g64", "int8-g128"), False,
 )  # fmt: skip
