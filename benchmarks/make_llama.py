@@ -1,6 +1,6 @@
 """A Llama checkpoint of a benchmark shape with random weights, for timing what does not depend on them.
 
-    python benchmarks/make_llama.py OUT --shape 1.1b|135m [--seed 0]
+    python benchmarks/make_llama.py OUT --shape 1.1b|135m [--layers 4] [--seed 0]
 
 Writes the usual folder: config.json, model.safetensors in bfloat16, tokenizer.json. Matrices are normal with
 deviation 0.02, norms are 1. Values are drawn, rounded and written a few million at a time, so that memory
@@ -23,7 +23,7 @@ import struct
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,11 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--layers", type=int, help="so many, not the shape's own")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     shape = SHAPES[asked.shape]
+    shape = replace(shape, num_layers=asked.layers or shape.num_layers)
 
     asked.out.mkdir(parents=True, exist_ok=True)
     made = tokenizer()

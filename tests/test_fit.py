@@ -24,8 +24,8 @@ from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest
 from onecard.core.format import parse_format
 from onecard.core.spec import sites
+from onecard.fit import candidates, gates, planner, removal, story
 from onecard.fit import fit as fits
-from onecard.fit import gates, planner, removal, story
 from onecard.fit.around import Bank, lighter, neighbours, search
 from onecard.fit.candidates import TRIALS, Trial, possible, size_of
 from onecard.fit.costs import Costs, program_bytes
@@ -606,6 +606,22 @@ def test_blocks_go_where_the_smallest_formats_are_too_large(
     monkeypatch.setattr(gates, "judged", real)
     again = fits.fit(fits.prepare(killed), measure=False)
     assert same(tmp_path / "one", tmp_path / "two") and again.promises[0] == result.promises[0]
+
+
+def test_quick_effort_tries_removal_of_a_large_model_where_it_is_needed(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = int(least_of(tiny, text_file, tmp_path)) - 4096
+    monkeypatch.setattr(candidates, "LARGE", 1000)
+    roomy = fits.prepare(request(tiny, text_file, tmp_path / "out", tmp_path, size=half(tiny)))
+    found = look(roomy.source, roomy.ids, roomy.trial, tmp_path)
+    assert not roomy.trial.left_out and not fits.plan_for(roomy, found).groups
+    tight = fits.prepare(request(tiny, text_file, tmp_path / "out", tmp_path, size=size))
+    assert tight.trial.left_out and not tight.effort.left_out
+    planning, found = fits.plan_only(tight)
+    assert planning.plan.gone and all(f"blocks.{i}" in found.harms for i in range(3))
+    together = left_out(tight.source, tight.ids, tight.trial.tried, planning.plan.gone)
+    assert planning.harm > fits.SUMS_UP * together > 0
 
 
 def test_what_goes_is_measured_around(

@@ -276,7 +276,11 @@ def places(job: Job, found: Sensitivity, planning: Planning) -> tuple[Place, ...
         tried = tuple(
             TriedFormat(name, harm, 0, 0, 0.0) for name, harm in found.harms.get(where, {}).items()
         )
-        why = layer_reason(job, planning, groups[where]) if where in groups else "never left out"
+        why = (
+            layer_reason(job, planning, groups[where])
+            if where in groups
+            else "leaving it out was not tried"
+        )
         harm = groups[where].harm if gone else 0.0
         told.append(
             Place(where, index, "layer", 0, GONE if gone else "kept", 0.0, harm, 0, 0, why, tried)

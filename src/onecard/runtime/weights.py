@@ -79,12 +79,13 @@ def open_weights(
     parts = list(_planned(source, head))
     homes = homes_of(source.folder)
     before = _identities(source)
-    model = _model_hash(source, homes, threads)
+    model, hashed = _model_hash(source, homes, threads)
     key = _digest([model, head])
     wanted = [(part.name, part.choices) for part in parts]
     for home in homes:
         found = weightfile.opened(_file(home, key), key, wanted, threads)
         if found is not None:
+            _remember(hashed, homes)
             return Weights(source, head, found).read_in()
     header = Header(key, model, str(source.folder.resolve()), f"{LAYOUT}, onecard {__version__}")
     made = _made(source, parts, header, homes, threads, say or _to_stderr)
@@ -92,6 +93,7 @@ def open_weights(
         if made.path is not None:
             made.path.unlink(missing_ok=True)
         raise BadRequest(f"{source.folder} changed while it was read", do="load it again")
+    _remember(hashed, homes)  # not before: beside a model that is refused nothing is left
     return Weights(source, head, made).read_in()
 
 
@@ -488,27 +490,37 @@ def _current(found: Header | None, mine: Header, own: bool) -> bool:
     return found.model == mine.model or others
 
 
-def _model_hash(source: Source, homes: Sequence[Path], threads: int) -> str:
-    """A hash of all that the parts are made of, but for the choice of head."""
+Rows = dict[str, list[Any]]
+
+
+def _model_hash(source: Source, homes: Sequence[Path], threads: int) -> tuple[str, Rows]:
+    """A hash of all that the parts are made of, but for the choice of head; what may be remembered of it."""
     names = {source.folder / "config.json", *source.checkpoint.files}
     if (source.folder / MANIFEST).is_file():
         listed = read_json(source.folder / MANIFEST).get("files")
         listed = listed if isinstance(listed, dict) else {}
         names |= {p for p in (source.folder / Path(name).name for name in listed) if p.is_file()}
-    hashes = _hashes(sorted(names), homes, threads)
+    hashes, rows = _hashes(sorted(names), homes, threads)
     verify(source.folder, lambda file: hashes[file] if file in hashes else sha256_of(file))
     tensors = [hashes[file] for file in source.checkpoint.files]
-    return _digest(
-        [LAYOUT, weightfile.VERSION, __version__, hashes[source.folder / "config.json"], tensors]
-    )
+    made_of = [
+        LAYOUT,
+        weightfile.VERSION,
+        __version__,
+        hashes[source.folder / "config.json"],
+        tensors,
+    ]
+    return _digest(made_of), rows
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
-def _hashes(files: Sequence[Path], homes: Sequence[Path], threads: int) -> dict[Path, str]:
-    """The sha256 of each file, from memory where nothing about it changed."""
+def _hashes(
+    files: Sequence[Path], homes: Sequence[Path], threads: int
+) -> tuple[dict[Path, str], Rows]:
+    """The sha256 of each file, from memory where nothing about it changed; what is new to remember."""
     known: dict[str, Any] = {}
     for home in homes:
         with suppress(BadRequest):
@@ -520,19 +532,15 @@ def _hashes(files: Sequence[Path], homes: Sequence[Path], threads: int) -> dict[
         if isinstance(row, list) and row[:-1] == about and isinstance(row[-1], str):
             hashes[file] = row[-1]
     missing = [file for file in files if file not in hashes]
-    if not missing:
-        return hashes
     now = time.time()
     with ThreadPoolExecutor(threads) as pool:
         hashes |= dict(zip(missing, pool.map(sha256_of, missing), strict=True))
-    rows = {}
+    rows: Rows = {}
     for file in missing:
         place, about = identities[file]
         if now - max(about[1], about[2]) / 1e9 > FRESH and _identity(file) == identities[file]:
             rows[place] = [*about, hashes[file]]
-    if rows:
-        _remember(rows, homes)
-    return hashes
+    return hashes, rows
 
 
 def _identities(source: Source) -> list[tuple[str, list[int]]]:
@@ -545,9 +553,9 @@ def _identity(file: Path) -> tuple[str, list[int]]:
     return str(file.resolve()), [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
 
 
-def _remember(rows: dict[str, list[Any]], homes: Sequence[Path]) -> None:
+def _remember(rows: Rows, homes: Sequence[Path]) -> None:
     """Adds to the first `hashes.json` that can be written; those of files that are gone are dropped."""
-    for home in homes:
+    for home in homes if rows else ():
         known: dict[str, Any] = {}
         with suppress(BadRequest):
             known = read_json(home / HASHES)
