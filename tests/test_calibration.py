@@ -104,8 +104,12 @@ def test_texts_of_no_use(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_ids_as_given(tmp_path: Path) -> None:
-    path = write(tmp_path / "ids.json", "[[1, 2, 3], [4, 5, 299]]")
-    assert calibration_ids(None, path, Calibration(), 300).tolist() == [[1, 2, 3], [4, 5, 299]]
+    rows = [list(range(284, 300)), list(range(16))]
+    path = write(tmp_path / "ids.json", json.dumps(rows))
+    assert calibration_ids(None, path, Calibration(), 300).tolist() == rows
+    path = write(tmp_path / "ids.json", json.dumps([row[:-1] for row in rows]))
+    with pytest.raises(BadRequest, match="gives 30 tokens, at least 32"):
+        calibration_ids(None, path, Calibration(), 300)
 
 
 @pytest.mark.parametrize("rows", [

@@ -21,7 +21,8 @@ import torch
 from conftest import call, make_llama
 from safetensors.torch import load_file, save_file
 
-from onecard.checkpoint.journal import partial_of
+from onecard.calibrate.data import Calibration
+from onecard.checkpoint.journal import mount_points, partial_of
 from onecard.core.errors import BadRequest
 from onecard.core.settings import parse_size
 
@@ -212,6 +213,10 @@ def test_damaged_models_are_refused(
     (("compress", "MODEL", "out", "--data", "BINARY"), "UTF-8"),
     (("compress", "MODEL", "out", "--data", "TEXT", "--length", 4096), "tokens"),
     (("compress", "MODEL", "out", "--data", "IDS"), "knows 300 tokens"),
+    (("compress", "MODEL", "out", "--data", "FEW"), "at least 32"),
+    (("fit", "MODEL", "out", "--size", "1MB", "--calibration", "FEW"), "at least 32"),
+    (("compress", "MODEL", "out", "--data", "IDS", "--samples", 128, "--length", 8),
+     "leave out --samples and --length"),
     (("compress", "MODEL", "MODEL"), "lies in the source"),
     (("compress", "MODEL", "FULL"), "not empty"),
     (("compress", "MODEL", "EMPTY"), "is a file"),
@@ -272,6 +277,7 @@ def test_bad_requests(
     files = {
         "REPORT": b'{"rows": [], "environment": {}}',
         "EMPTY": b"", "BINARY": b"\xff\xfe\x00\x01" * 50, "IDS": b"[[1, 2, 300]]",
+        "FEW": b"[[1, 2, 3]]",
         "KEY": b"passes: [{gptq: {groupp: 64}}]", "BITS": b"passes: [{rtn: {bits: 9}}]",
         "GROUP": b"passes: [{gptq: {group: 48}}]", "PASS": b"pass: [{gptq: {bits: 4}}]",
         "TWICE": b"passes:\n  - rtn: {bits: 4, bits: 3}", "SEARCH": b"passes: [{gptq: {block: 0}}]",
@@ -279,9 +285,13 @@ def test_bad_requests(
     }  # fmt: skip
     names = {"MODEL": str(tiny), "TEXT": str(text_file)}
     for name, data in files.items():
-        suffix = {"IDS": ".json", "REPORT": ".json", "EMPTY": ".txt", "BINARY": ".txt"}.get(
-            name, ".yaml"
-        )
+        suffix = {
+            "IDS": ".json",
+            "FEW": ".json",
+            "REPORT": ".json",
+            "EMPTY": ".txt",
+            "BINARY": ".txt",
+        }.get(name, ".yaml")
         path = tmp_path / f"{name}{suffix}"
         path.write_bytes(data)
         names[name] = str(path)
@@ -331,6 +341,112 @@ def test_force_replaces_only_results(
     assert (folder / "notes.txt").read_text() == "precious"
     assert where != "parent" or (source / "model.safetensors").is_file()
     assert len(capsys.readouterr().err.strip().splitlines()) <= 6
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "more/notes.txt", "LICENSE", "report.pdf"])
+def test_force_keeps_what_was_added_to_a_result(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    """A result is replaced with what onecard put there and with nothing else."""
+    out = tmp_path / "out"
+    words = ("compress", tiny, out, "--recipe", "rtn-int8", "--no-prove", "--force")
+    assert call(*words) == 0
+    made = (out / "model.safetensors").stat().st_mtime_ns
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("precious")
+    for refused in (
+        words,
+        ("fit", tiny, out, "--size", "1MB", "--force"),
+        ("demo", out, "--force"),
+    ):
+        capsys.readouterr()
+        assert call(*refused) == 2, refused
+        said = capsys.readouterr().err
+        assert f"holds {Path(name).parts[0]}, which is not" in said and "move it away" in said
+    assert (out / name).read_text() == "precious" and not list(tmp_path.glob(".out*"))
+    assert (out / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_force_replaces_all_that_is_a_results_own(model: Path, tmp_path: Path) -> None:
+    """What was carried over from the source, what ran it and what was written beside it are."""
+    out = tmp_path / "out"
+    (model / "LICENSE").write_text("free")
+    words = ("compress", model, out, "--recipe", "rtn-int8", "--force")
+    assert call(*words) == 0
+    assert call("run", out, "The", "--max-tokens", 2) == 0 and call("report", out) == 0
+    kept = {"LICENSE", "recipe.yaml", "report.html"}
+    assert kept < {path.name for path in out.iterdir()}
+    assert call(*words) == 0
+
+
+def test_a_bound_folder_is_no_output(tiny: Path, tmp_path: Path) -> None:
+    """It cannot be replaced, so nothing is begun; os.path.ismount does not see it on the same disk."""
+    out = tmp_path / "a folder"
+    assert call("compress", tiny, out, "--recipe", "rtn-int8", "--no-prove") == 0
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    words = [sys.executable, "-m", "onecard", "compress", str(tiny), str(out), "--no-prove",
+             "--recipe", "rtn-int4", "--force"]  # fmt: skip
+    script = 'mount --bind "$0" "$0" || exit 99; "$@"'
+    bound = ["unshare", "-rm", "sh", "-c", script, str(out), *words]
+    try:
+        done = subprocess.run(bound, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("unshare is not installed")
+    if done.returncode not in (0, 2) and "onecard" not in done.stderr:
+        pytest.skip(f"nothing can be bound here: {done.stderr}")
+    assert done.returncode == 2 and "disk is mounted" in done.stderr, done.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_mounts_are_read(tmp_path: Path) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_text(
+        "22 1 8:1 / / rw - ext4 /dev/a rw\n23 22 8:1 /x /a\\040b\\134c rw - ext4 /dev/a rw\n\n"
+    )
+    assert mount_points(table) == {"/", "/a b\\c"}
+    assert mount_points(tmp_path / "none") == set()
+
+
+def test_a_broken_tokenizer_is_not_carried_over(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Rounding does not read it, who runs the result does; without one there is nothing to check."""
+    words = ("compress", model, tmp_path / "out", "--recipe", "rtn-int8", "--no-prove")
+    broken_tokenizer(model)
+    assert call(*words) == 2
+    assert "tokenizer.json cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not partial_of(tmp_path / "out").exists()
+    no_tokenizer(model)
+    assert call(*words) == 0
+
+
+@pytest.mark.parametrize("gone", [
+    ("model.layers.1.mlp.up_proj.weight",),
+    ("model.layers.0.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"),
+], ids=len)  # fmt: skip
+def test_inspect_counts_missing_tensors(
+    model: Path, capsys: pytest.CaptureFixture, gone: tuple[str, ...]
+) -> None:
+    assert call("inspect", model, "--json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert "missing_tensors" not in {row["what"] for row in whole["rows"]}
+    found = tensors(model)
+    save_file({k: v for k, v in found.items() if k not in gone}, model / "model.safetensors")
+    assert call("inspect", model, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {r["what"]: r["value"] for r in report["rows"]}["missing_tensors"] == len(gone)
+    assert any(name in json.dumps(report["notes"]) for name in gone)
+    assert call("run", model, "hi", "--max-tokens", 1) == 2
+    said = capsys.readouterr().err
+    assert "lacks the tensor" in said and ("and 2 more" in said) == (len(gone) == 3)
+
+
+def test_inspect_says_what_keeps_a_model_from_being_loaded(
+    model: Path, capsys: pytest.CaptureFixture
+) -> None:
+    wrong_shape(model)
+    assert call("inspect", model) == 0
+    assert "model.norm.weight has shape [7]" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_output_through_a_link(tiny: Path, tmp_path: Path) -> None:
@@ -437,7 +553,8 @@ def test_help_describes_every_option(capsys: pytest.CaptureFixture) -> None:
     text += capsys.readouterr().out
     for noise in ("[default: False]", "[default: None]", "default: ()", "--empty-"):
         assert noise not in text
-    assert "[default: 128" in text
+    for default in (Calibration.samples, Calibration.length):
+        assert f"[default: {default}]" in text
 
 
 def test_unexpected_errors_are_short(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from conftest import call, make_llama
 from onecard.calibrate.train import Training, training_ids
 from onecard.checkpoint.load import load_model
 from onecard.checkpoint.shards import read_json, sha256_of
-from onecard.core.errors import BadRequest
+from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.report import Report
 from onecard.core.spec import parameter_count
 from onecard.nn.families import family_of
@@ -214,6 +215,24 @@ def test_distilling_back_into_a_packed_student(tiny: Path, text_file: Path, tmp_
     teach(prepare_distillation(tiny, tmp_path / "small", tmp_path / "out", SHORT, text_file))
     made = load_model(tmp_path / "out")
     assert {linear.format.name for _, linear in made.linears()} == {"int4-g128"}
+
+
+def test_what_is_added_while_it_works_stays(tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    config, out = smaller(tiny, tmp_path / "student.json", num_hidden_layers=2), tmp_path / "out"
+    job = prepare_distillation(tiny, config, out, SHORT, text_file)
+
+    def add(folder: Path, report: Report) -> Report:
+        out.mkdir()
+        (out / "notes.txt").write_text("precious")
+        return report
+
+    with pytest.raises(FailedWork, match="no longer empty"):
+        teach(job, finish=add)
+    assert (out / "notes.txt").read_text() == "precious"
+    shutil.rmtree(out)
+    seen: list[int] = []
+    teach(job, progress=lambda done, total, what: seen.append(done))
+    assert load_model(out).spec.num_layers == 2 and set(seen) <= {12}, "it was trained already"
 
 
 def test_targets_from_the_command_line(tiny: Path, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def fitted(layers: int = 22, kept: bool = True, name: str = "llama-1.1b") -> Fit
     )
     answer = (
         (
-            f"{name} fits: 620 MiB, 3.39x smaller, 1.11 GiB in memory with 2048 tokens, 29.4 tokens/s, "
+            f"{name} fits: 620 MiB, 3.39× smaller, 1.11 GiB in memory with 2048 tokens, 29.4 tokens/s, "
             "99.21% of the original's likelihood kept."
         )
         if kept

@@ -68,6 +68,24 @@ def test_it_does_not_overwrite(found: tuple[Path, Report]) -> None:
         run_methods(found[0])
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "mine/notes.txt", "int8/notes.txt", "int8/a/b.txt"])
+def test_force_keeps_what_was_added(found: tuple[Path, Report], name: str) -> None:
+    """To the folder of all or to that of one variant."""
+    path = found[0] / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("precious")
+    try:
+        with pytest.raises(BadRequest, match="not the result's own"):
+            run_methods(found[0], force=True)
+        assert (
+            path.read_text() == "precious" and len(list(found[0].glob("int*/manifest.json"))) == 5
+        )
+    finally:
+        path.unlink()
+        if path.parent.name in ("mine", "a"):
+            path.parent.rmdir()
+
+
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps the variants that it has, with and without force; a stranger's folder stays one."""
     monkeypatch.setattr(methods, "VARIANTS", VARIANTS[:2])
@@ -87,6 +105,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run_methods(out)
     assert (out / "int8" / "model.safetensors").stat().st_mtime_ns == made
     assert (out / "report.json").is_file()
+    run_methods(out, force=True)
+    assert (out / "int8" / "model.safetensors").stat().st_mtime_ns > made
     (tmp_path / "strange" / "int8").mkdir(parents=True)
     (tmp_path / "strange" / "notes.txt").write_text("precious")
     with pytest.raises(BadRequest, match="not empty"):

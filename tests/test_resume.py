@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from onecard.checkpoint import save
 from onecard.checkpoint.journal import Journal, partial_of
 from onecard.checkpoint.shards import sha256_of
 from onecard.core.errors import BadRequest, FailedWork
+from onecard.core.report import Report
 from onecard.passes import GPTQ, RoundToNearest
 from onecard.passes.base import Recipe
 from onecard.passes.job import Settings, compress, prepare
@@ -186,6 +188,26 @@ def test_another_job_is_not_mixed_in(tiny: Path, text_file: Path, tmp_path: Path
         compress(prepare(tiny, out, other, Settings()))
     compress(prepare(tiny, out, other, Settings(force=True)))
     assert (out / "config.json").is_file()
+
+
+def test_what_is_added_while_it_works_stays(
+    tiny: Path, text_file: Path, tmp_path: Path, undisturbed: dict
+) -> None:
+    """The result waits beside it, and the same command puts it there once the file is moved away."""
+    out = tmp_path / "out"
+    compress(prepare(tiny, out, RECIPE, settings(text_file)))
+    job = prepare(tiny, out, RECIPE, replace(settings(text_file), force=True))
+
+    def add(folder: Path, report: Report) -> Report:
+        (out / "notes.txt").write_text("precious")
+        return report
+
+    with pytest.raises(FailedWork, match=r"now holds notes\.txt"):
+        compress(job, finish=add)
+    assert (out / "notes.txt").read_text() == "precious"
+    (out / "notes.txt").unlink()
+    compress(job)
+    assert result(out) == undisturbed and not partial_of(out).exists()
 
 
 def test_full_disk_keeps_what_is_done(tiny: Path, text_file: Path, tmp_path: Path, undisturbed: dict,

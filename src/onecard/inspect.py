@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from onecard.checkpoint.hub import called, find_model
@@ -95,6 +96,13 @@ def inspect_model(
     ]
     told = f"{batch} x {context} tokens, 2 bytes per number; smaller ones with their scales"
     notes = [("convention: bits per weight", BITS_PER_WEIGHT), ("convention: kv cache", told)]
+    missing, wrong = lacking(folder)
+    if missing:
+        rows.insert(3, Row("model", "missing_tensors", len(missing)))
+        text = f"{missing[0]} and others" if len(missing) > 1 else missing[0]
+        wrong = f"there is no {text}: the download is incomplete, or config.json is another model's"
+    if wrong:
+        notes.insert(0, ("cannot be loaded", wrong))
     if device is not None:
         source = Source(folder)
         if device == "auto":
@@ -112,6 +120,14 @@ def inspect_model(
         text = f"{context} tokens are more than the {spec.max_context} that the model is made for"
         notes.append(("context", text))
     return Report(tuple(rows), environment(), called(model), tuple(notes))
+
+
+def lacking(folder: Path) -> tuple[tuple[str, ...], str]:
+    """Tensors that config.json asks for and no header shows; what else keeps a folder from being loaded."""
+    try:
+        return Source(folder, whole=False).missing, ""
+    except BadRequest as problem:
+        return (), problem.what
 
 
 def part_of(name: str) -> str:

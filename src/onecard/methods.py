@@ -66,8 +66,12 @@ def run_methods(
             "the shipped model is missing from this installation", do="reinstall onecard"
         )
     given, out = out, out.resolve()
-    if not is_begun(out):
-        check_target(out, SHIPPED, force)
+    if is_begun(out):
+        for recipe in VARIANTS:
+            if not is_made(out / folder_name(recipe), recipe):
+                check_target(out / folder_name(recipe), SHIPPED, force=True)
+    else:
+        check_target(out, SHIPPED, force, [folder_name(recipe) for recipe in VARIANTS])
         if force:
             shutil.rmtree(out, ignore_errors=True)  # check_target has seen that it is a result
     out.mkdir(parents=True, exist_ok=True)
@@ -119,9 +123,14 @@ def is_begun(out: Path) -> bool:
     return bool(found) and names.issuperset(found)
 
 
+def is_made(folder: Path, recipe: Recipe) -> bool:
+    """A variant is there, from before an interruption."""
+    return is_finished(SHIPPED, folder, recipe, Settings(CALIBRATION))
+
+
 def made(folder: Path, recipe: Recipe) -> Report:
-    """The report of one variant, which is made unless it was before an interruption."""
-    if is_finished(SHIPPED, folder, recipe, Settings(CALIBRATION)):
+    """The report of one variant, which is made unless it was before."""
+    if is_made(folder, recipe):
         return Report.from_json((folder / "report.json").read_text(encoding="utf-8"))
     return compress(prepare(SHIPPED, folder, recipe, Settings(CALIBRATION, force=True)))
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 SMALL, LARGEST = 1 << 20, 1 << 30
 """Bytes of a calibration text up to which it is tokenized whole; beyond which it is refused."""
 
+FEWEST = 32
+"""Ids that are given as such, in all, with fewer of which nothing can be learned."""
+
 ROOM, MOST_ROOM, SPARE = 8, 512, 16
 """Bytes per token wanted that a slice has at first, and that it may grow to; the ids at its end that
 are not used, as the word there may be cut."""
@@ -177,6 +180,9 @@ def _given(path: Path, vocab_size: int) -> Tensor:
             f"{path} holds the id {largest}, the model knows {vocab_size} tokens",
             do="give ids of the model's own tokenizer",
         )
+    if (count := sum(map(len, rows))) < FEWEST:
+        raise BadRequest(f"{path} gives {count} tokens, at least {FEWEST} are needed",
+                         do="give more or longer lists of ids")  # fmt: skip
     return _tensor(rows, vocab_size)
 
 

@@ -14,8 +14,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from onecard.core.settings import format_size
 
 Key = Mapping[str, Any]
 LONGEST_NAME = 200
+BESIDE = frozenset({"manifest.json", "report.json", "report.html", "fit.json", ".onecard"})
+"""What a result's folder holds of its own that its manifest does not name."""
 
 
 class Journal:
@@ -171,11 +174,8 @@ class Journal:
     def publish(self, replace: bool) -> None:
         """The complete `result` gets its final name, in one step; then the journal goes."""
         old = self.out.with_name(f".{self.out.name}.replaced")
+        check_still(self.out, self.result, replace)
         if self.out.is_dir() and any(self.out.iterdir()):
-            if not replace:
-                raise FailedWork(
-                    f"{self.out} is no longer empty", do=f"the result is in {self.result}"
-                )
             shutil.rmtree(old, ignore_errors=True)
             os.replace(self.out, old)
         os.replace(self.result, self.out)
@@ -206,8 +206,9 @@ def partial_of(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
-def check_target(out: Path, source: Path, force: bool) -> None:
-    """OUT can be written: apart from the source, not a file, empty, or a result to be replaced."""
+def check_target(out: Path, source: Path, force: bool, own: Collection[str] = ()) -> None:
+    """OUT can be written: apart from the source, not a file, empty, or a result to be replaced in which
+    nothing else lies. `own` names results that belong to it."""
     out, source = out.resolve(), source.resolve()
     if out == source or source in out.parents:
         raise BadRequest(f"the output {out} lies in the source", do="give another folder")
@@ -217,7 +218,7 @@ def check_target(out: Path, source: Path, force: bool) -> None:
             raise BadRequest(f"the output {out} would replace {what}", do="give another folder")
     if str(out).encode("utf-8", "replace").decode("utf-8") != str(out):
         raise BadRequest(f"the path {out} is not UTF-8", do="give another folder")
-    if os.path.ismount(out):
+    if os.path.ismount(out) or str(out) in mount_points():
         raise BadRequest(f"{out} is where a disk is mounted", do="give a folder in it")
     if len(out.name.encode()) > LONGEST_NAME:
         raise BadRequest(f"the name {out.name[:40]}... is too long for a folder")
@@ -231,6 +232,11 @@ def check_target(out: Path, source: Path, force: bool) -> None:
         raise BadRequest(
             f"{out} is not empty and no result of onecard", do="--force replaces only results"
         )
+    if out.is_dir() and (other := stranger(out, own)):
+        raise BadRequest(
+            f"{out} holds {other.relative_to(out)}, which is not the result's own",
+            do="move it away: --force would delete it",
+        )
     parent = out.parent
     while not parent.exists():
         parent = parent.parent
@@ -243,6 +249,49 @@ def is_result(folder: Path) -> bool:
     if (folder / "manifest.json").is_file():
         return "onecard" in read_json(folder / "manifest.json")
     return (folder / "report.json").is_file() and "rows" in read_json(folder / "report.json")
+
+
+def stranger(folder: Path, own: Collection[str] = ()) -> Path | None:
+    """Something in a result's folder that is not the result's own, None where nothing is.
+
+    Its own is what its manifest names, what is written beside that, and the results that `own` names
+    with their working folders.
+    """
+    path = folder / "manifest.json"
+    manifest = read_json(path) if path.is_file() else {}
+    named = [manifest.get(key) for key in ("files", "carried")]
+    files = {name for names in named if isinstance(names, dict | list) for name in names}
+    parts = {partial_of(folder / name).name for name in own}
+    for path in sorted(folder.iterdir()):
+        if path.name in own and path.is_dir() and not path.is_symlink():
+            found = stranger(path) if is_result(path) else next(path.iterdir(), None)
+            if found is not None:
+                return found
+        elif path.name not in BESIDE | parts and (path.name not in files or path.is_dir()):
+            return path
+    return None
+
+
+def check_still(out: Path, result: Path, force: bool) -> None:
+    """OUT can be written even now that `result` is complete. FailedWork where it was filled meanwhile."""
+    filled = out.is_dir() and any(out.iterdir())
+    if filled and not force:
+        raise FailedWork(f"{out} is no longer empty", do=f"the result is in {result}")
+    if filled and (other := stranger(out)):
+        raise FailedWork(f"{out} now holds {other.name}, which is not the former result's own",
+                         do=f"move it away; the result is in {result}")  # fmt: skip
+
+
+def mount_points(table: Path = Path("/proc/self/mountinfo")) -> set[str]:
+    """Where something is mounted, a folder bound from the same disk too, which os.path.ismount overlooks."""
+    try:
+        lines = table.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return set()
+    fields = (line.split(" ") for line in lines)
+    return {
+        re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), f[4]) for f in fields if len(f) > 4
+    }
 
 
 def check_space(out: Path, needed: int) -> None:

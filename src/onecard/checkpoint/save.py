@@ -79,16 +79,17 @@ def complete(
 ) -> None:
     """config.json, what is carried over from the source, and the manifest, beside the weights.
 
-    The manifest holds the sha256 of every file (`weights` gives those of the weight files) and `made`,
-    how the folder came about.
+    The manifest holds the sha256 of every file (`weights` gives those of the weight files), the names of
+    what was carried over, and `made`, how the folder came about.
     """
     write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False))
-    for name in CARRIED:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+    carried = [name for name in CARRIED if (source.folder / name).is_file()]
+    for name in carried:
+        shutil.copyfile(source.folder / name, folder / name)
     small = (f for f in folder.iterdir() if f.suffix in (".json", ".yaml") and f.name != MANIFEST)
     files = {**weights, **{f.name: sha256_of(f) for f in small}}
-    manifest = {"onecard": __version__, "files": dict(sorted(files.items())), **made}
+    names = {"files": dict(sorted(files.items())), "carried": carried}
+    manifest = {"onecard": __version__, **names, **made}
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
 
 

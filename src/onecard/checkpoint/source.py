@@ -52,9 +52,10 @@ class Place:
 
 
 class Source:
-    """A model folder. Raises BadRequest where its files do not hold what its config.json says."""
+    """A model folder. Raises BadRequest where its files do not hold what its config.json says; with
+    `whole=False` tensors may be `missing`, and nothing can be read."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, whole: bool = True) -> None:
         self.folder, self.called = find_model(folder), called(folder)
         if not (self.folder / "config.json").is_file():
             raise BadRequest(f"{self.folder} holds no model", seen="there is no config.json")
@@ -70,7 +71,14 @@ class Source:
             if not any(n.startswith(f"{head}.") for n in self.checkpoint.entries):
                 self.spec = replace(self.spec, tied=True)
                 self.config = {**self.config, "tie_word_embeddings": True}
-        self.extra = self._check()
+        self.missing, self.extra = self._check()
+        if whole and self.missing:
+            others = len(self.missing) - 1
+            raise BadRequest(
+                f"{self.folder} lacks the tensor {self.missing[0]}",
+                f"and {others} more" if others else "",
+                "the download is incomplete, or config.json is another model's",
+            )
 
     @property
     def dtype(self) -> str:
@@ -158,19 +166,19 @@ class Source:
             total = sum(sizes) or modules[path].shape[0]
             yield Place(path, modules[path], stored, _rows(stored, sizes, heads), total)
 
-    def _check(self) -> tuple[str, ...]:
-        """All tensors are there in their shapes, before anything is read. Returns unused names."""
+    def _check(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """All tensors have their shapes, before anything is read. Returns names of those that are not
+        there, in the order of the network, and of those that are not used."""
         expected: set[str] = set()
+        missing: dict[str, None] = {}
         for index in self.parts():
             for place in self.places(index):
                 for part, dtypes, shape in self._expected(place):
                     name = f"{place.stored.name}.{part}"
                     expected.add(name)
                     if name not in self.checkpoint:
-                        raise BadRequest(
-                            f"{self.folder} lacks the tensor {name}",
-                            do="the download is incomplete, or config.json is another model's",
-                        )
+                        missing[name] = None
+                        continue
                     entry = self.checkpoint.entries[name]
                     if entry.dtype not in dtypes:
                         raise BadRequest(
@@ -183,7 +191,8 @@ class Source:
                             f"config.json makes it {list(shape)}"
                         )
         extra = set(self.checkpoint.entries) - expected
-        return tuple(sorted(name for name in extra if not name.endswith(IGNORED)))
+        unused = sorted(name for name in extra if not name.endswith(IGNORED))
+        return tuple(missing), tuple(unused)
 
     def _expected(self, place: Place) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
         """(suffix, dtypes, shape) of the tensors that hold a module, as they lie in the file."""

@@ -215,7 +215,7 @@ def answered(
     shrunk = (size.original or 0) / max(1.0, size.measured or 1)
     held_in = memory.measured if memory.measured is not None else memory.predicted
     said = f"{job.source.called} {'fits' if kept else 'does not fit as asked'}: " if kept else ""
-    said += f"{format_size(size.measured or 0)}, {shrunk:.2f}x smaller"
+    said += f"{format_size(size.measured or 0)}, {shrunk:.2f}× smaller"
     if gone := planning.plan.gone:
         said += f", {len(gone)} of {job.source.spec.num_layers} blocks left out"
     said += f", {format_size(held_in or 0)} in memory with {job.costs.context} tokens"

@@ -75,6 +75,8 @@ def prepare(model: str | Path, out: str | Path, recipe: Recipe, settings: Settin
                 f"samples of {ids.shape[1]} tokens, the model's context is {source.spec.max_context}",
                 do="lower --length",
             )
+    elif (source.folder / "tokenizer.json").is_file():
+        source.tokenizer()  # it is carried over: a broken one is told of now
     plan = way_of(recipe).make_plan(source, recipe, settings, ids)
     check_space(out, plan.disk)
     return Prepared(source, out, recipe, settings, ids, plan)

@@ -30,7 +30,7 @@ from onecard import __version__
 from onecard.calibrate.data import digest
 from onecard.calibrate.train import STATE, training_ids
 from onecard.calibrate.walk import Progress
-from onecard.checkpoint.journal import check_space, check_target, fingerprint
+from onecard.checkpoint.journal import check_space, check_still, check_target, fingerprint
 from onecard.checkpoint.load import load_model
 from onecard.checkpoint.save import save_model
 from onecard.checkpoint.shards import Checkpoint, read_json
@@ -317,7 +317,7 @@ def teach(
         )  # fmt: skip
         report = finish(result, report)
         write_text(result / "report.json", report.to_json())
-        publish(result, job.out)
+        publish(result, job.out, job.force)
         (folder / STATE).unlink(missing_ok=True)
     return report
 
@@ -351,8 +351,9 @@ def workplace(out: Path, force: bool) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(result: Path, out: Path) -> None:
-    """A complete folder gets its name; what was there before goes."""
+def publish(result: Path, out: Path, force: bool) -> None:
+    """A complete folder gets its name; the result that was there before goes."""
+    check_still(out, result, force)
     old = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if out.is_dir():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from onecard.core.errors import BadRequest
 from onecard.core.report import Report, write_text
 from onecard.core.settings import parse_size
 from onecard.running import Whole
@@ -22,7 +23,34 @@ from onecard.terminal import Progress, say
 from onecard.verbs.shared import WRITING, Flag, Json, Name, Writing, app, show, show_finished
 
 if TYPE_CHECKING:
+    from onecard.calibrate.data import Calibration
     from onecard.checkpoint.source import Source
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Windows:
+    """How a calibration text is cut."""
+
+    samples: Annotated[
+        Whole | None,
+        Parameter(help="windows of calibration text", show_default=lambda _: "128"),
+    ] = None
+    length: Annotated[
+        Whole | None, Parameter(help="tokens per window", show_default=lambda _: "512")
+    ] = None
+
+    def of(self, data: Path | None) -> Calibration:
+        """What is taken of `data`. BadRequest where that holds its windows itself."""
+        from onecard.calibrate.data import Calibration
+
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if given and data is not None and data.suffix == ".json":
+            flags = " and ".join(f"--{name}" for name in given)
+            raise BadRequest(f"{data} holds the windows themselves",
+                             do=f"leave out {flags}: they are for text")  # fmt: skip
+        return Calibration(**given)
+
 
 Proof = Callable[[Path, Report, Progress], Report]
 
@@ -117,7 +145,8 @@ class Learned:
     ] = "forward"
 
 
-PROVING, TEACHING, STEADY, SOFT = Proving(), Teaching(), Pace(), Learned()
+WINDOWS, PROVING, TEACHING = Windows(), Proving(), Teaching()
+STEADY, SOFT = Pace(), Learned()
 
 
 @app.command
@@ -128,8 +157,7 @@ def compress(
     *,
     recipe: str = "gptq-int4",
     data: Path | None = None,
-    samples: Whole = 128,
-    length: Whole = 512,
+    windows: Windows = WINDOWS,
     dtype: Literal["auto", "fp32", "bf16"] = "auto",
     memory: str | None = None,
     writing: Writing = WRITING,
@@ -146,21 +174,16 @@ def compress(
         a name from `onecard recipes`, or a YAML file
     data
         calibration text (UTF-8), or a .json list of lists of token ids; without it, shipped text
-    samples
-        windows of calibration text
-    length
-        tokens per window
     dtype
         what blocks are run in while calibrating
     memory
         cap for the whole process, 3GiB say; refused at once where it cannot be kept
     """
-    from onecard.calibrate.data import Calibration
     from onecard.passes import find_recipe
     from onecard.passes import job as jobs
 
     cap = None if memory is None else parse_size(memory)
-    settings = jobs.Settings(Calibration(samples, length), data, dtype, cap, writing.force)
+    settings = jobs.Settings(windows.of(data), data, dtype, cap, writing.force)
     if writing.resume and jobs.is_finished(model, out, find_recipe(recipe), settings):
         show_finished(out, json)
         return
