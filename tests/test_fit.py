@@ -24,8 +24,9 @@ from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest
 from onecard.core.format import parse_format
 from onecard.core.spec import sites
-from onecard.fit import candidates, gates, planner, removal, sensitivity, story
+from onecard.fit import candidates, choose, gates, planner, removal, sensitivity, story
 from onecard.fit import fit as fits
+from onecard.fit import job as jobs
 from onecard.fit.around import Bank, lighter, neighbours, search
 from onecard.fit.candidates import TRIALS, Trial, possible, size_of
 from onecard.fit.costs import Costs, program_bytes
@@ -493,9 +494,9 @@ def test_blocks_come_back_where_that_is_better(tiny: Path, ids: torch.Tensor, ho
 # The whole ----------------------------------------------------------------------------------------
 
 
-def request(tiny: Path, text_file: Path, out: Path, home: Path, **goal) -> fits.Request:
+def request(tiny: Path, text_file: Path, out: Path, home: Path, **goal) -> jobs.Request:
     wanted = goal_of(**{"context": 128, "effort": "quick", **goal})
-    return fits.Request(str(tiny), out, wanted, text_file, text_file, home=home)
+    return jobs.Request(str(tiny), out, wanted, text_file, text_file, home=home)
 
 
 def half(tiny: Path) -> int:
@@ -507,14 +508,14 @@ def test_a_fit_keeps_its_budget_and_a_kill_changes_nothing(
 ) -> None:
     home = tmp_path / "home"
     asked = request(tiny, text_file, tmp_path / "one", home, size=half(tiny), quality=0.2)
-    result = fits.fit(fits.prepare(asked), measure=False)
+    result = fits.fit(jobs.prepare(asked), measure=False)
     assert result.kept and file_bytes(Checkpoint(tmp_path / "one")) <= half(tiny)
     assert read_fit(tmp_path / "one") == FitResult.from_json(result.to_json())
     promise = next(p for p in result.promises if p.what == "size")
     assert promise.predicted is not None and promise.measured is not None
     assert promise.measured <= promise.predicted <= half(tiny)
     assert load_model(tmp_path / "one").spec == Source(tiny).spec
-    assert fits.is_finished(asked)
+    assert jobs.is_finished(asked)
 
     killed = replace(asked, out=tmp_path / "two")
     real = gates.judged
@@ -524,10 +525,10 @@ def test_a_fit_keeps_its_budget_and_a_kill_changes_nothing(
 
     monkeypatch.setattr(gates, "judged", stop)
     with pytest.raises(KeyboardInterrupt):
-        fits.fit(fits.prepare(killed), measure=False)
+        fits.fit(jobs.prepare(killed), measure=False)
     assert not (tmp_path / "two").exists()
     monkeypatch.setattr(gates, "judged", real)
-    fits.fit(fits.prepare(killed), measure=False)
+    fits.fit(jobs.prepare(killed), measure=False)
     assert same(tmp_path / "one", tmp_path / "two")
     assert not list(tmp_path.glob(".*.fit"))
 
@@ -535,15 +536,15 @@ def test_a_fit_keeps_its_budget_and_a_kill_changes_nothing(
 def test_a_missed_gate_raises_what_hurts(tiny: Path, text_file: Path, tmp_path: Path) -> None:
     """Without a budget on bytes the smallest model of a quality; the promise is made too light on purpose."""
     asked = request(tiny, text_file, tmp_path / "out", tmp_path / "home", quality=0.97)
-    job = fits.prepare(asked)
+    job = jobs.prepare(asked)
     found = look(job.source, job.ids, job.trial, asked.home)
-    light = fits.plan_for(job, found, harm=0.5)
+    light = choose.plan_for(job, found, harm=0.5)
     texts = gates.texts_of(job.source, text_file, 1024, tmp_path / "texts.json")
-    first = fits.one_try(job, light, texts, "attempt-1", "too light", fits.Quiet)
+    first = fits.one_try(job, light, texts, "attempt-1", "too light", jobs.Quiet)
     assert first.passed is False
     again = fits.raised(job, found, [first])
     assert again is not None and again.plan.size > light.plan.size
-    result = fits.fit(fits.prepare(asked), measure=False)
+    result = fits.fit(jobs.prepare(asked), measure=False)
     assert result.kept and min(gates.kept(g, "likelihood") for g in result.gates) >= 0.97
 
 
@@ -568,7 +569,7 @@ def test_what_cannot_fit_is_said_at_once(tiny: Path, text_file: Path, tmp_path: 
                        ({"size": "1GB", "context": 10_000}, "made for 256"),
                        ({"size": "1GB", "device": "RTX 409"}, "RTX 4090")):  # fmt: skip
         with pytest.raises(BadRequest, match=said):
-            fits.prepare(request(tiny, text_file, tmp_path / "out", tmp_path, **goal))
+            jobs.prepare(request(tiny, text_file, tmp_path / "out", tmp_path, **goal))
     assert not any(tmp_path.iterdir())
 
 
@@ -579,12 +580,12 @@ def test_what_is_compressed_already(tiny: Path, text_file: Path, tmp_path: Path)
         )
     )
     with pytest.raises(BadRequest, match="compressed already"):
-        fits.prepare(request(tmp_path / "small", text_file, tmp_path / "out", tmp_path, size="1GB"))
+        jobs.prepare(request(tmp_path / "small", text_file, tmp_path / "out", tmp_path, size="1GB"))
 
 
 def least_of(tiny: Path, text_file: Path, tmp_path: Path, **goal) -> float:
     """Bytes of the files in the smallest formats, all blocks kept."""
-    job = fits.prepare(request(tiny, text_file, tmp_path / "out", tmp_path, size="1GB", **goal))
+    job = jobs.prepare(request(tiny, text_file, tmp_path / "out", tmp_path, size="1GB", **goal))
     return planner.least_cost(list(job.places().values()), "size") + job.fixed.size
 
 
@@ -593,7 +594,7 @@ def test_blocks_go_where_the_smallest_formats_are_too_large(
 ) -> None:
     size = int(least_of(tiny, text_file, tmp_path)) - 4096
     asked = request(tiny, text_file, tmp_path / "one", tmp_path / "home", size=size)
-    job = fits.prepare(asked)
+    job = jobs.prepare(asked)
     assert job.cramped
     result = fits.fit(job, measure=False)
     made, before = Source(tmp_path / "one"), Source(tiny)
@@ -617,9 +618,9 @@ def test_blocks_go_where_the_smallest_formats_are_too_large(
     killed = replace(asked, out=tmp_path / "two")
     monkeypatch.setattr(gates, "judged", stop)
     with pytest.raises(KeyboardInterrupt):
-        fits.fit(fits.prepare(killed), measure=False)
+        fits.fit(jobs.prepare(killed), measure=False)
     monkeypatch.setattr(gates, "judged", real)
-    again = fits.fit(fits.prepare(killed), measure=False)
+    again = fits.fit(jobs.prepare(killed), measure=False)
     assert same(tmp_path / "one", tmp_path / "two") and again.promises[0] == result.promises[0]
 
 
@@ -628,15 +629,15 @@ def test_quick_effort_tries_removal_of_a_large_model_where_it_is_needed(
 ) -> None:
     size = int(least_of(tiny, text_file, tmp_path)) - 4096
     monkeypatch.setattr(candidates, "LARGE", 1000)
-    roomy = fits.prepare(request(tiny, text_file, tmp_path / "out", tmp_path, size=half(tiny)))
+    roomy = jobs.prepare(request(tiny, text_file, tmp_path / "out", tmp_path, size=half(tiny)))
     found = look(roomy.source, roomy.ids, roomy.trial, tmp_path)
-    assert not roomy.trial.left_out and not fits.plan_for(roomy, found).groups
-    tight = fits.prepare(request(tiny, text_file, tmp_path / "out", tmp_path, size=size))
+    assert not roomy.trial.left_out and not choose.plan_for(roomy, found).groups
+    tight = jobs.prepare(request(tiny, text_file, tmp_path / "out", tmp_path, size=size))
     assert tight.trial.left_out and not tight.effort.left_out
     planning, found = fits.plan_only(tight)
     assert planning.plan.gone and all(f"blocks.{i}" in found.harms for i in range(3))
     together = left_out(tight.source, tight.ids, tight.trial.tried, planning.plan.gone)
-    assert planning.harm > fits.SUMS_UP * together > 0
+    assert planning.harm > jobs.SUMS_UP * together > 0
 
 
 def test_what_goes_is_measured_around(
@@ -644,25 +645,25 @@ def test_what_goes_is_measured_around(
 ) -> None:
     """At normal effort: a removal that the sums like and the model does not is not made."""
     room = half(tiny)
-    job = fits.prepare(
+    job = jobs.prepare(
         request(tiny, text_file, tmp_path / "out", tmp_path, size=room, effort="normal")
     )
     monkeypatch.setattr(type(job), "effort", replace(SMALL, rounds=1))
     found = look(job.source, job.ids, job.trial, tmp_path)
-    planning = fits.plan_for(job, found)
+    planning = choose.plan_for(job, found)
     assert not job.cramped and not planning.plan.gone
     liked = [replace(group, harm=1e-9) for group in planning.groups]
     assert removal.solve(list(planning.places.values()), job.limits(None), liked).gone
     seen: list[str] = []
-    kept = fits.looked_around(
+    kept = choose.looked_around(
         job, replace(planning, groups=liked), lambda done, total, what: seen.append(what)
     )
     assert "measuring with blocks left out" in seen and not kept.plan.gone and kept.looked
 
     small = request(tiny, text_file, tmp_path / "out", tmp_path, effort="normal",
                     size=int(least_of(tiny, text_file, tmp_path)) - 4096)  # fmt: skip
-    job = fits.prepare(small)
-    planning = fits.looked_around(job, fits.plan_for(job, found))
+    job = jobs.prepare(small)
+    planning = choose.looked_around(job, choose.plan_for(job, found))
     assert planning.plan.gone and planning.looked
     assert planning.harm == planning.plan.harm == planning.looked[1]
 
@@ -697,7 +698,7 @@ def test_the_largest_batch_is_counted_by_the_code_that_allocates(
 ) -> None:
     memory = program_bytes() + (16 << 20)
     asked = request(tiny, text_file, tmp_path / "out", tmp_path, memory=memory, batch=2)
-    result = fits.fit(fits.prepare(asked), measure=False)
+    result = fits.fit(jobs.prepare(asked), measure=False)
     batch = result.largest_batch
     assert batch is not None and batch > 2
     cache = next(p.format for p in result.places if p.part == "cache")
@@ -713,18 +714,18 @@ def test_the_largest_batch_is_counted_by_the_code_that_allocates(
     assert rows["largest_batch"] == batch
     text = Page(fit_to_html(result)).text
     assert f"{batch:,} sequences at once fit into --memory" in text
-    job = fits.prepare(replace(asked, force=True))
+    job = jobs.prepare(replace(asked, force=True))
     dry = story.dry(job, fits.plan_only(job)[0])
     assert next(row.value for row in dry.rows if row.what == "largest_batch") == batch
-    without = fits.prepare(request(tiny, text_file, tmp_path / "no", tmp_path, size="1GB"))
-    assert fits.largest_batch(without, fits.plan_only(without)[0]) is None
+    without = jobs.prepare(request(tiny, text_file, tmp_path / "no", tmp_path, size="1GB"))
+    assert choose.largest_batch(without, fits.plan_only(without)[0]) is None
 
 
 def test_a_missed_gate_names_the_budget_that_would_do(stories: Path, tmp_path: Path) -> None:
     def fit(**goal) -> FitResult:
         wanted = goal_of(**goal, quality=0.95, context=128, effort="quick")
-        asked = fits.Request(str(stories), tmp_path / "out", wanted, force=True, home=tmp_path)
-        return fits.fit(fits.prepare(asked), measure=False)
+        asked = jobs.Request(str(stories), tmp_path / "out", wanted, force=True, home=tmp_path)
+        return fits.fit(jobs.prepare(asked), measure=False)
 
     missed = fit(size="200KiB")
     said = fits.advice(missed)
@@ -738,7 +739,7 @@ def test_a_missed_gate_names_the_budget_that_would_do(stories: Path, tmp_path: P
 def test_a_text_that_falls_into_bytes(tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "other.txt"
     text.write_text("機械学習の模型を小さくする。" * 200, encoding="utf-8")
-    assert any("tokens per character" in w for w in fits.warned(Source(tiny), text))
+    assert any("tokens per character" in w for w in jobs.warned(Source(tiny), text))
 
 
 def test_costs_are_those_of_the_code_that_allocates(tiny: Path) -> None:

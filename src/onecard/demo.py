@@ -10,8 +10,8 @@ from pathlib import Path
 from onecard.checkpoint.hub import SHIPPED
 from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest
-from onecard.fit.fit import Request
 from onecard.fit.goal import Goal
+from onecard.fit.job import Request
 
 PART, QUALITY, CONTEXT = 3, 0.99, 512
 

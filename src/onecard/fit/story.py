@@ -21,9 +21,11 @@ from onecard.core.spec import linear_shapes, parameter_count, sites
 from onecard.cost import SPREAD
 from onecard.fit import gates as judge
 from onecard.fit import removal
+from onecard.fit.choose import Planning, largest_batch
 from onecard.fit.costs import program_bytes
 from onecard.fit.gates import held_out_pieces, runner_of
 from onecard.fit.goal import MEASURES
+from onecard.fit.job import Job
 from onecard.fit.planner import GONE, Group, reason
 from onecard.fit.result import (
     Attempt,
@@ -45,7 +47,7 @@ from onecard.runtime.cpu import CpuSettings, usual_cache
 from onecard.runtime.footprint import footprint
 
 if TYPE_CHECKING:
-    from onecard.fit.fit import Job, Planning, Tried
+    from onecard.fit.fit import Tried
     from onecard.fit.sensitivity import Sensitivity
 
 SPEED_UNCERTAIN, MEMORY_UNCERTAIN = 0.35, 0.03
@@ -122,7 +124,7 @@ def told(
     job: Job, found: Sensitivity, best: Tried, tried: Sequence[Tried], seen: Seen, clock: tuple[Said, ...]
 ) -> FitResult:  # fmt: skip
     """Everything about a fit, as data."""
-    from onecard.fit.fit import largest_batch, nearest
+    from onecard.fit.fit import nearest
 
     promises = promised(job, best, seen)
     kept = all(p.kept is not False for p in promises)
@@ -442,7 +444,6 @@ def report_of(job: Job, best: Tried, result: FitResult) -> Report:
 
 def dry(job: Job, planning: Planning) -> Report:
     """What would be done, from the plan alone."""
-    from onecard.fit.fit import largest_batch
 
     plan, fixed = planning.plan, job.fixed
     found = [

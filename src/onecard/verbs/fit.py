@@ -16,7 +16,7 @@ from onecard.terminal import Progress, say
 from onecard.verbs.shared import Flag, Json, Name, Writing, app, show, show_finished
 
 if TYPE_CHECKING:
-    from onecard.fit.fit import Job, Request
+    from onecard.fit.job import Job, Request
 
 
 @Parameter(name="*")
@@ -103,16 +103,16 @@ def fit(
     explain
         say why each place got what it got
     """
-    from onecard.fit import fit as fits
+    from onecard.fit import job as jobs
     from onecard.fit.goal import goal_of
 
     given = asdict(budgets)
     goal = goal_of(given.pop("memory"), given.pop("size"), **given, effort=effort, recover=recover)
     most = None if cap is None else parse_size(cap)
-    request = fits.Request(
+    request = jobs.Request(
         model, out, goal, calibration, held_out, most, writing.force or writing.resume, task=task
     )
-    if writing.resume and fits.is_finished(request):
+    if writing.resume and jobs.is_finished(request):
         show_finished(out, json)
         return
     job = checked(replace(request, force=writing.force))
@@ -124,12 +124,12 @@ def fit(
 
 def checked(request: Request) -> Job:
     """A fit that can be begun, with what there is to be said before."""
-    from onecard.fit import fit as fits
+    from onecard.fit import job as jobs
 
-    job = fits.prepare(request)
+    job = jobs.prepare(request)
     for warning in job.warnings:
         say(f"warning: {warning}")
-    effort, seconds = request.goal.effort, fits.seconds(job)
+    effort, seconds = request.goal.effort, jobs.seconds(job)
     say(f"sensitivities of {job.source.called} at {effort} effort: about {seconds:.0f} s")
     return job
 

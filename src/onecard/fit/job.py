@@ -1,0 +1,258 @@
+"""What is to be fitted, checked: everything that headers, settings and texts can answer before any work.
+
+Budgets that contradict each other, what cannot fit in any format with any block left out, what is compressed
+already, texts that the tokenizer does not know: each is said here, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from onecard.calibrate.data import Calibration, calibration_ids
+from onecard.calibrate.walk import Progress
+from onecard.checkpoint.journal import check_target
+from onecard.checkpoint.source import Source, verify
+from onecard.checkpoint.text import read_text
+from onecard.core.device import available_memory
+from onecard.core.errors import BadRequest
+from onecard.core.settings import format_size
+from onecard.core.spec import linear_shapes, parameter_count
+from onecard.fit import gates as judge
+from onecard.fit import planner, removal
+from onecard.fit.candidates import Trial, trial_of
+from onecard.fit.costs import Costs, Fixed
+from onecard.fit.goal import Goal
+from onecard.fit.planner import Group, Infeasible, Limits, Option
+from onecard.fit.result import FILE, read_fit
+from onecard.fit.sensitivity import Sensitivity, default_home, known, table_formats
+
+SUMS_UP = 1.2
+"""Harms measured alone come to less than what they do together: 1.08 to 1.37 on the shipped model at 2.25 to
+3.5 bits per weight. The first promise is raised by it."""
+SPLIT = 0.02
+"""Share of byte tokens above which a calibration text is said not to be the tokenizer's."""
+
+Quiet: Progress = lambda done, total, what: None  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to fit, into what, how, and from which texts."""
+
+    model: str
+    out: Path
+    goal: Goal
+    data: Path | None = None
+    held_out: Path | None = None
+    cap: int | None = None
+    force: bool = False
+    task: Path | None = None  # questions to judge on, too
+    home: Path | None = None  # where sensitivities are kept
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was checked: nothing is done yet, and what can be known from headers is."""
+
+    request: Request
+    source: Source
+    ids: Tensor
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def goal(self) -> Goal:
+        return self.request.goal
+
+    @property
+    def effort(self) -> Trial:
+        """What the effort tries of a model of this size."""
+        return trial_of(self.goal.effort, parameter_count(self.source.spec))
+
+    @property
+    def trial(self) -> Trial:
+        """The same, and what it does to leave blocks out where some have to go."""
+        return replace(self.effort, left_out=True) if self.cramped else self.effort
+
+    @cached_property
+    def cramped(self) -> bool:
+        """Whether the budgets are beyond the smallest formats, so that blocks have to go."""
+        try:
+            planner.solve(list(self.places().values()), self.limits(None))
+        except Infeasible:
+            return True
+        return False
+
+    @cached_property
+    def costs(self) -> Costs:
+        return Costs(self.source, self.goal)
+
+    @cached_property
+    def tables(self) -> tuple[str, ...]:
+        """Formats of the embedding and head that are choices: rounding them takes the model in memory."""
+        room = self.request.cap or available_memory()
+        fits = 8 * parameter_count(self.source.spec) < room
+        return tuple(f.name for f in table_formats(self.source, self.effort.tables)) if fits else ()
+
+    @cached_property
+    def fixed(self) -> Fixed:
+        return self.costs.fixed(bool(self.tables))
+
+    def places(self, found: Sensitivity | None = None) -> dict[str, list[Option]]:
+        """place -> options; without sensitivities, of which only costs are known."""
+        harms = None
+        if found is not None:
+            harms = {w: {n: SUMS_UP * h for n, h in own.items()} for w, own in found.harms.items()}
+        return self.costs.options(self.effort.formats, harms, self.tables)
+
+    def groups(
+        self, places: Mapping[str, Sequence[Option]], found: Sensitivity | None = None
+    ) -> list[Group]:  # fmt: skip
+        """The blocks that may be left out of these places."""
+        harms = None
+        if found is not None:
+            harms = {w: {n: SUMS_UP * h for n, h in own.items()} for w, own in found.harms.items()}
+        return self.costs.groups(places, harms)
+
+    def limits(self, harm: float | None) -> Limits:
+        """What is left for the options when everything fixed is paid."""
+        goal, fixed = self.goal, self.fixed
+        return Limits(
+            None if goal.size is None else goal.size - fixed.size,
+            None if goal.memory is None else goal.memory - fixed.memory,
+            None if goal.speed is None else 1 / goal.speed - fixed.seconds,
+            harm,
+        )
+
+    @property
+    def harm(self) -> float | None:
+        """The KL that the quality asked for allows, before anything was measured."""
+        goal = self.goal
+        return None if goal.quality is None else judge.harm_of(goal.quality, goal.measure)
+
+    @property
+    def work(self) -> Path:
+        return self.request.out.parent / f".{self.request.out.name}.fit"
+
+
+def prepare(request: Request) -> Job:
+    """Check everything that can be checked from headers, settings and text. Raises BadRequest."""
+    out = Path(request.out).expanduser().resolve()
+    request = replace(request, out=out)
+    source, goal = Source(request.model), request.goal
+    verify(source.folder)
+    if source.compressed:
+        raise BadRequest(
+            f"{source.called} is compressed already ({', '.join(source.format_names())})",
+            "fit starts from the original numbers",
+            "fit the original; or go on from this one: onecard distill ORIGINAL "
+            f"{source.called} OUT trains it, onecard inspect {source.called} --device auto says what fits",
+        )
+    if goal.context and goal.context > source.spec.max_context:
+        raise BadRequest(f"--context {goal.context}",
+                         f"{source.called} is made for {source.spec.max_context} tokens")  # fmt: skip
+    check_target(out, source.folder, request.force)
+    trial = trial_of(goal.effort, parameter_count(source.spec))
+    length = min(trial.length, source.spec.max_context)
+    tokenizer = source.tokenizer()
+    given = request.data is not None and request.data.suffix == ".json"
+    wanted = Calibration(max(1, trial.tokens // length), length)
+    ids = calibration_ids(
+        None if given else tokenizer, request.data, wanted, source.spec.vocab_size
+    )
+    judge.require_text(source, request.held_out)
+    judge.require_questions(request.task, goal.measure)
+    job = Job(request, source, ids, tuple(warned(source, request.data)))
+    require_possible(job)
+    return job
+
+
+def warned(source: Source, text: Path | None) -> list[str]:
+    """What is odd about a calibration text: one that the tokenizer cuts into bytes."""
+    if text is None or text.suffix == ".json":
+        return []
+    words = read_text(text)[:100_000]
+    ids = source.tokenizer().encode(words)
+    rate = len(ids) / max(1, len(words.encode("utf-8", "replace")))
+    characters = len(ids) / max(1, len(words))
+    if characters > 1.0 and rate > SPLIT:
+        return [f"the tokenizer cuts {text.name} into {characters:.1f} tokens per character: it does not "
+                "know this language, and sensitivities measured on it say little"]  # fmt: skip
+    return []
+
+
+def require_possible(job: Job) -> None:
+    """BadRequest where even the cheapest formats are beyond a budget, with every block but one left out: the
+    nearest, and what to relax."""
+    places = job.places()
+    try:
+        removal.solve(list(places.values()), job.limits(None), job.groups(places))
+    except Infeasible as error:
+        raise explained(job, error) from error
+
+
+def explained(job: Job, error: Infeasible) -> BadRequest:
+    """What the nearest possible is, in the words of the goal."""
+    goal, fixed = job.goal, job.fixed
+    if error.name == "harm":
+        least = judge.share_of(error.least, goal.measure)
+        return BadRequest(f"no plan keeps {goal.quality:g} of the {goal.measure}",
+                          f"the best possible here is {least:.4f}", "lower --quality")  # fmt: skip
+    asked = {"size": goal.size, "memory": goal.memory, "seconds": goal.speed}[error.name]
+    total = error.least + getattr(fixed, error.name)
+    all_blocks = planner.least_cost(list(job.places().values()), error.name)
+    all_blocks = max(total, all_blocks + getattr(fixed, error.name))
+    if error.name == "seconds":
+        return BadRequest(f"--speed {asked:g} tokens/s is beyond {job.costs.device.name}",
+                          f"the most that is predicted, in the smallest formats, is {1 / all_blocks:.3g} "
+                          f"with all blocks, {1 / total:.3g} with all but one left out",
+                          f"--speed {0.95 / all_blocks:.3g}, or a smaller --context")  # fmt: skip
+    words = f"{format_size(fixed.memory)} of it is the program, norms and work space; " * (
+        error.name == "memory"
+    )
+    return BadRequest(
+        f"{job.source.called} does not fit into --{error.name} {format_size(float(asked or 0))}",
+        f"{words}the least possible in any format tried is {format_size(all_blocks)} with all blocks, "
+        f"{format_size(total)} with all but one left out",
+        f"--{error.name} {roomy(all_blocks)}"
+        + (", or a smaller --context or --batch" if error.name == "memory" else ""),
+    )  # fmt: skip
+
+
+def roomy(least: float) -> str:
+    """A budget to write on the command line that so many bytes fit into."""
+    unit, name = (2**20, "MiB") if least > 2**24 else (2**10, "KiB")
+    return f"{math.ceil(1.01 * least / unit)}{name}"
+
+
+def seconds(job: Job) -> float:
+    """What the sensitivities will take, from products timed on the spot; 0 where they are known."""
+    from onecard.passes.forecast import estimate_seconds
+
+    if known(job.source, job.ids, job.trial, job.request.home or default_home()):
+        return 0.0
+    spec, trial = job.source.spec, job.trial
+    weights = sum(
+        rows * columns
+        for layer in spec.layers
+        for rows, columns in linear_shapes(spec, layer).values()
+    )
+    walk = estimate_seconds(spec, job.ids, "fp32", False)
+    per_token = walk / max(1, job.ids.numel())
+    streams = spec.num_layers * (1 if trial.together else 4 * len(trial.anchors)) / 2
+    solving = len(trial.formats) * weights * (4e-9 if trial.rounding == "nearest" else 2e-7)
+    return walk + streams * trial.tried * per_token + solving
+
+
+def is_finished(request: Request) -> bool:
+    """OUT holds the result of this very request."""
+    out = Path(request.out)
+    if not (out / FILE).is_file():
+        return False
+    done = read_fit(out)
+    return done.goal == request.goal and done.model == Source(request.model).called
