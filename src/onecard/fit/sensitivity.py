@@ -13,8 +13,9 @@ is measured where it counts. The other candidates lie between the anchors: log h
 log e, with slope 1 (both are squares of a disturbance) beyond the outermost ones.
 
 At quick effort there is one stream per block, all of its sites disturbed by one anchor, and the block's harm
-is dealt out by what each site alone does to the block's output, on the same tokens. (A stream per block is
-a quarter of the work of the streams of its sites; per-site directions below the block are what is lost.)
+is dealt out by what each site alone does to the block's output, on the first tokens of the same
+samples. (A stream per block is a quarter of the work of the streams of its sites; per-site directions below
+the block are what is lost.)
 
 The tables are a stream that is disturbed before the first block, each cache one whose keys and values are
 rounded in every block, and each block left out another.
@@ -67,6 +68,8 @@ from onecard.nn.transformer import Block, Cache, Context, positions_of
 from onecard.passes.planned import carry_out
 
 LEAST, ROWS = 1e-12, 512
+BEGUN = 64
+"""Tokens at the beginning of each sample that tell what a site does to the block's output."""
 VERSION = 2
 
 
@@ -147,7 +150,6 @@ class Watch:
         self.needs = frozenset({HESSIAN if trial.rounding == "gptq" else NORM})
         rows = max(1, trial.tried // ids.shape[1])
         self.tried = ids[:rows]
-        self.few = min(rows, len(batches(ids)[0]))
         self.streams: dict[str, Tensor] = {}
         self.original = torch.empty(0)
         self.swaps: dict[str, dict[str, dict[str, Tensor]]] = {}
@@ -240,31 +242,28 @@ class Watch:
         """Every stream through a block, and new ones for its anchors and for leaving it out."""
         for name, h in self.streams.items():
             self.streams[name] = block(h, self.context(h, name))
-        plain = block(self.original, self.context(self.original))
         index = f"blocks.{block.index}"
         if self.trial.left_out:
             self.streams[f"{index} {GONE}"] = self.original.clone()
-        alone: dict[str, float] = {}
-        for where, anchors in self.swaps.items():
-            for name, matrices in anchors.items():
-                with exchanged(block, matrices):
-                    after = block(self.original, self.context(self.original))
-                if self.trial.together:
-                    alone[where] = float((after - plain).square().sum(dtype=torch.float64))
-                else:
+        if not self.trial.together:
+            for where, anchors in self.swaps.items():
+                for name, matrices in anchors.items():
+                    with exchanged(block, matrices):
+                        after = block(self.original, self.context(self.original))
                     self.streams[f"{where} {name}"] = after
-        if self.trial.together:
-            every = {
-                path: m
-                for found in self.swaps.values()
-                for s in found.values()
-                for path, m in s.items()
-            }
-            with exchanged(block, every):
-                self.streams[f"{index} anchor"] = block(self.original, self.context(self.original))
-            total = sum(alone.values()) or 1.0
-            for where, found in self.swaps.items():
-                self.notes.append([where, f"share {next(iter(found))}", alone[where] / total])
+            return
+        few = self.original[:, :BEGUN]
+        plain, alone = block(few, self.context(few)), dict[str, float]()
+        ones = {where: next(iter(found.items())) for where, found in self.swaps.items()}
+        for where, (_, matrices) in ones.items():
+            with exchanged(block, matrices):
+                after = block(few, self.context(few))
+            alone[where] = float((after - plain).square().sum(dtype=torch.float64))
+        with exchanged(block, {p: m for _, own in ones.values() for p, m in own.items()}):
+            self.streams[f"{index} anchor"] = block(self.original, self.context(self.original))
+        total = sum(alone.values()) or 1.0
+        for where, (name, _) in ones.items():
+            self.notes.append([where, f"share {name}", alone[where] / total])
 
     def context(self, h: Tensor, name: str = "") -> Context:
         """Of a forward of `h` [R, T, hidden]; with rounded keys and values where a stream is a cache's."""
