@@ -34,7 +34,7 @@ from torch import Tensor
 from onecard.calibrate.data import Calibration, calibration_ids, digest
 from onecard.calibrate.train import Training
 from onecard.calibrate.walk import Progress
-from onecard.checkpoint.journal import check_target
+from onecard.checkpoint.journal import check_still, check_target
 from onecard.checkpoint.source import Source, verify
 from onecard.checkpoint.text import read_text
 from onecard.core.device import available_memory
@@ -448,12 +448,12 @@ def carried_out(
     settings = jobs.Settings(
         Calibration(*job.ids.shape), job.request.data, memory=job.request.cap, force=True
     )  # fmt: skip
-    if (folder / "report.json").is_file() and jobs.is_finished(
-        job.source.folder, folder, recipe, settings
-    ):
-        return folder, Report.from_json((folder / "report.json").read_text(encoding="utf-8"))
-    prepared = jobs.prepare(job.source.folder, folder, recipe, settings)
-    return folder, jobs.compress(prepared, progress)
+    kept = job.work / f"{name}.report.json"  # the one in the folder becomes that of the fit
+    if kept.is_file() and jobs.is_finished(job.source.folder, folder, recipe, settings):
+        return folder, Report.from_json(kept.read_text(encoding="utf-8"))
+    report = jobs.compress(jobs.prepare(job.source.folder, folder, recipe, settings), progress)
+    write_text(kept, report.to_json())
+    return folder, report
 
 
 def fit(
@@ -573,7 +573,7 @@ def judgement(
     """What the gates see of a folder that is run so; remembered as long as the folder is the same."""
     kept = job.work / f"{name}.gates.json"
     gates = judge.read_kept(kept)
-    if gates is None or os.path.getmtime(kept) < os.path.getmtime(folder / "report.json"):
+    if gates is None or os.path.getmtime(kept) < os.path.getmtime(folder / "manifest.json"):
         gates = judge.judged(job.source.folder, folder, texts, runs, job.costs.here, progress)
         judge.keep(kept, gates)
     return gates
@@ -680,6 +680,7 @@ def recalled(job: Job, planning: Planning) -> Planning | None:
 def publish(job: Job, folder: Path) -> None:
     """The chosen folder becomes OUT, in one step; then the working folder goes."""
     out, old = job.request.out, job.work / "replaced"
+    check_still(out, folder, job.request.force)
     if out.is_dir() and any(out.iterdir()):
         os.replace(out, old)
     elif out.is_dir():
