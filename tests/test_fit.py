@@ -21,8 +21,9 @@ from onecard.checkpoint.load import load_model
 from onecard.checkpoint.save import save_model
 from onecard.checkpoint.shards import Checkpoint
 from onecard.checkpoint.source import Source
-from onecard.core.errors import BadRequest
+from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import parse_format
+from onecard.core.report import Report
 from onecard.core.spec import sites
 from onecard.fit import candidates, choose, gates, planner, removal, sensitivity, story
 from onecard.fit import fit as fits
@@ -734,6 +735,29 @@ def test_a_missed_gate_names_the_budget_that_would_do(stories: Path, tmp_path: P
     assert 200 < int(found[1]) < 300
     again = fit(size=f"{found[1]}KiB")
     assert again.kept and again.nearest == ""
+
+
+def test_what_is_added_while_it_works_stays(tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    """The result waits; the same fit puts it there, without making it again, once the file is moved away."""
+    out = tmp_path / "out"
+    job = fits.prepare(request(tiny, text_file, out, tmp_path, size="1GB"))
+    made: list[int] = []
+    rows: list[str] = []
+
+    def add(folder: Path, report: Report, result: FitResult) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "notes.txt").write_text("precious")
+        made.append((folder / "model.safetensors").stat().st_mtime_ns)
+        rows.extend(row.what for row in report.rows)
+
+    with pytest.raises(FailedWork, match="no longer empty"):
+        fits.fit(job, page=add, measure=False)
+    assert (out / "notes.txt").read_text() == "precious"
+    (out / "notes.txt").unlink()
+    fits.fit(job, measure=False)
+    assert (out / "model.safetensors").stat().st_mtime_ns == made[0] and not job.work.exists()
+    again = Report.from_json((out / "report.json").read_text())
+    assert [row.what for row in again.rows] == rows
 
 
 def test_a_text_that_falls_into_bytes(tiny: Path, tmp_path: Path) -> None:

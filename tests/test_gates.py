@@ -146,7 +146,7 @@ def test_inputs_stay_whole_where_that_keeps_the_gate(
         assert isinstance(runs, CpuSettings) and runs.cache == "int8"
         return (Gate("held-out", whole if runs.exact else rounded, 0.9, 10.0, 9.9, 50),)
 
-    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "manifest.json").write_text("{}")
     monkeypatch.setattr(gates, "judged", judged)
     monkeypatch.setattr(fits, "carried_out", lambda *_: (tmp_path, None))
     job = SimpleNamespace(goal=Goal(quality=0.99), costs=SimpleNamespace(here=True), work=tmp_path,

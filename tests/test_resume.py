@@ -22,7 +22,8 @@ from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.report import Report
 from onecard.passes import GPTQ, RoundToNearest
 from onecard.passes.base import Recipe
-from onecard.passes.job import Settings, compress, prepare
+from onecard.passes.job import Settings, compress, is_finished, prepare
+from onecard.passes.layers import DropLayers
 
 RECIPE = Recipe("g", (GPTQ(4, 64),))
 
@@ -208,6 +209,19 @@ def test_what_is_added_while_it_works_stays(
     (out / "notes.txt").unlink()
     compress(job)
     assert result(out) == undisturbed and not partial_of(out).exists()
+
+
+@pytest.mark.parametrize(
+    "recipe", [RECIPE, Recipe("l", (DropLayers(layers=(1,), most=None),))], ids=lambda r: r.name
+)
+def test_what_is_finished_is_known(
+    tiny: Path, text_file: Path, tmp_path: Path, recipe: Recipe
+) -> None:
+    """Whatever its settings are: the manifest has lists where they have tuples."""
+    out, how = tmp_path / "out", settings(text_file)
+    compress(prepare(tiny, out, recipe, how))
+    assert is_finished(tiny, out, recipe, how)
+    assert not is_finished(tiny, out, Recipe("o", (GPTQ(3, 64),)), how)
 
 
 def test_full_disk_keeps_what_is_done(tiny: Path, text_file: Path, tmp_path: Path, undisturbed: dict,

@@ -30,6 +30,7 @@ import torch
 
 from onecard.calibrate.data import Calibration, digest
 from onecard.calibrate.walk import Progress
+from onecard.checkpoint.journal import check_still
 from onecard.core.errors import BadRequest
 from onecard.core.report import Report, write_text
 from onecard.core.spec import parameter_count
@@ -98,12 +99,12 @@ def carried_out(
     settings = jobs.Settings(
         Calibration(*job.ids.shape), job.request.data, memory=job.request.cap, force=True
     )  # fmt: skip
-    if (folder / "report.json").is_file() and jobs.is_finished(
-        job.source.folder, folder, recipe, settings
-    ):
-        return folder, Report.from_json((folder / "report.json").read_text(encoding="utf-8"))
-    prepared = jobs.prepare(job.source.folder, folder, recipe, settings)
-    return folder, jobs.compress(prepared, progress)
+    kept = job.work / f"{name}.report.json"  # the one in the folder becomes that of the fit
+    if kept.is_file() and jobs.is_finished(job.source.folder, folder, recipe, settings):
+        return folder, Report.from_json(kept.read_text(encoding="utf-8"))
+    report = jobs.compress(jobs.prepare(job.source.folder, folder, recipe, settings), progress)
+    write_text(kept, report.to_json())
+    return folder, report
 
 
 def fit(
@@ -223,7 +224,7 @@ def judgement(
     """What the gates see of a folder that is run so; remembered as long as the folder is the same."""
     kept = job.work / f"{name}.gates.json"
     gates = judge.read_kept(kept)
-    if gates is None or os.path.getmtime(kept) < os.path.getmtime(folder / "report.json"):
+    if gates is None or os.path.getmtime(kept) < os.path.getmtime(folder / "manifest.json"):
         gates = judge.judged(job.source.folder, folder, texts, runs, job.costs.here, progress)
         judge.keep(kept, gates)
     return gates
@@ -290,6 +291,7 @@ def best_of(job: Job, tried: Sequence[Tried]) -> Tried:
 def publish(job: Job, folder: Path) -> None:
     """The chosen folder becomes OUT, in one step; then the working folder goes."""
     out, old = job.request.out, job.work / "replaced"
+    check_still(out, folder, job.request.force)
     if out.is_dir() and any(out.iterdir()):
         os.replace(out, old)
     elif out.is_dir():

@@ -12,6 +12,7 @@ that was finished. How parts come about is the recipe's: what only rounds goes f
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Callable, Mapping
@@ -186,5 +187,6 @@ def is_finished(model: str | Path, out: str | Path, recipe: Recipe, settings: Se
     unforced = prepare(model, out, recipe, replace(settings, force=True))
     manifest = read_json(out / MANIFEST)
     verify(out)
-    wanted = {"source": source_hashes(unforced.source), **made(unforced)}
+    about = {"source": source_hashes(unforced.source), **made(unforced)}
+    wanted = json.loads(json.dumps(about))  # as the manifest has it: tuples become lists
     return all(manifest.get(key) == value for key, value in wanted.items())
