@@ -740,7 +740,7 @@ def test_a_missed_gate_names_the_budget_that_would_do(stories: Path, tmp_path: P
 def test_what_is_added_while_it_works_stays(tiny: Path, text_file: Path, tmp_path: Path) -> None:
     """The result waits; the same fit puts it there, without making it again, once the file is moved away."""
     out = tmp_path / "out"
-    job = fits.prepare(request(tiny, text_file, out, tmp_path, size="1GB"))
+    job = jobs.prepare(request(tiny, text_file, out, tmp_path, size="1GB"))
     made: list[int] = []
     rows: list[str] = []
 
