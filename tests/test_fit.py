@@ -695,7 +695,7 @@ def test_costs_with_a_block_left_out_are_those_of_the_smaller_model(
 
 
 def test_the_largest_batch_is_counted_by_the_code_that_allocates(
-    tiny: Path, text_file: Path, tmp_path: Path
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = program_bytes() + (16 << 20)
     asked = request(tiny, text_file, tmp_path / "out", tmp_path, memory=memory, batch=2)
@@ -718,6 +718,8 @@ def test_the_largest_batch_is_counted_by_the_code_that_allocates(
     job = jobs.prepare(replace(asked, force=True))
     dry = story.dry(job, fits.plan_only(job)[0])
     assert next(row.value for row in dry.rows if row.what == "largest_batch") == batch
+    monkeypatch.setattr(choose, "POSITIONS", 3 * 128 + 1)  # more are not to be had of the engine
+    assert choose.largest_batch(job, fits.plan_only(job)[0]) == 3
     without = jobs.prepare(request(tiny, text_file, tmp_path / "no", tmp_path, size="1GB"))
     assert choose.largest_batch(without, fits.plan_only(without)[0]) is None
 

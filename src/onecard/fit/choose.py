@@ -33,7 +33,9 @@ from onecard.passes.distill import Distil
 from onecard.passes.layers import DropLayers
 from onecard.passes.planned import Chosen, Planned
 from onecard.passes.tables import Tables
+from onecard.runtime import cpu as engine
 
+POSITIONS = engine.MOST["context"]
 TOLLS = (0.0, 0.5, 1.0, 2.0, 4.0, 64.0)
 """What leaving a block out costs more than it was measured to, in mean harms of a block."""
 
@@ -195,7 +197,8 @@ def largest_batch(job: Job, planning: Planning) -> int | None:
         return kept + costs.fixed_memory(bool(job.tables))
 
     rest = plan.memory + job.fixed.memory - needed(goal.batch)
-    low, high = goal.batch, MOST + 1  # the one fits, the other does not or is not offered
+    offered = min(MOST, POSITIONS // job.costs.context)
+    low, high = goal.batch, offered + 1  # the one fits, the other does not or is not offered
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if rest + needed(middle) <= most else (low, middle)
