@@ -17,6 +17,7 @@ from test_render import Page
 from test_walk import SETTINGS, ids_of, same
 
 from onecard.calibrate.data import Calibration, calibration_ids
+from onecard.checkpoint.journal import Journal
 from onecard.checkpoint.load import load_model
 from onecard.checkpoint.save import save_model
 from onecard.checkpoint.shards import Checkpoint
@@ -50,7 +51,7 @@ from onecard.runtime.footprint import footprint
 from onecard.runtime.sample import Sampling
 
 FORMATS = ("int2-g32-zp", "int3-g32", "int4-g64", "int6-g128", "codebook2")
-SMALL = Trial(1024, 64, 128, (2.2, 4.3), False, "gptq", FORMATS, 1, 1.5)
+SMALL = Trial(1024, 64, 128, (2.2, 4.3), 0, "gptq", FORMATS, 1, 1.5)
 
 
 def drawn(seed: int, count: int = 6, width: int = 4) -> list[list[Option]]:
@@ -394,6 +395,35 @@ def test_quick_deals_out_what_blocks_do(tiny: Path, ids: torch.Tensor, tmp_path:
         for site in sites(layer):
             harms = found.harms[f"blocks.{i}.{site.name}"]
             assert harms["int2-g64-zp"] > harms["int4-g64"] > harms["bf16"] == 0
+
+
+def test_a_stream_of_two_blocks_deals_out_its_harm(
+    tiny: Path, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To both blocks, and about as much as two streams find; a kill between the two changes nothing."""
+    one = replace(TRIALS["quick"], tokens=512, length=64, tried=128)
+    two = replace(one, together=2)
+    apart, found = (look(Source(tiny), ids, t, tmp_path / "x").harms for t in (one, two))
+    sums = [
+        sum(h["int3-g128"] for w, h in harms.items() if w.count(".") > 1)
+        for harms in (apart, found)
+    ]
+    assert sums[1] == pytest.approx(sums[0], rel=0.5)
+    for where, harms in found.items():
+        if where.count(".") > 1:
+            assert harms["int3-g128"] > 0
+    done = Journal.add
+
+    def dying(journal: Journal, part: str, *more: object) -> None:
+        done(journal, part, *more)  # type: ignore[arg-type]
+        if part == "block-00000":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", dying)
+    with pytest.raises(KeyboardInterrupt):
+        look(Source(tiny), ids, two, tmp_path / "y")
+    monkeypatch.setattr(Journal, "add", done)
+    assert look(Source(tiny), ids, two, tmp_path / "y").harms == found
 
 
 def test_some_rows_tell_what_rounding_all_of_them_does(

@@ -2,7 +2,8 @@
 
 `tokens` and `length` are what statistics are collected on; harms are measured on the first `tried` of them.
 `anchors` are bits per weight: the candidate nearest to each is measured in the answers, the others follow
-from their errors at the site itself (sensitivity.py). `together`: a block is disturbed as a whole.
+from their errors at the site itself (sensitivity.py). `together`: blocks that one stream
+disturbs as a whole; 0: each site has streams of its own.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Trial:
     length: int
     tried: int
     anchors: tuple[float, ...]
-    together: bool
+    together: int
     rounding: Rounding
     formats: tuple[str, ...]
     rounds: int  # of measuring again around the plan
@@ -48,9 +49,9 @@ class Trial:
 
 
 TRIALS = {
-    "quick": Trial(8192, 256, 512, (3.25,), True, "nearest", INTEGERS, 0, 2.0),
-    "normal": Trial(16384, 256, 1024, (2.2, 3.2, 4.2), False, "gptq", INTEGERS + CODEBOOKS + FINE, 1, 1.5),
-    "thorough": Trial(32768, 512, 4096, (2.0, 2.25, 2.6, 3.1, 3.6, 4.2, 5.2), False, "gptq",
+    "quick": Trial(8192, 256, 512, (3.25,), 1, "nearest", INTEGERS, 0, 2.0),
+    "normal": Trial(16384, 256, 1024, (2.2, 3.2, 4.2), 0, "gptq", INTEGERS + CODEBOOKS + FINE, 1, 1.5),
+    "thorough": Trial(32768, 512, 4096, (2.0, 2.25, 2.6, 3.1, 3.6, 4.2, 5.2), 0, "gptq",
                       INTEGERS + CODEBOOKS + FINE + MORE, 3, 1.3),
 }  # fmt: skip
 
@@ -58,7 +59,7 @@ TRIALS = {
 LARGE = 150_000_000
 """Parameters from which quick effort tries less, so that it stays quick."""
 QUICK_LARGE = Trial(
-    1024, 256, 256, (3.25,), True, "nearest",
+    1024, 256, 256, (3.25,), 2, "nearest",
     ("int2-g32-zp", "int2-g64-zp", "int3-g32", "int3-g64", "int3-g128", "int4-g32", "int4-g64", "int4-g128",
      "int6-g128", "int8-g128"), 0, 2.0, ("int4-g32", "int6-g64", "int8-g128"), False,
 )  # fmt: skip

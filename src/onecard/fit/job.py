@@ -244,7 +244,9 @@ def seconds(job: Job) -> float:
     )
     walk = estimate_seconds(spec, job.ids, "fp32", False)
     per_token = walk / max(1, job.ids.numel())
-    streams = spec.num_layers * (1 if trial.together else 4 * len(trial.anchors)) / 2
+    streams = (
+        spec.num_layers * (1 / trial.together if trial.together else 4 * len(trial.anchors)) / 2
+    )
     solving = len(trial.formats) * weights * (4e-9 if trial.rounding == "nearest" else 2e-7)
     return walk + streams * trial.tried * per_token + solving
 

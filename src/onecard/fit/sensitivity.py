@@ -12,8 +12,8 @@ stream passes the head, and
 is measured where it counts. The other candidates lie between the anchors: log harm is taken to be linear in
 log e, with slope 1 (both are squares of a disturbance) beyond the outermost ones.
 
-At quick effort there is one stream per block, all of its sites disturbed by one anchor, and the block's harm
-is dealt out by what each site alone does to the block's output, on the first tokens of the same
+At quick effort there is one stream per block, or per two of a large model, all sites disturbed by one anchor,
+and its harm is dealt out by what each site alone does to the block's output, on the first tokens of the same
 samples. (A stream per block is a quarter of the work of the streams of its sites; per-site directions below
 the block are what is lost.)
 
@@ -70,7 +70,7 @@ from onecard.passes.planned import carry_out
 LEAST, ROWS = 1e-12, 512
 BEGUN = 64
 """Tokens at the beginning of each sample that tell what a site does to the block's output."""
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -240,9 +240,10 @@ class Watch:
 
     def carry(self, block: Block) -> None:
         """Every stream through a block, and new ones for its anchors and for leaving it out."""
+        index, mine = f"blocks.{block.index}", self.stream_of(block.index)
         for name, h in self.streams.items():
-            self.streams[name] = block(h, self.context(h, name))
-        index = f"blocks.{block.index}"
+            if name != mine:
+                self.streams[name] = block(h, self.context(h, name))
         if self.trial.left_out:
             self.streams[f"{index} {GONE}"] = self.original.clone()
         if not self.trial.together:
@@ -259,11 +260,16 @@ class Watch:
             with exchanged(block, matrices):
                 after = block(few, self.context(few))
             alone[where] = float((after - plain).square().sum(dtype=torch.float64))
+        h = self.streams.get(mine, self.original)
         with exchanged(block, {p: m for _, own in ones.values() for p, m in own.items()}):
-            self.streams[f"{index} anchor"] = block(self.original, self.context(self.original))
-        total = sum(alone.values()) or 1.0
+            self.streams[mine] = block(h, self.context(h))
         for where, (name, _) in ones.items():
-            self.notes.append([where, f"share {name}", alone[where] / total])
+            self.notes.append([where, f"alone {name}", alone[where]])
+
+    def stream_of(self, index: int) -> str:
+        """The stream in which all sites of a block are disturbed, where there is one."""
+        width = self.trial.together
+        return f"blocks.{index - index % width} anchor" if width else ""
 
     def context(self, h: Tensor, name: str = "") -> Context:
         """Of a forward of `h` [R, T, hidden]; with rounded keys and values where a stream is a cache's."""
@@ -279,21 +285,23 @@ class Watch:
         """The harms of all places, from what reached the end."""
         ends = self.ends()
         errors: dict[str, dict[str, float]] = {}
-        shares: dict[str, tuple[str, float]] = {}
+        alone: dict[str, tuple[str, float]] = {}
+        totals: dict[str, float] = {}
         for i in range(self.spec.num_layers):
             for where, name, value in self.journal.rows(f"block-{i:05d}"):
-                if name.startswith("share "):
-                    shares[where] = name.removeprefix("share "), value
+                if name.startswith("alone "):
+                    alone[where] = name.removeprefix("alone "), value
+                    totals[self.stream_of(i)] = totals.get(self.stream_of(i), 0.0) + value
                 else:
                     errors.setdefault(where, {})[name] = value
         harms: dict[str, dict[str, float]] = {}
         measured: dict[str, list[str]] = {}
         for where, found in errors.items():
             points = {n: ends[f"{where} {n}"] for n in found if f"{where} {n}" in ends}
-            if where in shares:
-                name, share = shares[where]
-                block = ".".join(where.split(".")[:2])
-                points = {name: share * ends[f"{block} anchor"]}
+            if where in alone:
+                name, value = alone[where]
+                stream = self.stream_of(int(where.split(".")[1]))
+                points = {name: value / (totals[stream] or 1.0) * ends[stream]}
             harms[where] = between(found, points) | {self.stored: 0.0}
             measured[where] = list(points)
         for name, harm in ends.items():
