@@ -754,6 +754,28 @@ def test_the_largest_batch_is_counted_by_the_code_that_allocates(
     assert choose.largest_batch(without, fits.plan_only(without)[0]) is None
 
 
+def test_a_wreck_has_to_be_asked_for(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaving blocks out keeps any budget; what nothing is left of is refused, unless --quality says so."""
+    asked = jobs.Request(str(stories), tmp_path / "out", goal_of(size="90KiB", context=128, effort="quick"),
+                         home=tmp_path / "home")  # fmt: skip
+    job = jobs.prepare(asked)
+    monkeypatch.setattr(choose, "WRECK", 0.0)
+    planning, _ = fits.plan_only(job)
+    kept = gates.share_of(planning.harm, "likelihood")
+    assert planning.plan.gone and 0 < kept < 0.5
+    monkeypatch.setattr(choose, "WRECK", kept * 1.01)
+    with pytest.raises(BadRequest, match="of 5 blocks left out") as error:
+        fits.fit(job)
+    assert "--quality" in str(error.value) and not list(tmp_path.glob(".out*"))
+    assert not (tmp_path / "out").exists()
+    wanted = replace(asked, goal=replace(asked.goal, quality=0.001))
+    assert fits.plan_only(jobs.prepare(wanted))[0].plan.gone
+    monkeypatch.setattr(choose, "WRECK", kept * 0.99)
+    assert fits.plan_only(job)[0].plan.gone == planning.plan.gone
+
+
 def test_a_missed_gate_names_the_budget_that_would_do(stories: Path, tmp_path: Path) -> None:
     def fit(**goal) -> FitResult:
         wanted = goal_of(**goal, quality=0.95, context=128, effort="quick")

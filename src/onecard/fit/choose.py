@@ -18,8 +18,10 @@ from dataclasses import dataclass, replace
 from onecard.calibrate.train import Training
 from onecard.calibrate.walk import Progress
 from onecard.core.device import available_memory
+from onecard.core.errors import BadRequest
 from onecard.core.report import write_text
 from onecard.core.spec import parameter_count
+from onecard.fit import gates as judge
 from onecard.fit import planner, removal
 from onecard.fit.around import Bank, bank_bytes, lighter, search
 from onecard.fit.candidates import LARGE
@@ -36,6 +38,8 @@ from onecard.passes.tables import Tables
 from onecard.runtime import cpu as engine
 
 POSITIONS = engine.MOST["context"]
+WRECK = 0.05
+"""A plan that leaves blocks out and keeps less of the likelihood than this has to be asked for."""
 TOLLS = (0.0, 0.5, 1.0, 2.0, 4.0, 64.0)
 """What leaving a block out costs more than it was measured to, in mean harms of a block."""
 
@@ -154,6 +158,20 @@ def together(job: Job, planning: Planning, progress: Progress = Quiet) -> Planni
         harm = SUMS_UP * left_out(job.source, job.ids, job.trial.tried, gone)
         found[gone] = replace(plan, harm=plan.harm - alone + harm)
     return replace(planning, plan=min(found.values(), key=lambda plan: plan.harm))
+
+
+def require_sense(job: Job, planning: Planning) -> Planning:
+    """The plan itself. BadRequest where it keeps its budgets only by leaving out so many blocks that nothing
+    is left of the model, and nobody said by --quality that this is enough."""
+    goal, gone = job.goal, len(planning.plan.gone)
+    kept = judge.share_of(planning.harm, "likelihood")
+    if goal.quality is not None or not gone or kept >= WRECK:
+        return planning
+    said = f"{gone} of {job.source.spec.num_layers} blocks left out would keep the budgets"
+    raise BadRequest(
+        f"{said}, and about {kept:.1%} of the likelihood", "that is no model any more",
+        "more room or a lower --speed, or --quality 0.01 to have it all the same",
+    )  # fmt: skip
 
 
 def recipe_for(job: Job, planning: Planning, minutes: float = 0.0) -> Recipe:

@@ -44,6 +44,7 @@ from onecard.fit.choose import (
     recalled,
     recipe_for,
     remembered,
+    require_sense,
 )
 from onecard.fit.goal import MEASURES, Goal
 from onecard.fit.job import Job, Quiet, roomy
@@ -135,6 +136,11 @@ def fit(
     planning = plan_for(job, found)
     clock.step("plan")
     planning = recalled(job, planning) or remembered(job, looked_around(job, planning, progress))
+    try:
+        require_sense(job, planning)
+    except BadRequest:
+        shutil.rmtree(job.work, ignore_errors=True)
+        raise
     clock.step("look around")
     texts = judge.texts_of(
         job.source, job.request.held_out, gate_tokens(job), job.work / "texts.json",
@@ -170,7 +176,7 @@ def fit(
 def plan_only(job: Job, progress: Progress = Quiet) -> tuple[Planning, Sensitivity]:
     """The plan of a job, and what it rests on; nothing is made."""
     found = look(job.source, job.ids, job.trial, job.request.home or default_home(), progress)
-    return looked_around(job, plan_for(job, found), progress), found
+    return require_sense(job, looked_around(job, plan_for(job, found), progress)), found
 
 
 def advice(result: FitResult) -> str:
