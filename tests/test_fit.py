@@ -36,6 +36,7 @@ from onecard.fit.goal import Goal, goal_of
 from onecard.fit.planner import Group, Infeasible, Limits, Option, front, solve, summed
 from onecard.fit.result import FitResult, read_fit
 from onecard.fit.sensitivity import between, left_out, look, shapes_of
+from onecard.kernels import cpu
 from onecard.kernels.reference import from_dense
 from onecard.passes.base import Recipe
 from onecard.passes.job import compress, file_bytes, prepare
@@ -752,6 +753,25 @@ def test_the_largest_batch_is_counted_by_the_code_that_allocates(
     assert choose.largest_batch(job, fits.plan_only(job)[0]) == 3
     without = jobs.prepare(request(tiny, text_file, tmp_path / "no", tmp_path, size="1GB"))
     assert choose.largest_batch(without, fits.plan_only(without)[0]) is None
+
+
+def test_figures_of_a_busy_machine_are_forgotten(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs far faster than its kernels promised shows that these were timed beside something else."""
+    forgotten: list[str] = []
+    monkeypatch.setattr(cpu, "forget", forgotten.append)
+    asked = request(
+        tiny, text_file, tmp_path / "out", tmp_path / "home", size=half(tiny), speed=1.0
+    )
+    job = jobs.prepare(asked)
+    planning, _ = fits.plan_only(job)
+    promised = 1 / (planning.plan.seconds + job.fixed.seconds)
+    for faster, files in ((1.9, 0), (2.1, 2)):
+        seen = story.Seen(decode=faster * promised)
+        monkeypatch.setattr(story, "measured", lambda *_, seen=seen: seen)
+        fits.fit(jobs.prepare(replace(asked, force=True)))
+        assert len(forgotten) == files
 
 
 def test_a_wreck_has_to_be_asked_for(

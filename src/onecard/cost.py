@@ -277,6 +277,12 @@ def known() -> bool:
     return cpu.remembered(FILE).get(tune.key(cpu_facts())) is not None
 
 
+def forget() -> None:
+    """Measure kernels and overheads again when they are next asked for."""
+    for name in (rates.FILE, FILE):
+        cpu.forget(name)
+
+
 def _number(value: Any) -> Any:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e18:
         raise ValueError("no number")

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from onecard import cost
 from onecard.calibrate.data import Calibration, digest
 from onecard.calibrate.walk import Progress
 from onecard.checkpoint.journal import check_still
@@ -55,6 +56,8 @@ from onecard.passes import job as jobs
 from onecard.runtime.cpu import CpuSettings
 
 ATTEMPTS = 4
+TOO_FAST = 2.0
+"""Times faster than promised, from which the kernels' figures of this machine are not believed any more."""
 LITTLE = 0.9
 """A gate is missed by little where this share of the harm would do."""
 OVERSHOOT = 0.85
@@ -162,6 +165,9 @@ def fit(
         clock.step("recover")
         best = best_of(job, tried)
     seen = story.measured(job, best.folder, best.runs) if measure else story.Seen()
+    slow = best.planning.plan.seconds + job.fixed.seconds
+    if job.costs.machine is not None and (seen.decode or 0.0) * slow > TOO_FAST:
+        cost.forget()  # they were measured beside something else
     clock.step("measure")
     result = story.told(job, found, best, tried, seen, clock.said())
     write_text(best.folder / FILE, result.to_json())

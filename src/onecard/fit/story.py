@@ -223,7 +223,7 @@ def answered(
     said += f", {format_size(held_in or 0)} in memory with {job.costs.context} tokens"
     if "decode" in by:
         speed = by["decode"].measured or by["decode"].predicted or 0.0
-        said += f", {speed:,.3g} tokens/s"
+        said += f", {speed:,.0f} tokens/s" if speed >= 100 else f", {speed:.3g} tokens/s"
     said += f", {quality.measured:.2%} of the original's {job.goal.measure} kept."
     if kept:
         return said

@@ -19,11 +19,10 @@ def info(*, refresh: Annotated[bool, Flag] = False, json: Json = False) -> None:
         measure again instead of using the cached figures; those of single kernels when next asked for
     """
     from onecard import cost
-    from onecard.kernels import cpu, rates, tune
+    from onecard.kernels import cpu, tune
 
     if refresh:
-        for name in (rates.FILE, cost.FILE):
-            cpu.forget(name)
+        cost.forget()
     if cpu.available():
         tune.apply(refresh)
     show(cpu.info(refresh), json)
