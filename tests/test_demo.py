@@ -11,7 +11,7 @@ from onecard.checkpoint.hub import SHIPPED
 from onecard.checkpoint.load import load_model
 from onecard.checkpoint.source import Source
 from onecard.cli import main
-from onecard.demo import PART, QUALITY, shipped
+from onecard.demo import PART, QUALITY, request
 from onecard.fit.result import read_fit
 
 
@@ -59,5 +59,5 @@ def test_it_does_not_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_budget_is_of_the_model_itself() -> None:
-    goal = shipped(Path("x")).goal
+    goal = request(Path("x")).goal
     assert goal.size == weights(SHIPPED) // PART and goal.quality == QUALITY

@@ -7,22 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onecard.checkpoint.hub import SHIPPED
+from onecard.checkpoint.hub import shipped
 from onecard.checkpoint.source import Source
-from onecard.core.errors import BadRequest
 from onecard.fit.goal import Goal
 from onecard.fit.job import Request
+from onecard.passes.job import file_bytes
 
 PART, QUALITY, CONTEXT = 3, 0.99, 512
 
 
-def shipped(out: Path, force: bool = False) -> Request:
-    """The request of the demo. Raises BadRequest where the installation has no shipped model."""
-    if not (SHIPPED / "config.json").is_file():
-        raise BadRequest(
-            "the shipped model is missing from this installation", do="reinstall onecard"
-        )
-    size = sum(path.stat().st_size for path in Source(SHIPPED).checkpoint.files) // PART
+def request(out: Path, force: bool = False) -> Request:
+    """What the demo asks for. Raises BadRequest where the installation has no shipped model."""
+    size = file_bytes(Source(shipped()).checkpoint) // PART
     return Request(
         "demo", out, Goal(size=size, quality=QUALITY, context=CONTEXT, effort="quick"), force=force
     )

@@ -16,13 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from onecard.calibrate.data import Calibration
-from onecard.checkpoint.hub import SHIPPED
+from onecard.checkpoint.hub import SHIPPED, shipped
 from onecard.checkpoint.journal import check_target, partial_of
 from onecard.checkpoint.load import Source, compute_dtype, load_model
 from onecard.checkpoint.shards import Checkpoint
 from onecard.checkpoint.text import read_text
 from onecard.core.device import resident_peak
-from onecard.core.errors import BadRequest
 from onecard.core.report import Report, Row, environment, write_text
 from onecard.core.spec import parameter_count
 from onecard.evaluate import Progress, Reading, evaluate
@@ -61,10 +60,7 @@ def run_methods(
     Killed, a second call goes on behind the last variant that was finished. Raises BadRequest where OUT holds
     something else.
     """
-    if not (SHIPPED / "config.json").is_file():
-        raise BadRequest(
-            "the shipped model is missing from this installation", do="reinstall onecard"
-        )
+    shipped()
     given, out = out, out.resolve()
     if is_begun(out):
         for recipe in VARIANTS:

@@ -27,6 +27,15 @@ def find_model(name: str | Path) -> Path:
     return _fetch(str(name))
 
 
+def shipped() -> Path:
+    """The folder of the shipped model. Raises BadRequest where the installation has none."""
+    if not (SHIPPED / "config.json").is_file():
+        raise BadRequest(
+            "the shipped model is missing from this installation", do="reinstall onecard"
+        )
+    return SHIPPED
+
+
 def called(name: str | Path) -> str:
     """What people call MODEL: the folder's own name, or `demo` or the hub id as it was given."""
     path = Path(name).expanduser()

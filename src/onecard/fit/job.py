@@ -105,19 +105,13 @@ class Job:
 
     def places(self, found: Sensitivity | None = None) -> dict[str, list[Option]]:
         """place -> options; without sensitivities, of which only costs are known."""
-        harms = None
-        if found is not None:
-            harms = {w: {n: SUMS_UP * h for n, h in own.items()} for w, own in found.harms.items()}
-        return self.costs.options(self.effort.formats, harms, self.tables)
+        return self.costs.options(self.effort.formats, promised(found), self.tables)
 
     def groups(
         self, places: Mapping[str, Sequence[Option]], found: Sensitivity | None = None
     ) -> list[Group]:  # fmt: skip
         """The blocks that may be left out of these places."""
-        harms = None
-        if found is not None:
-            harms = {w: {n: SUMS_UP * h for n, h in own.items()} for w, own in found.harms.items()}
-        return self.costs.groups(places, harms)
+        return self.costs.groups(places, promised(found))
 
     def limits(self, harm: float | None) -> Limits:
         """What is left for the options when everything fixed is paid."""
@@ -138,6 +132,13 @@ class Job:
     @property
     def work(self) -> Path:
         return self.request.out.parent / f".{self.request.out.name}.fit"
+
+
+def promised(found: Sensitivity | None) -> dict[str, dict[str, float]] | None:
+    """Harms as they are promised; None where none are known."""
+    if found is None:
+        return None
+    return {w: {n: SUMS_UP * h for n, h in own.items()} for w, own in found.harms.items()}
 
 
 def prepare(request: Request) -> Job:

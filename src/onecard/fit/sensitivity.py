@@ -367,8 +367,7 @@ def made(site: Reached, format: Format, held: Mapping[str, Weight], trial: Trial
     weights, shares = diagonal(site), []
     for name, linear in site.linears.items():
         w = held[name].parts["weight"].float()
-        lost = linear.matrix().sub_(w).square_() @ weights
-        shares.append(float(lost.sum(dtype=torch.float64)) / max(power(site, name, w), 1e-30))
+        shares.append(lost(linear.matrix(), w, weights) / max(power(site, name, w), 1e-30))
     return sum(shares) / len(shares)
 
 
@@ -383,10 +382,14 @@ def rounding_error(
     for weight in held.values():
         w = weight.parts["weight"]
         w = w[:: max(1, w.shape[0] // ROWS)].float()
-        lost = (rounded(w, format, stored).float() - w).square_() @ weights
-        whole = (w.square() @ weights).sum(dtype=torch.float64)
-        shares.append(float(lost.sum(dtype=torch.float64)) / max(float(whole), 1e-30))
+        whole = float((w.square() @ weights).sum(dtype=torch.float64))
+        shares.append(lost(rounded(w, format, stored), w, weights) / max(whole, 1e-30))
     return sum(shares) / len(shares)
+
+
+def lost(now: Tensor, w: Tensor, weights: Tensor) -> float:
+    """The power of the outputs that `now` takes from w [out, in], with the power of each input [in]."""
+    return float((now.sub_(w).square_() @ weights).sum(dtype=torch.float64))
 
 
 def power(site: Reached, name: str, w: Tensor) -> float:

@@ -186,9 +186,9 @@ def demo(
         replace OUT
     """
     if not methods:
-        from onecard.demo import shipped
+        from onecard.demo import request
 
-        fitted(checked(shipped(out or Path("onecard-demo"), force)), False, json)
+        fitted(checked(request(out or Path("onecard-demo"), force)), False, json)
         return
     from onecard.methods import run_methods
     from onecard.render import to_html
