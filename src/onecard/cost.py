@@ -253,7 +253,9 @@ SOLID, HELD = Small(1024, 2816, 6, 256), Integers(8, 64)
 """A model that no cache holds, and the format of its linears."""
 MOST = 1.5
 """A share above that was measured beside something else."""
-TURNS = 7
+TURNS, MOST_TURNS = 7, 60
+"""Turns in a row in which nothing was faster, by SETTLED, that end the timing; and all turns there may be."""
+SETTLED = 0.01
 TOKENS, HEAD = 16, 64
 ROUNDS = 100  # that find the share of a cache
 
@@ -296,9 +298,11 @@ def measure() -> Overheads:
         models = [write(Path(folder) / f"{i}", small) for i, small in enumerate(SMALL)]
         models.append(write(Path(folder) / "solid", SOLID, HELD))
         timed = [_Timed(model) for model in models]
-        for _ in range(TURNS):
-            for each in timed:
-                each.turn()
+        idle = 0
+        for _ in range(MOST_TURNS):
+            idle = 0 if any([each.turn() for each in timed]) else idle + 1
+            if idle == TURNS:
+                break
         few, many, wordy, _ = (each.left(NONE).decode for each in timed)
         layer = max(0.0, many - few) / (MANY.layers - FEW.layers)
         choice = max(0.0, wordy - few) / (WORDY.vocabulary - FEW.vocabulary)
@@ -320,9 +324,13 @@ class _Timed:
         self.pages = np.arange(self.stepper.pages, dtype=np.int32)
         self.decode = self.prompt = float("inf")
 
-    def turn(self) -> None:
+    def turn(self) -> bool:
+        """Whether it was faster than ever before."""
+        before = self.prompt, self.decode
         self.prompt = min(self.prompt, self._step(PROMPTED, 0, 1) / PROMPTED)
         self.decode = min(self.decode, self._step(1, PROMPTED, TOKENS) / TOKENS)
+        now = self.prompt, self.decode
+        return any(a < (1 - SETTLED) * b for a, b in zip(now, before, strict=True))
 
     def _step(self, count: int, past: int, most: int) -> float:
         ids, none = np.arange(count, dtype=np.int32) % 250, np.empty(0, np.int32)

@@ -96,6 +96,7 @@ class Progress:
     def __init__(self, what: str) -> None:
         self.what = what
         self.began = self.last = time.monotonic()
+        self.first = self.done = self.total = 0
         self.bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -114,13 +115,19 @@ class Progress:
         return self
 
     def __call__(self, done: int, total: int, what: str) -> None:
+        """The time left is told from where this count began: it may go on from a former run, and when a
+        count ends another may begin."""
+        now = time.monotonic()
+        if done < self.done or total != self.total:
+            self.began, self.first = now, done
+            if self.bar is not None:
+                self.bar.reset(self.task, total=total)
+        self.done, self.total = done, total
         if self.bar is not None:
-            self.bar.update(
-                self.task, completed=done, total=total, description=f"{self.what}: {what}"
-            )
-        elif time.monotonic() - self.last > QUIET and 0 < done < total:
-            self.last = time.monotonic()
-            left = (self.last - self.began) / done * (total - done)
+            self.bar.update(self.task, completed=done, description=f"{self.what}: {what}")
+        elif now - self.last > QUIET and self.first < done < total:
+            self.last = now
+            left = (now - self.began) / (done - self.first) * (total - done)
             say(f"{self.what}: {what}, {done} of {total}, about {left:.0f} s left")
 
     def __exit__(self, *failure: object) -> None:

@@ -24,10 +24,10 @@ from onecard.checkpoint.source import Source, verify
 from onecard.core.device import available_memory, resident
 from onecard.core.errors import BadRequest
 from onecard.core.settings import format_size
-from onecard.core.spec import linear_shapes, parameter_count
+from onecard.core.spec import parameter_count, sites
 from onecard.fit import gates as judge
 from onecard.fit import planner, removal
-from onecard.fit.candidates import Trial, trial_of
+from onecard.fit.candidates import CACHES, Trial, trial_of
 from onecard.fit.costs import Costs, Fixed
 from onecard.fit.goal import Goal
 from onecard.fit.planner import Group, Infeasible, Limits, Option
@@ -282,23 +282,22 @@ def roomy(least: float) -> str:
 
 def seconds(job: Job) -> float:
     """What the sensitivities will take, from products timed on the spot; 0 where they are known."""
-    from onecard.passes.forecast import estimate_seconds
+    from onecard.passes.forecast import estimate_seconds, linear_weights, product_seconds
 
     if known(job.source, job.ids, job.trial, job.request.home or default_home()):
         return 0.0
     spec, trial = job.source.spec, job.trial
-    weights = sum(
-        rows * columns
-        for layer in spec.layers
-        for rows, columns in linear_shapes(spec, layer).values()
-    )
-    walk = estimate_seconds(spec, job.ids, "fp32", False)
-    per_token = walk / max(1, job.ids.numel())
-    streams = (
-        spec.num_layers * (1 / trial.together if trial.together else 4 * len(trial.anchors)) / 2
-    )
-    solving = len(trial.formats) * weights * (4e-9 if trial.rounding == "nearest" else 2e-7)
-    return walk + streams * trial.tried * per_token + solving
+    weights, head = linear_weights(spec), spec.vocab_size * spec.embed_size
+    places = sum(len(sites(layer)) for layer in spec.layers)
+    begun = spec.num_layers / trial.together if trial.together else places * len(trial.anchors)
+    begun += spec.num_layers * trial.left_out
+    through = len(trial.tables) + len(CACHES) - 1  # from the first block on; the others from theirs
+    found = product_seconds(weights, trial.tried * (begun / 2 + through), "fp32")
+    found += product_seconds(head, trial.tried * (begun + through), "fp32")
+    if trial.rounding == "gptq":
+        found += estimate_seconds(spec, job.ids, "fp32", False)
+        return found + len(trial.formats) * weights * 2e-7
+    return found + product_seconds(weights, job.ids.numel(), "fp32") + weights * 2e-8
 
 
 def is_finished(request: Request) -> bool:

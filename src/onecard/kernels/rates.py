@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -44,14 +45,20 @@ from onecard.kernels.structs import SPARSE, Matrix
 
 FILE = "rates.json"
 ROWS = (1, 4, 32, 512)
-COLUMNS = (128, 1024, 4096)
+COLUMNS = (
+    128,
+    1152,
+    4224,
+)  # few models' rows are powers of two, and those evict themselves from a cache
 WARM = 1024  # rows of a matrix that a cache holds
 SHORT, NEAR = 32, 512  # positions in front of a token, and how many more
 FAR, CHUNK = 3584, 512  # positions in front of a part of a prompt, and its length
-LEAST, MOST = 64 << 20, 192 << 20  # bytes that no cache holds
-ROUNDS, TURNS = 4, 3
+LEAST, MOST = 64 << 20, 192 << 20  # bytes of keys and values, or of a matrix, that no cache holds
+CACHES = 6  # a last cache that keeps some of what it read is still found in twice its size
+ROUNDS, TURNS, MANY = 4, 3, 40  # MANY: of what takes microseconds
 SLOW, SLOWEST = 0.1, 0.5  # seconds of one product that are too long to repeat, and to take at all
 BRIEF, STEP = 0.002, 0.06  # seconds to fill with products, of a small and of a large matrix
+FILLED = 0x3C  # twice this is a scale, or a weight, of 0.0115
 SHARES = 20  # steps of the share of slots that sparse forms are told apart by
 
 
@@ -230,33 +237,52 @@ def _rising(matrix: _Filled, threads: int) -> Iterator[float]:
 
 def _cold(form: Form, warm: float, threads: int) -> float:
     facts = cpu_facts()
-    size = min(max(2 * dict(facts.caches).get("L3", 0), LEAST), MOST, facts.memory_available // 8)
+    last = dict(facts.caches).get("L3", 0)
+    size = min(max(CACHES * last, LEAST), MOST, facts.memory_available // 8)
     columns = COLUMNS[-1]
     row = layout.size(form.matrix(layout.TILE, columns)) / layout.TILE
     rows = int(size / row) // layout.TILE * layout.TILE
     if warm * rows * columns > SLOW or rows < layout.TILE * threads:
         return warm
-    matrix = _Filled(form, rows, columns, threads)
-    with tempfile.TemporaryFile() as file:  # small pages, as those of a model's file are
-        matrix.data.tofile(file)
+    filled = _plain(size) if form.kind != SPARSE else None
+    matrix = _Filled(form, rows, columns, threads, filled)
+    if filled is None:
+        matrix.held(_mapped(matrix.data))
+    return matrix.mean(threads) / matrix.weights
+
+
+@cache
+def _plain(size: int) -> layout.Bytes:
+    """A mapped file of such bytes as a matrix is filled with."""
+    return _mapped(np.full(size, FILLED, np.uint8))
+
+
+def _mapped(data: layout.Bytes) -> layout.Bytes:
+    """The same from a mapped file: in small pages, as those of a model's file are."""
+    with tempfile.TemporaryFile() as file:
+        data.tofile(file)
         file.flush()
-        matrix.data = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
-        matrix.matrix.data = matrix.data.ctypes.data
-        return matrix.mean(threads) / matrix.weights
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
 
 
 class _Filled:
     """A matrix of a form that holds something: no NaN, no denormals, as many zeros as it says."""
 
-    def __init__(self, form: Form, rows: int, columns: int, threads: int) -> None:
+    def __init__(
+        self, form: Form, rows: int, columns: int, threads: int, filled: layout.Bytes | None = None
+    ) -> None:
         self.matrix = form.matrix(rows, columns)
         self.weights = rows * columns
-        self.data = _aligned(layout.size(self.matrix))
+        self.held(_aligned(layout.size(self.matrix)) if filled is None else filled)
         if form.kind == SPARSE:
             self._fill_sparse(threads)
-        else:
-            self.data[:] = 0x3C  # scales and weights of 0.0115
-        self.matrix.data = self.data.ctypes.data
+        elif filled is None:
+            self.data[:] = FILLED
+
+    def held(self, data: layout.Bytes) -> None:
+        """It lies there."""
+        self.data = data
+        self.matrix.data = data.ctypes.data
 
     def _fill_sparse(self, threads: int) -> None:
         m = self.matrix
@@ -314,8 +340,8 @@ def _of_heads(heads: Heads, threads: int) -> list[float]:
     cached = dict(cpu_facts().caches).get("L3", 0)
     each = heads.kv_heads * heads.head_dim * {"int8": 2, "fp8": 2, "int4": 1}.get(heads.cache, 4)
     long = min(max(2 * cached, LEAST) // each, 1 << 16)
-    _, begin = _attend(heads, SHORT, 1, threads)
-    _, near = _attend(heads, SHORT + NEAR, 1, threads)
+    _, begin = _attend(heads, SHORT, 1, threads, MANY)
+    _, near = _attend(heads, SHORT + NEAR, 1, threads, MANY)
     _, far = _attend(heads, SHORT + long, 1, threads)
     warm = max(near - begin, 0.0) / NEAR
     step = max(warm, (far - begin) / long)
@@ -326,7 +352,9 @@ def _of_heads(heads: Heads, threads: int) -> list[float]:
     return [step, warm, (store + rest) / CHUNK, pair]
 
 
-def _attend(heads: Heads, past: int, count: int, threads: int) -> tuple[float, float]:
+def _attend(
+    heads: Heads, past: int, count: int, threads: int, turns: int = TURNS
+) -> tuple[float, float]:
     """The least seconds of storing `count` tokens behind `past` others, and of attention."""
     total = past + count
     random = np.random.default_rng(0)
@@ -338,7 +366,7 @@ def _attend(heads: Heads, past: int, count: int, threads: int) -> tuple[float, f
     code = cpu.library().oc_attend(
         heads.heads, heads.kv_heads, heads.head_dim, 0, heads.head_dim**-0.5, 0.0,
         cpu.CODES[heads.cache], 1, longs(past), longs(count), k.ctypes.data, k.ctypes.data,
-        q.ctypes.data, threads, TURNS, y.ctypes.data, times,
+        q.ctypes.data, threads, turns, y.ctypes.data, times,
     )  # fmt: skip
     if code:
         raise FailedWork("attention could not be measured", seen=f"error {code}")

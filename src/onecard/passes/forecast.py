@@ -47,6 +47,11 @@ def estimate_seconds(spec: Spec, ids: Tensor, dtype: str, replay: bool) -> float
     return seconds
 
 
+def product_seconds(weights: int, tokens: float, dtype: str) -> float:
+    """Of the products of so many tokens with linears of so many weights."""
+    return 2 * tokens * weights / _rate(DTYPES[dtype])
+
+
 @cache
 def _rate(dtype: torch.dtype) -> float:
     """Operations per second of a product of 512, the best of ten or of half a second; once a process."""
@@ -212,8 +217,9 @@ def stage_seconds(
         return found
     for survey in surveys_of(stage, spec):
         if survey.runs or survey.whole:
-            forward = 2 * ids.numel() * linear_weights(spec) / _rate(DTYPES[dtype])
-            found += forward * (3 if survey.whole else 1)
+            found += product_seconds(linear_weights(spec), ids.numel(), dtype) * (
+                3 if survey.whole else 1
+            )
     if isinstance(stage, tuple) and needs_of(stage):
         found += estimate_seconds(spec, ids, dtype, replay)
     return found

@@ -18,9 +18,8 @@
 #include <new>
 #include <vector>
 
-#include <sys/mman.h>
-
 #include "engine.h"
+#include "memory.h"
 #include "onecard.h"
 #include "pool.h"
 #include "threads.h"
@@ -35,38 +34,6 @@ constexpr int block_sizes[] = {32, 64, 128};
 
 int64_t up_to(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 int64_t padded(int64_t rows) { return up_to(rows, 16); }
-
-// Zeroed memory of the system, in huge pages where it has them.
-class Memory {
- public:
-  Memory() = default;
-  explicit Memory(int64_t bytes) : bytes_(up_to(std::max<int64_t>(bytes, 1), 4096)) {
-    void *const at = mmap(nullptr, size_t(bytes_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (at == MAP_FAILED) throw std::bad_alloc();
-    at_ = static_cast<uint8_t *>(at);
-#if defined(MADV_HUGEPAGE)
-    if (bytes_ >= 1 << 21) madvise(at_, size_t(bytes_), MADV_HUGEPAGE);
-#endif
-  }
-  Memory(Memory &&other) noexcept { swap(other); }
-  Memory &operator=(Memory &&other) noexcept {
-    swap(other);
-    return *this;
-  }
-  ~Memory() {
-    if (at_) munmap(at_, size_t(bytes_));
-  }
-  uint8_t *at() const { return at_; }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  void swap(Memory &other) {
-    std::swap(at_, other.at_);
-    std::swap(bytes_, other.bytes_);
-  }
-  uint8_t *at_ = nullptr;
-  int64_t bytes_ = 0;
-};
 
 // The bytes of `count` things; more than any machine has are refused before their number overflows.
 int64_t bytes_of(int64_t count, int64_t size) {

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "engine.h"
+#include "memory.h"
 #include "onecard.h"
 
 namespace {
@@ -133,8 +134,8 @@ int oc_attend(int heads, int kv_heads, int head_dim, int64_t window, float scale
       rows += count[i];
     }
     const int64_t page_bytes = attention.page_bytes(dtype, kv_heads, head_dim);
-    Aligned memory(pages * page_bytes);
-    const oc::Pages cache{memory.get(), page_bytes, dtype, kv_heads, head_dim};
+    const oc::Memory memory(pages * page_bytes);
+    const oc::Pages cache{memory.at(), page_bytes, dtype, kv_heads, head_dim};
 
     Team team(threads);
     const oc::Work work = attention.work(layer, spans.data(), requests, threads);
