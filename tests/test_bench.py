@@ -46,6 +46,18 @@ def positions(feed: Feed) -> list[tuple[int, int]]:
     return [(int(feed.table[p // 32]), p % 32) for p in range(feed.past, feed.past + len(feed.ids))]
 
 
+def test_what_is_written_behind(tiny: Path, seen: list) -> None:
+    """With `behind`, the ids written follow so many, and all positions in front of them are computed."""
+    bench([str(tiny)], Sizes((), (20,), (2,), 1, 70), CpuSettings(threads=1), roofs=lambda: ROOF)
+    feeds = [feed for given, _ in seen for feed in given]
+    assert max(feed.past for feed in feeds) >= 70
+    assert {p for feed in feeds[:4] for p in range(feed.past, feed.past + len(feed.ids))} >= set(
+        range(70)
+    )
+    with pytest.raises(BadRequest, match="behind is 0"):
+        Sizes(behind=0)
+
+
 @pytest.mark.parametrize(
     "count, batch, rows", [(40, 1, 512), (70, 3, 64), (200, 2, 512), (1, 1, 8)]
 )

@@ -7,8 +7,11 @@ import itertools
 import json
 import random
 import re
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from conftest import call
 from test_render import Page
 from test_walk import SETTINGS, ids_of, same
 
+import onecard
 from onecard.calibrate.data import Calibration, calibration_ids
 from onecard.checkpoint.journal import Journal
 from onecard.checkpoint.load import load_model
@@ -24,7 +28,7 @@ from onecard.checkpoint.shards import Checkpoint
 from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import parse_format
-from onecard.core.report import Report
+from onecard.core.report import Report, Row
 from onecard.core.spec import sites
 from onecard.fit import candidates, choose, gates, planner, removal, sensitivity, story
 from onecard.fit import fit as fits
@@ -427,6 +431,75 @@ def test_a_stream_of_two_blocks_deals_out_its_harm(
     assert look(Source(tiny), ids, two, tmp_path / "y").harms == found
 
 
+def test_what_is_remembered_and_damaged_is_measured_again(
+    tiny: Path, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    trial = replace(TRIALS["quick"], tokens=512, length=64, tried=128)
+    found = look(Source(tiny), ids, trial, tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    assert sensitivity.known(Source(tiny), ids, trial, tmp_path)
+    data = json.loads(path.read_text())
+    wrong = [{"harms": {}}, {**data, "more": 1}, [1, 2]]
+    for where, harms in (("blocks.1.attention.in", {"int2": 0.1}), ("cache", {"fp16": float("nan")}),
+                         ("cache", {"fp16": "none"}), ("blocks.2", [0.1]), ("blocks.0", {})):  # fmt: skip
+        wrong.append({**data, "harms": {**data["harms"], where: harms}})
+    for text in ("", "{", *map(json.dumps, wrong)):
+        path.write_text(text)
+        assert not sensitivity.known(Source(tiny), ids, trial, tmp_path), text
+    assert look(Source(tiny), ids, trial, tmp_path) == found
+    assert sensitivity.known(Source(tiny), ids, trial, tmp_path)
+
+
+def test_a_damaged_state_begins_the_walk_anew(
+    tiny: Path, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = replace(TRIALS["quick"], tokens=512, length=64, tried=128)
+    found, add = look(Source(tiny), ids, trial, tmp_path / "whole"), Journal.add
+
+    def dying(self: Journal, part: str, *rest: object) -> None:
+        add(self, part, *rest)  # type: ignore[arg-type]
+        if part == "block-00001":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", dying)
+    with pytest.raises(KeyboardInterrupt):
+        look(Source(tiny), ids, trial, tmp_path / "killed")
+    monkeypatch.setattr(Journal, "add", add)
+    (state,) = (tmp_path / "killed").glob(".*.partial/state-*.safetensors")
+    state.write_bytes(state.read_bytes()[:-1])
+    assert look(Source(tiny), ids, trial, tmp_path / "killed") == found
+
+
+def test_two_that_look_at_the_same_model_do_not_do_it_twice(
+    tiny: Path, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = replace(TRIALS["quick"], tokens=512, length=64, tried=128)
+    found = look(Source(tiny), ids, trial, tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    text, waited = path.read_text(), list[float]()
+    path.unlink()
+    other = Journal(path.with_suffix(""), {"another": "process"})
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        path.write_text(text)  # the other one is done
+
+    monkeypatch.setattr(sensitivity.time, "sleep", sleep)
+    monkeypatch.setattr(sensitivity, "walk", None)
+    with other:
+        assert look(Source(tiny), ids, trial, tmp_path) == found
+    assert len(waited) == 1
+
+
+def test_answers_that_are_no_numbers() -> None:
+    logp = torch.log_softmax(torch.randn(1, 3, 5), -1)
+    nothing = torch.full_like(logp, float("nan"))
+    assert sensitivity.apart(logp.exp(), logp, logp) == 0
+    assert sensitivity.apart(logp.exp(), logp, nothing) == sensitivity.WORST
+    with pytest.raises(FailedWork, match="not numbers"):
+        sensitivity.apart(nothing, nothing, logp)
+
+
 def test_some_rows_tell_what_rounding_all_of_them_does(
     tiny: Path, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -590,10 +663,211 @@ def test_what_misses_its_gate_ends_with_one(
     assert call(*words, "--quality", "0.9999", "--dry-run", "--json") == 0
     assert not (tmp_path / "out").exists()
     json.loads(capsys.readouterr().out)
+    assert call(*words, "--quality", "0.9999", "--dry-run", "--json", "--explain") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert any(row["what"] == "why" and "would save" in row["value"] for row in rows)
     assert call(*words, "--quality", "0.9999", "--explain") == 1
     said = capsys.readouterr()
     assert "does not keep what was asked" in said.err and "would save" in said.out
     assert not read_fit(tmp_path / "out").kept
+
+
+def test_what_a_plan_is_predicted_to_miss_is_said_before(
+    tiny: Path, text_file: Path, tmp_path: Path
+) -> None:
+    tight = request(
+        tiny, text_file, tmp_path / "out", tmp_path, size=half(tiny) // 2, quality=0.9999
+    )
+    job, told = jobs.prepare(tight), list[str]()
+    planning, _ = fits.plan_only(job)
+    said = dict(story.dry(job, planning).notes)["warning"]
+    found = re.search(r"--quality asks for 0.9999; --size ([0-9]+)KiB is predicted to do", said)
+    assert found
+    fits.fit(job, measure=False, warn=told.append)
+    assert told == [said]
+    enough = replace(tight, goal=replace(tight.goal, size=int(found[1]) << 10))
+    job = jobs.prepare(replace(enough, force=True))
+    assert choose.short_of(job, fits.plan_only(job)[0]) == ""
+
+
+def test_another_process_has_the_output(tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = request(tiny, text_file, tmp_path / "out", tmp_path, size=half(tiny))
+    job = jobs.prepare(asked)
+    with fits.working(job), pytest.raises(BadRequest, match="another process"):
+        fits.fit(jobs.prepare(replace(asked, goal=replace(asked.goal, size=half(tiny) + 1))))
+    assert json.loads((job.work / "goal.json").read_text())["goal"]["size"] == half(tiny)
+    shutil.rmtree(job.work)
+    job.work.write_text("mine")
+    with pytest.raises(BadRequest, match="is a file"):
+        fits.fit(job)
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("goal.json", "{"), ("plan.json", '{"picks": [0]}'), ("texts.json", '{"held": 1, "own": []}'),
+    ("attempt-1.gates.json", '[{"kl": "x"}]'),
+])  # fmt: skip
+def test_damaged_notes_are_made_again(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path,
+    name: str, damage: str,
+) -> None:  # fmt: skip
+    asked = request(tiny, text_file, tmp_path / "one", home, size=half(tiny))
+    whole = fits.fit(jobs.prepare(asked), measure=False)
+    job = jobs.prepare(replace(asked, out=tmp_path / "two"))
+    real = story.told
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(story, "told", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fits.fit(job, measure=False)
+    monkeypatch.setattr(story, "told", real)
+    (job.work / name).write_text(damage)
+    assert fits.fit(job, measure=False).promises == whole.promises
+    assert same(tmp_path / "one", tmp_path / "two") and not job.work.exists()
+
+
+def test_a_plan_of_other_options_is_not_gone_on_with(
+    tiny: Path, text_file: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables are a choice only where they fit into memory, and that may have changed meanwhile."""
+    job = jobs.prepare(request(tiny, text_file, tmp_path / "out", home, size=half(tiny)))
+    planning, found = fits.plan_only(job)
+    job.work.mkdir()
+    choose.remembered(job, planning)
+    again = choose.recalled(job, planning)
+    assert (
+        again is not None and again.plan.picks == planning.plan.picks and "tables" in again.places
+    )
+    monkeypatch.setattr(type(job), "tables", ())
+    job = jobs.prepare(job.request)
+    assert choose.recalled(job, choose.plan_for(job, found)) is None
+
+
+def test_what_is_finished_is_so_by_its_texts_too(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(story, "measured", lambda *_: story.Seen())
+    text, task, out = tmp_path / "text.txt", tmp_path / "task.jsonl", tmp_path / "out"
+    text.write_text(text_file.read_text())
+    task.write_text('{"question": "Is it text?", "choices": ["yes", "no"], "gold": 0}')
+    words = ["fit", tiny, out, "--size", half(tiny), "--effort", "quick", "--context", 64, "--held-out", text,
+             "--calibration", text, "--task", task, "--resume"]  # fmt: skip
+    assert call(*words) == 0
+    capsys.readouterr()
+    assert call(*words) == 0 and "is finished" in capsys.readouterr().err
+    for file in (text, task):
+        before = file.read_text()
+        file.write_text(before.replace("text", "prose"))
+        assert call(*words) == 2 and "not empty" in capsys.readouterr().err
+        file.write_text(before)
+    assert call(*words[:-1], "--quality", "0.01", "--resume") == 2
+    assert call(*words) == 0
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    capsys.readouterr()
+    assert call(*words) == 2 and "model.safetensors" in capsys.readouterr().err
+
+
+def test_texts_that_say_nothing(tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    short, ids = tmp_path / "short.txt", tmp_path / "ids.json"
+    short.write_text("Nothing here is remarkable.")
+    asked = request(tiny, text_file, tmp_path / "out", tmp_path / "home", size="1GB")
+    with pytest.raises(BadRequest, match="at least 64 are needed"):
+        jobs.prepare(replace(asked, held_out=short))
+    for rows, said in (([[5] * 257], "context is 256"), ([[5]] * 40, "2 tokens or more")):
+        ids.write_text(json.dumps(rows))
+        with pytest.raises(BadRequest, match=said):
+            jobs.prepare(replace(asked, data=ids))
+
+
+def test_room_for_the_work_is_asked_for_first(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(tiny, text_file, tmp_path / "out", tmp_path / "home", size="1GB")
+    with pytest.raises(BadRequest, match="raise --cap"):
+        jobs.prepare(replace(asked, cap=1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(BadRequest, match="1000 B are free"):
+        jobs.prepare(asked)
+    assert not (tmp_path / "home").exists()
+
+
+def test_the_engine_is_measured_with_its_context_full(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for context, batch in ((1, 1), (2, 3), (300, 1), (2048, 4), (8192, 1), (1 << 20, 64)):
+        load = story.Load.of(context, batch)
+        filled = load.behind + load.decode
+        assert filled * batch + load.unwritten == max(context, 2) * batch
+        assert filled <= max(2, context) and load.unwritten <= max(
+            0, batch * context - story.FILLED // 2
+        )
+    asked = request(tiny, text_file, tmp_path / "out", tmp_path, memory="1GiB", batch=4)
+    job, cases = jobs.prepare(asked), list[list[str]]()
+    figures = {
+        "peak_memory_bytes": 1e6,
+        "prompt_tokens_per_second": 80.0,
+        "decode_tokens_per_second": 40.0,
+    }
+
+    def run(words: list[str], **_: object) -> SimpleNamespace:
+        cases.append(words)
+        rows = tuple(Row("model", what, value) for what, value in figures.items())
+        return SimpleNamespace(returncode=0, stdout=Report(rows).to_json(), stderr="")
+
+    monkeypatch.setattr(story, "samples_of", lambda *_: ())
+    monkeypatch.setattr(story.subprocess, "run", run)
+    seen = story.measured(job, tiny, CpuSettings(cache="int8"))
+    assert (seen.memory, seen.prompt, seen.decode) == (
+        1e6,
+        80.0,
+        10.0,
+    )  # a speed is of one sequence
+    assert (
+        cases[0][cases[0].index("--behind") + 1] == "64"
+        and "int8" in cases[0]
+        and "int8" not in cases[1]
+    )
+    monkeypatch.setattr(story, "FILLED", 400)  # 100 of the 128 positions of each sequence
+    seen = story.measured(job, tiny, CpuSettings(cache="int8"))
+    assert seen.memory == 1e6 + job.costs.kept("int8") * 28 // 128
+
+
+def test_what_could_not_be_measured_is_not_kept(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(tiny, text_file, tmp_path / "out", tmp_path, memory="1GiB")
+    run = story.subprocess.run
+
+    def failing(words: list[str], **more) -> object:
+        bench = "bench" in words
+        return run([sys.executable, "-c", "import os; os.abort()"] if bench else words, **more)
+
+    monkeypatch.setattr(story.subprocess, "run", failing)
+    result = fits.fit(jobs.prepare(asked))
+    memory = next(p for p in result.promises if p.what == "memory")
+    assert (
+        not result.kept and memory.kept is False and "could not be run: exit code -6" in memory.how
+    )
+
+
+def test_from_python(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same folder as from the command line, page and all; texts and sizes as people have them at hand."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(story, "measured", lambda *_: story.Seen())
+    result = onecard.fit_model(
+        tiny, str(tmp_path / "out"), size=float(half(tiny)), calibration=str(text_file),
+        held_out=str(text_file), effort="quick", context=64, quality=0.01,
+    )  # fmt: skip
+    assert (
+        result.kept and result.answer in Page((tmp_path / "out" / "report.html").read_text()).text
+    )
+    assert read_fit(tmp_path / "out") == FitResult.from_json(result.to_json())
 
 
 def test_what_cannot_fit_is_said_at_once(tiny: Path, text_file: Path, tmp_path: Path) -> None:

@@ -468,6 +468,17 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert call("report", tmp_path / "a", tmp_path / "b", "--json", "--out", out) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {row["where"] for row in rows} == {"a", "b"}
+    (tmp_path / "b" / "a").mkdir()
+    (tmp_path / "b" / "a" / FILE).write_text(fitted(4).to_json())
+    both = (
+        tmp_path / "a",
+        tmp_path / "b" / "a",
+        tmp_path / "a",
+    )  # of one name, and one of them twice
+    assert call("report", *both, "--json", "--out", out) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    first = f"{tmp_path.name}/a"
+    assert {row["where"] for row in rows} == {first, "b/a", f"{first} (2)"}
     assert call("report", tmp_path / "a", tmp_path / "nothing") == 2
     assert "nothing" in capsys.readouterr().err
     assert call("report") == 2

@@ -17,7 +17,8 @@ FLOORS = (
     ("calibrate", "runtime", "windows"),
     ("passes", "evaluate", "export", "serve", "cost"), ("roofline",),
     ("search", "inspect", "harness", "prove"), ("fit",),
-    ("bench", "render", "demo", "methods", "terminal", "running"), ("verbs",), ("cli",), ("__main__",),
+    ("bench", "render", "demo", "methods", "terminal", "running"), ("fitting",), ("verbs",),
+    ("cli",), ("__main__",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -17,7 +17,7 @@ _WHERE = {
     "apply": "onecard.passes.walked",
     "compress": "onecard.passes.job",
     "find_recipe": "onecard.passes",
-    "fit_model": "onecard.fit.api",
+    "fit_model": "onecard.fitting",
     "load_model": "onecard.checkpoint.load",
     "prepare": "onecard.passes.job",
     "save_model": "onecard.checkpoint.save",

@@ -1,7 +1,7 @@
 """How fast a model reads and writes on this processor, beside what the machine could do. No torch.
 
     prompt N     contexts of N random ids go in, the logits of the last one come out
-    decode N     behind contexts of LEAD ids, which are not timed, N ids are chosen one by one, the
+    decode N     behind contexts of `behind` ids, which are not timed, N ids are chosen one by one, the
                  likeliest each time, in native calls of CALL ids as the scheduler makes them
 
 Ids are drawn anew for every measurement, and nothing is shared between contexts. A figure is the median over
@@ -63,12 +63,15 @@ class Sizes:
     decode: tuple[int, ...] = (128,)
     batch: tuple[int, ...] = (1, 4)
     repeat: int = 3
+    behind: int = LEAD  # ids in front of those that are decoded
 
     def __post_init__(self) -> None:
         for name in ("prompt", "decode", "batch"):
             for value in getattr(self, name):
                 if not 1 <= value <= 1 << 20:
                     raise BadRequest(f"{name} is {value}", do="1 to 1048576 is possible")
+        if not 1 <= self.behind <= 1 << 20:
+            raise BadRequest(f"behind is {self.behind}", do="1 to 1048576 is possible")
         if not 1 <= self.repeat <= 1000:
             raise BadRequest(f"repeat is {self.repeat}", do="1 to 1000 is possible")
         if not (self.prompt or self.decode) or not self.batch:
@@ -76,7 +79,7 @@ class Sizes:
 
     def cases(self) -> list[Case]:
         kinds = [("prompt", n) for n in self.prompt] + [("decode", n) for n in self.decode]
-        return [Case(kind, n, batch) for kind, n in kinds for batch in self.batch]
+        return [Case(kind, n, batch, self.behind) for kind, n in kinds for batch in self.batch]
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,7 @@ def bench(
 def _conventions(sizes: Sizes) -> tuple[tuple[str, str], ...]:
     return (
         ("convention: speed", f"median of {sizes.repeat}; contexts of random ids; decoding is greedy, "
-         f"behind {LEAD} ids; a batch's tokens are added up"),
+         f"behind {sizes.behind} ids; a batch's tokens are added up"),
         ("convention: shares", "of the speed at which memory can be read, by bytes of weights; of the "
          "peak of the unit that multiplies, by the products of the linears"),
     )  # fmt: skip

@@ -30,6 +30,10 @@ BESIDE = frozenset({"manifest.json", "report.json", "report.html", "fit.json", "
 """What a result's folder holds of its own that its manifest does not name."""
 
 
+class Busy(BadRequest):
+    """Another process holds the working folder."""
+
+
 class Journal:
     """The working folder of one job; at most one process holds it, until it is left as a context."""
 
@@ -51,7 +55,7 @@ class Journal:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise BadRequest(f"another process is working on {out}") from error
+            raise Busy(f"another process is working on {out}") from error
         try:
             self._recover(force)
         except BaseException:

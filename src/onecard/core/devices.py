@@ -86,7 +86,7 @@ def device(name: str) -> Device:
     """The device of that name. Raises BadRequest that names the nearest known one."""
     rows = {_plain(row[0]): row for row in KNOWN}
     if _plain(name) not in rows:
-        raise BadRequest(f"no device {name!r} is known", do=nearest(name, names()))
+        raise BadRequest(f"no device {name!r} is known", do=nearest(name, ("auto", *names())))
     called, kind, memory, bandwidth, int8, bf16 = rows[_plain(name)]
     peaks = {"int8": int8, "bf16": bf16}
     return Device(

@@ -25,10 +25,10 @@ _UNITS = {
 }  # fmt: skip
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | float) -> int:
     """Bytes from `"6GiB"`, `"6g"`, `"6GB"` or a number. Raises BadRequest for anything else."""
-    if isinstance(text, int):
-        value, unit = float(text), ""
+    if isinstance(text, (int, float)):
+        value, unit = text, ""
     else:
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
         if not match or match[2].lower() not in _UNITS:
@@ -38,7 +38,7 @@ def parse_size(text: str | int) -> int:
             )
         value, unit = float(match[1]), match[2].lower()
     size = value * _UNITS[unit]
-    if not math.isfinite(size) or not 0 < size < 2**60:
+    if not 1 <= size < 2**60:
         raise BadRequest(f"the size {text!r} is not a possible number of bytes")
     return int(size)
 

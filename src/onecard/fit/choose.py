@@ -27,7 +27,7 @@ from onecard.fit.around import Bank, bank_bytes, lighter, search
 from onecard.fit.candidates import LARGE
 from onecard.fit.costs import Costs
 from onecard.fit.goal import MOST
-from onecard.fit.job import SUMS_UP, Job, Quiet, explained
+from onecard.fit.job import SUMS_UP, Job, Quiet, explained, roomy
 from onecard.fit.planner import GONE, Group, Infeasible, Limits, Option, Plan, summed
 from onecard.fit.sensitivity import Sensitivity, left_out
 from onecard.passes.base import Pass, Recipe
@@ -174,6 +174,34 @@ def require_sense(job: Job, planning: Planning) -> Planning:
     )  # fmt: skip
 
 
+def short_of(job: Job, planning: Planning) -> str:
+    """That a plan is predicted to miss the quality asked for, and which budgets would do; empty where it is
+    not. It may still turn out to keep it: predictions are not that certain."""
+    goal, kept = job.goal, judge.share_of(planning.harm, job.goal.measure)
+    if goal.quality is None or job.harm is None or kept >= goal.quality:
+        return ""
+    enough = enough_for(job, planning, job.harm / planning.factor)
+    return (
+        f"the plan is predicted to keep {kept:.4f} of the {goal.measure}, --quality asks for {goal.quality:g}"
+        + (f"; {enough} is predicted to do" if enough else "")
+    )
+
+
+def enough_for(job: Job, planning: Planning, harm: float) -> str:
+    """The budgets of bytes, as flags, that a harm of the options is predicted to take; empty where there
+    were none, or where no format is so good."""
+    options, needs = list(planning.places.values()), dict[str, float]()
+    try:
+        for name in ("size", "memory"):
+            if getattr(job.goal, name):
+                plan = planner.smallest(options, harm, name)
+                needs[name] = getattr(plan, name) + getattr(job.fixed, name)
+    except Infeasible:
+        return ""
+    short = {n: need for n, need in needs.items() if need > getattr(job.goal, n)} or needs
+    return " and ".join(f"--{name} {roomy(need)}" for name, need in short.items())
+
+
 def recipe_for(job: Job, planning: Planning, minutes: float = 0.0) -> Recipe:
     """The plan as passes: blocks that are left out go first, and the others are counted anew."""
     chosen = {where: option.format for where, option in planning.chosen().items()}
@@ -225,18 +253,25 @@ def largest_batch(job: Job, planning: Planning) -> int | None:
 
 def remembered(job: Job, planning: Planning) -> Planning:
     """The picks of the first plan, kept for a second run."""
-    data = {"picks": planning.plan.picks, "harm": planning.plan.harm, "looked": planning.looked}
+    plan = planning.plan
+    data = {"picks": plan.picks, "harm": plan.harm, "looked": planning.looked,
+            "options": _named(planning)}  # fmt: skip
     write_text(job.work / "plan.json", json.dumps(data))
     return planning
 
 
 def recalled(job: Job, planning: Planning) -> Planning | None:
-    """The first plan of an interrupted run; None where there was none."""
-    path = job.work / "plan.json"
-    if not path.is_file():
+    """The first plan of an interrupted run; None where there was none, or where there are other options now,
+    as of tables that have no room in memory any more."""
+    data, old = judge.noted(job.work / "plan.json"), planning.plan
+    options = list(planning.places.values())
+    if not isinstance(data, dict) or data.get("options") != _named(planning):
         return None
-    data = json.loads(path.read_text(encoding="utf-8"))
-    old = planning.plan
-    plan = summed(list(planning.places.values()), data["picks"], planning.groups)
+    plan = summed(options, data["picks"], planning.groups)
     plan = replace(plan, harm=data["harm"], gap=old.gap, price=old.price, priced=old.priced)
     return replace(planning, plan=plan, looked=tuple(data["looked"]) if data["looked"] else None)
+
+
+def _named(planning: Planning) -> list[list[str]]:
+    """The formats that every place could have."""
+    return [[option.format for option in options] for options in planning.places.values()]

@@ -17,45 +17,48 @@ by rename, with `report.json`, `report.html` and `fit.json` (result.py) in it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from onecard import cost
-from onecard.calibrate.data import Calibration, digest
+from onecard import __version__, cost
+from onecard.calibrate.data import Calibration
 from onecard.calibrate.walk import Progress
-from onecard.checkpoint.journal import check_still
+from onecard.checkpoint.journal import check_still, remove
 from onecard.core.errors import BadRequest
 from onecard.core.report import Report, write_text
 from onecard.core.spec import parameter_count
 from onecard.fit import gates as judge
-from onecard.fit import planner
 from onecard.fit.candidates import LARGE
 from onecard.fit.choose import (
     Planning,
+    enough_for,
     looked_around,
     plan_for,
     recalled,
     recipe_for,
     remembered,
     require_sense,
+    short_of,
 )
 from onecard.fit.goal import MEASURES, Goal
-from onecard.fit.job import Job, Quiet, roomy
-from onecard.fit.planner import Infeasible
+from onecard.fit.job import Job, Quiet
 from onecard.fit.result import FILE, FitResult, Gate, Said
 from onecard.fit.sensitivity import Sensitivity, default_home, look
 from onecard.passes import job as jobs
 from onecard.runtime.cpu import CpuSettings
 
 ATTEMPTS = 4
+LOCK = "lock"
 TOO_FAST = 2.0
 """Times faster than promised, from which the kernels' figures of this machine are not believed any more."""
 LITTLE = 0.9
@@ -113,26 +116,58 @@ def carried_out(
 
 def fit(
     job: Job, progress: Progress = Quiet, page: Page | None = None,
-    measure: bool = True,
+    measure: bool = True, warn: Callable[[str], None] = lambda text: None,
 ) -> FitResult:  # fmt: skip
     """Carry out a prepared job; OUT appears when it is complete, whatever the gates said: `kept` tells.
 
-    `page(folder, report, result)` may add files to the finished folder before it gets its name.
+    `page(folder, report, result)` may add files to the finished folder before it gets its name. `warn` is
+    told what a plan is predicted to miss, before it is carried out.
     """
+    with working(job):
+        return _fit(job, progress, page, measure, warn)
+
+
+@contextmanager
+def working(job: Job) -> Iterator[None]:
+    """The working folder, for this process alone, with what an interrupted run of the same fit left there.
+    Raises BadRequest where another process has it."""
+    if job.work.exists() and not job.work.is_dir():
+        raise BadRequest(f"{job.work} is a file", "unfinished work is kept in a folder of that name",
+                         "move it away, or give another output")  # fmt: skip
+    fresh, begun = not job.work.exists(), job.work / "goal.json"
+    job.work.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    wanted = {
+        "onecard": __version__,
+        "goal": asdict(job.goal),
+        "inputs": job.inputs,
+        "threads": threads,
+    }
+    with (job.work / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadRequest(f"another process is fitting into {job.request.out}",
+                             do="wait for it, or give another output") from error  # fmt: skip
+        if judge.noted(begun) != wanted:
+            for path in job.work.iterdir():
+                if path.name != LOCK:
+                    remove(path)
+        write_text(begun, json.dumps(wanted))
+        try:
+            yield
+        except BadRequest:
+            if fresh:
+                shutil.rmtree(job.work, ignore_errors=True)
+            raise
+
+
+def _fit(
+    job: Job, progress: Progress, page: Page | None, measure: bool, warn: Callable[[str], None]
+) -> FitResult:  # fmt: skip
     from onecard.fit import story
 
     clock = Clock()
-    job.work.mkdir(parents=True, exist_ok=True)
-    wanted = {
-        "goal": asdict(job.goal), "model": str(job.source.folder), "ids": digest(job.ids),
-        "held out": str(job.request.held_out), "task": judge.name_of(job.request.task),
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
-    begun = job.work / "goal.json"
-    if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) != wanted:
-        shutil.rmtree(job.work)
-        job.work.mkdir()
-    write_text(begun, json.dumps(wanted))
     clock.step("inspect")
     found = look(job.source, job.ids, job.trial, job.request.home or default_home(), progress)
     clock.step("sensitivities")
@@ -145,6 +180,8 @@ def fit(
         shutil.rmtree(job.work, ignore_errors=True)
         raise
     clock.step("look around")
+    if said := short_of(job, planning):
+        warn(said)
     texts = judge.texts_of(
         job.source, job.request.held_out, gate_tokens(job), job.work / "texts.json",
         job.request.task, progress,
@@ -277,17 +314,8 @@ def nearest(job: Job, best: Tried) -> str:
     factor = planning.factor * max(0.5, worst / max(planning.harm, 1e-12))
     missed = judge.quality(best.gates, goal.measure)
     harm = min(job.harm, worst * shortfall(goal, missed)) * OVERSHOOT / factor
-    options, needs = list(planning.places.values()), dict[str, float]()
-    try:
-        for name in ("size", "memory"):
-            if getattr(goal, name):
-                plan = planner.smallest(options, harm, name)
-                needs[name] = getattr(plan, name) + getattr(job.fixed, name)
-    except Infeasible:
-        return ""
-    short = {n: need for n, need in needs.items() if need > getattr(goal, n)} or needs
-    said = " and ".join(f"--{name} {roomy(need)}" for name, need in short.items())
-    return f"{said} would do, as predicted from what this plan came to"
+    said = enough_for(job, planning, harm)
+    return f"{said} would do, as predicted from what this plan came to" if said else ""
 
 
 def best_of(job: Job, tried: Sequence[Tried]) -> Tried:

@@ -24,9 +24,10 @@ from typing import Any
 from onecard.checkpoint.load import load_model
 from onecard.checkpoint.shards import sha256_of
 from onecard.checkpoint.source import Source
-from onecard.checkpoint.text import read_text
+from onecard.checkpoint.text import check_vocabulary, read_text
 from onecard.core.errors import BadRequest
 from onecard.core.report import write_text
+from onecard.core.settings import fill
 from onecard.evaluate import Progress, Question, choose, posed, read_questions, split, tally
 from onecard.fit.goal import Measure
 from onecard.fit.result import Gate
@@ -42,6 +43,8 @@ from onecard.windows import Piece, Pieces, Reading
 FIRST, WRITTEN = 16, 112
 """Tokens of a beginning, and that the original writes behind it."""
 USUAL = CpuSettings()
+FEWEST = 64
+"""Tokens of held-out text to predict, below which nothing can be said of a model."""
 QUESTIONED = 2048
 """Tokens of a question with an answer, at most; the oldest are dropped."""
 SEPARATOR = "<|endoftext|>"
@@ -105,16 +108,29 @@ def texts_of(
 ) -> Texts:  # fmt: skip
     """Both texts, and the questions of `task`; the texts lie in the file `kept` from the first call on."""
     questions, asked = ((), "") if task is None else (tuple(read_questions(task)), task.name)
-    if not kept.is_file():
+    texts = read_texts(kept)
+    if texts is None:
         held = held_out_pieces(source, text, tokens)
         count = max(4, min(len(held), tokens // (2 * WRITTEN)))
         own = own_words(source, held, count, progress)
         found = {"held": held, "own": own}
         data = {name: [[p.ids, p.first, p.nbytes] for p in some] for name, some in found.items()}
         write_text(kept, json.dumps(data))
-    data = json.loads(kept.read_text(encoding="utf-8"))
-    held, own = ([Piece(tuple(i), f, n) for i, f, n in data[name]] for name in ("held", "own"))
-    return Texts(tuple(held), tuple(own), questions, asked)
+        texts = tuple(held), tuple(own)
+    return Texts(*texts, questions, asked)
+
+
+def read_texts(path: Path) -> tuple[tuple[Piece, ...], tuple[Piece, ...]] | None:
+    """Held-out text and own words that were noted there; None where there are none, or they were damaged."""
+    data = noted(path)
+    try:
+        held, own = (
+            tuple(Piece(tuple(map(int, ids)), int(first), int(size)) for ids, first, size in data[name])
+            for name in ("held", "own")
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (held, own) if held and own else None
 
 
 def judged(
@@ -198,11 +214,19 @@ def keep(path: Path, gates: Sequence[Gate]) -> None:
 
 
 def read_kept(path: Path) -> tuple[Gate, ...] | None:
-    """What `keep` wrote there, None where there is nothing."""
-    if not path.is_file():
+    """What `keep` wrote there, None where there is nothing or something else."""
+    try:
+        return tuple(fill(Gate, gate, path.name) for gate in noted(path) or ()) or None
+    except (AttributeError, BadRequest, TypeError):
         return None
-    data: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return tuple(Gate(**gate) for gate in data)
+
+
+def noted(path: Path) -> Any:
+    """The JSON that a run noted for the next, None where there is none, or it was damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 # What a KL means for the other measures, before anything is measured --------------------------------
@@ -229,9 +253,14 @@ def share_of(harm: float, measure: Measure) -> float:
 
 
 def require_text(source: Source, text: Path | None) -> None:
-    """BadRequest where held-out text cannot be read or is too short."""
-    if not held_out_pieces(source, text, 1):
-        raise BadRequest("the held-out text is too short", do="give a longer one")
+    """BadRequest where held-out text cannot be read, is another model's, or is too short to tell anything."""
+    pieces = held_out_pieces(source, text, FEWEST)
+    for piece in pieces:
+        check_vocabulary(piece.ids, source.spec.vocab_size)
+    count = sum(len(piece.ids) - piece.first for piece in pieces)
+    if count < FEWEST:
+        raise BadRequest(f"the held-out text gives {count} tokens to predict, at least {FEWEST} are needed",
+                         do="give a longer one; some thousands tell more")  # fmt: skip
 
 
 def require_questions(task: Path | None, measure: Measure) -> None:
@@ -243,6 +272,6 @@ def require_questions(task: Path | None, measure: Measure) -> None:
                          "--task FILE, JSON lines of {question, choices, gold}")  # fmt: skip
 
 
-def name_of(task: Path | None) -> str:
-    """A file of questions, as it is now."""
-    return "" if task is None else f"{task} {sha256_of(task)}"
+def name_of(file: Path | None) -> str:
+    """A text or a file of questions, as it is now; the shipped one, or none, where none is given."""
+    return "" if file is None else f"{file.name} {sha256_of(file)[:16]}"

@@ -102,12 +102,15 @@ class Goal:
         return tuple((flag, str(value)) for flag, value in found if value)
 
 
-def goal_of(memory: str | int | None = None, size: str | int | None = None, **more: object) -> Goal:
+def goal_of(
+    memory: str | float | None = None, size: str | float | None = None, **more: object
+) -> Goal:
     """A goal from sizes as people write them."""
-    return Goal(_bytes("memory", memory), _bytes("size", size), **more)  # type: ignore[arg-type]
+    return Goal(bytes_of("memory", memory), bytes_of("size", size), **more)  # type: ignore[arg-type]
 
 
-def _bytes(name: str, text: str | int | None) -> int | None:
+def bytes_of(name: str, text: str | float | None) -> int | None:
+    """The bytes that a flag of this name was given."""
     if text is None:
         return None
     try:
@@ -118,4 +121,6 @@ def _bytes(name: str, text: str | int | None) -> int | None:
 
 def _within(name: str, value: float | None, least: float, most: float, what: str) -> None:
     if value is not None and not (math.isfinite(value) and least <= value <= most):
-        raise BadRequest(f"--{name} is {value:g} {what}", do=f"{least:g} to {most:g} is possible")
+        raise BadRequest(
+            f"--{name} is {value:g} {what}", do=f"{least:,g} to {most:,.0f} is possible"
+        )

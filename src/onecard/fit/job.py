@@ -6,6 +6,8 @@ already, texts that the tokenizer does not know: each is said here, and nothing 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +16,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from onecard.calibrate.data import Calibration, calibration_ids
+from onecard.calibrate.data import Calibration, calibration_ids, digest
 from onecard.calibrate.walk import Progress
-from onecard.checkpoint.journal import check_target
+from onecard.checkpoint.journal import check_space, check_target
+from onecard.checkpoint.save import source_hashes
 from onecard.checkpoint.source import Source, verify
-from onecard.checkpoint.text import read_text
-from onecard.core.device import available_memory
+from onecard.core.device import available_memory, resident
 from onecard.core.errors import BadRequest
 from onecard.core.settings import format_size
 from onecard.core.spec import parameter_count, sites
@@ -30,13 +32,20 @@ from onecard.fit.costs import Costs, Fixed
 from onecard.fit.goal import Goal
 from onecard.fit.planner import Group, Infeasible, Limits, Option
 from onecard.fit.result import FILE, read_fit
-from onecard.fit.sensitivity import Sensitivity, default_home, known, table_formats
+from onecard.fit.sensitivity import Sensitivity, default_home, known, look_bytes, table_formats
+from onecard.passes import job as jobs
+from onecard.passes.base import Recipe
+from onecard.passes.plan import BeyondCap, Settings
+from onecard.passes.planned import Chosen, Planned
+from onecard.passes.walked import check_ids
 
 SUMS_UP = 1.2
 """Harms measured alone come to less than what they do together: 1.08 to 1.37 on the shipped model at 2.25 to
 3.5 bits per weight. The first promise is raised by it."""
-SPLIT = 0.02
-"""Share of byte tokens above which a calibration text is said not to be the tokenizer's."""
+LOOKED_AT = 400_000
+"""Bytes of a text that are looked at for whether it is the tokenizer's."""
+SPLIT = 1.0
+"""Tokens per character above which a text is said not to be the tokenizer's."""
 
 Quiet: Progress = lambda done, total, what: None  # noqa: E731
 
@@ -129,6 +138,17 @@ class Job:
         goal = self.goal
         return None if goal.quality is None else judge.harm_of(goal.quality, goal.measure)
 
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """What goes in, by content: the model, and every text that it is measured or judged on."""
+        model = json.dumps(source_hashes(self.source), sort_keys=True).encode()
+        return {
+            "model": hashlib.sha256(model).hexdigest()[:16],
+            "calibration": digest(self.ids),
+            "held-out text": judge.name_of(self.request.held_out),
+            "questions": judge.name_of(self.request.task),
+        }
+
     @property
     def work(self) -> Path:
         return self.request.out.parent / f".{self.request.out.name}.fit"
@@ -166,24 +186,26 @@ def prepare(request: Request) -> Job:
     ids = calibration_ids(
         None if given else tokenizer, request.data, wanted, source.spec.vocab_size
     )
+    check_ids(ids, source.spec)
     judge.require_text(source, request.held_out)
     judge.require_questions(request.task, goal.measure)
-    job = Job(request, source, ids, tuple(warned(source, request.data)))
+    texts = (request.data, request.held_out)
+    job = Job(request, source, ids, tuple(said for text in texts for said in warned(source, text)))
     require_possible(job)
+    require_room(job)
     return job
 
 
 def warned(source: Source, text: Path | None) -> list[str]:
-    """What is odd about a calibration text: one that the tokenizer cuts into bytes."""
+    """What is odd about a text: that the tokenizer cuts it into bytes."""
     if text is None or text.suffix == ".json":
         return []
-    words = read_text(text)[:100_000]
-    ids = source.tokenizer().encode(words)
-    rate = len(ids) / max(1, len(words.encode("utf-8", "replace")))
-    characters = len(ids) / max(1, len(words))
-    if characters > 1.0 and rate > SPLIT:
-        return [f"the tokenizer cuts {text.name} into {characters:.1f} tokens per character: it does not "
-                "know this language, and sensitivities measured on it say little"]  # fmt: skip
+    with text.open("rb") as file:
+        words = file.read(LOOKED_AT).decode("utf-8", "ignore")
+    rate = len(source.tokenizer().encode(words)) / max(1, len(words))
+    if rate > SPLIT:
+        return [f"the tokenizer cuts {text.name} into {rate:.1f} tokens per character: it does not "
+                "know this language, and what is measured on it says little"]  # fmt: skip
     return []
 
 
@@ -195,6 +217,34 @@ def require_possible(job: Job) -> None:
         removal.solve(list(places.values()), job.limits(None), job.groups(places))
     except Infeasible as error:
         raise explained(job, error) from error
+
+
+def require_room(job: Job) -> None:
+    """BadRequest where measuring, or compressing in the smallest formats, would take more memory than it may,
+    or more room than there is on the disk."""
+    request, places, held = job.request, job.places(), resident()
+    need = held + look_bytes(job.source, job.ids, job.trial)
+    room = request.cap or held + available_memory()
+    home = request.home or default_home()
+    if need > room and not known(job.source, job.ids, job.trial, home):
+        quick = held + look_bytes(
+            job.source, job.ids, trial_of("quick", parameter_count(job.source.spec))
+        )
+        lighter = f"--effort quick, which takes {format_size(quick)}" if quick < need else ""
+        raise BadRequest(
+            f"sensitivities at {job.goal.effort} effort take {format_size(need)} of memory",
+            f"{format_size(room)} {'may be taken' if request.cap else 'are free'}",
+            " or ".join(filter(None, (lighter, "raise --cap" if request.cap else ""))),
+        )  # fmt: skip
+    smallest = {w: min(own, key=lambda option: option.size) for w, own in places.items()}
+    sites = tuple(Chosen(w, o.format) for w, o in smallest.items() if w.startswith("blocks."))
+    settings = Settings(Calibration(*job.ids.shape), request.data, memory=request.cap, force=True)
+    recipe = Recipe("fit", (Planned(sites),))
+    try:
+        plan = jobs.way_of(recipe).make_plan(job.source, recipe, settings, job.ids)
+    except BeyondCap as error:
+        raise BadRequest(error.what, error.seen, "raise --cap") from error
+    check_space(request.out, plan.disk)
 
 
 def explained(job: Job, error: Infeasible) -> BadRequest:
@@ -213,9 +263,8 @@ def explained(job: Job, error: Infeasible) -> BadRequest:
                           f"the most that is predicted, in the smallest formats, is {1 / all_blocks:.3g} "
                           f"with all blocks, {1 / total:.3g} with all but one left out",
                           f"--speed {0.95 / all_blocks:.3g}, or a smaller --context")  # fmt: skip
-    words = f"{format_size(fixed.memory)} of it is the program, norms and work space; " * (
-        error.name == "memory"
-    )
+    beside = format_size(min(fixed.memory, total))  # norms go with their blocks
+    words = f"{beside} of it is the program, norms and work space; " * (error.name == "memory")
     return BadRequest(
         f"{job.source.called} does not fit into --{error.name} {format_size(float(asked or 0))}",
         f"{words}the least possible in any format tried is {format_size(all_blocks)} with all blocks, "
@@ -257,9 +306,15 @@ def seconds(job: Job) -> float:
 
 
 def is_finished(request: Request) -> bool:
-    """OUT holds the result of this very request."""
-    out = Path(request.out)
+    """OUT holds the whole result of this very request: the same goal, model, texts and questions."""
+    out = Path(request.out).expanduser()
     if not (out / FILE).is_file():
         return False
     done = read_fit(out)
-    return done.goal == request.goal and done.model == Source(request.model).called
+    if done.goal != request.goal:
+        return False
+    job = prepare(replace(request, force=True))
+    if {said.name: said.text for said in done.inputs} != job.inputs:
+        return False
+    verify(out)
+    return True

@@ -34,6 +34,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -46,8 +47,8 @@ from torch import Tensor
 from onecard import __version__
 from onecard.calibrate.data import digest
 from onecard.calibrate.stats import HESSIAN, NORM
-from onecard.calibrate.walk import Progress, Reached, batches, walk
-from onecard.checkpoint.journal import Journal, partial_of
+from onecard.calibrate.walk import Progress, Reached, batches, peak_bytes, walk, weight_count
+from onecard.checkpoint.journal import Busy, Journal, partial_of
 from onecard.checkpoint.load import as_array
 from onecard.checkpoint.load import block as read_block
 from onecard.checkpoint.load import stem as read_stem
@@ -55,7 +56,7 @@ from onecard.checkpoint.load import tail as read_tail
 from onecard.checkpoint.save import source_hashes
 from onecard.checkpoint.shards import fresh, pread, read_header
 from onecard.checkpoint.source import Source
-from onecard.core.errors import BadRequest
+from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import Format, Integers, Weight, parse_format
 from onecard.core.report import Row, write_text
 from onecard.core.spec import LayerSpec, Spec, linear_shapes, sites
@@ -64,10 +65,12 @@ from onecard.fit.planner import GONE
 from onecard.kernels import convert
 from onecard.kernels.reference import DTYPES, from_dense
 from onecard.nn.layers import Matrix
-from onecard.nn.transformer import Block, Cache, Context, positions_of
+from onecard.nn.transformer import Block, Cache, Context, Tail, positions_of
 from onecard.passes.planned import carry_out
 
-LEAST, ROWS = 1e-12, 512
+LEAST, WORST, ROWS = 1e-12, 700.0, 512
+WAIT = 1.0
+"""Seconds between two looks whether another process is done."""
 BEGUN = 64
 """Tokens at the beginning of each sample that tell what a site does to the block's output."""
 VERSION = 3
@@ -92,17 +95,25 @@ def look(
 ) -> Sensitivity:  # fmt: skip
     """The harms of every place of a model, `ids` [samples, length]; from `home` where they are known."""
     key = key_of(source, ids, trial)
-    folder = (home or default_home()) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    path = folder.with_suffix(".json")
-    if path.is_file():
-        shutil.rmtree(partial_of(folder), ignore_errors=True)  # of a run killed just behind it
-        return Sensitivity(**json.loads(path.read_text(encoding="utf-8")))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with Journal(folder, key, force=True) as journal:
+    path = path_of(key, home)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        found = recalled(path, source, trial)
+        if found is not None:
+            shutil.rmtree(
+                partial_of(path.with_suffix("")), ignore_errors=True
+            )  # killed just behind it
+            return found
+        try:
+            journal = Journal(path.with_suffix(""), key, force=True)
+            break
+        except Busy:  # another fit of the same model: what it finds is what is wanted here
+            progress(0, 1, "waiting for another process that measures this model")
+            time.sleep(WAIT)
+    with journal:
         watch = Watch(source, ids, trial, journal)
-        first = sum(f"block-{i:05d}" in journal for i in range(source.spec.num_layers))
-        hidden = watch.begin() if first == 0 else watch.resume()
-        walk(watch, (watch,), hidden, first, progress=progress)
+        hidden = watch.resume()
+        walk(watch, (watch,), hidden, watch.done_before(), progress=progress)
         found = watch.result()
         write_text(path, found.to_json())
         journal.discard()
@@ -111,9 +122,50 @@ def look(
 
 def known(source: Source, ids: Tensor, trial: Trial, home: Path | None = None) -> bool:
     """Whether `look` would find its answer on the disk."""
-    key = key_of(source, ids, trial)
+    return recalled(path_of(key_of(source, ids, trial), home), source, trial) is not None
+
+
+def look_bytes(source: Source, ids: Tensor, trial: Trial) -> int:
+    """Memory that `look` takes at most, the process itself not counted: what passes from block to block and
+    every stream, and beside them the walk through a block with its anchors, or two heads and logits."""
+    spec = source.spec
+    tried = max(1, trial.tried // ids.shape[1]) * ids.shape[1]
+    streams = 1 + len(CACHES) + len(table_formats(source, trial.tables))
+    streams += spec.num_layers * trial.left_out
+    if trial.together:
+        streams += -(-spec.num_layers // trial.together)
+    else:
+        streams += len(trial.anchors) * sum(len(sites(layer)) for layer in spec.layers)
+    needs = frozenset({HESSIAN if trial.rounding == "gptq" else NORM})
+    walking = peak_bytes(spec, ids, needs, 4, False, lambda rows, columns: 16 * rows * columns)
+    block = max(weight_count(spec, layer) for layer in spec.layers)
+    head = spec.vocab_size * (3 * spec.embed_size + 8 * ids.shape[1])
+    held = spec.hidden * (streams * tried + 2 * ids.numel())
+    return 4 * held + max(walking + 4 * block * len(trial.anchors), 4 * head)
+
+
+def path_of(key: Mapping[str, Any], home: Path | None) -> Path:
+    """The file of an answer."""
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    return ((home or default_home()) / name).with_suffix(".json").is_file()
+    return ((home or default_home()) / name).with_suffix(".json")
+
+
+def recalled(path: Path, source: Source, trial: Trial) -> Sensitivity | None:
+    """What was found before; None where nothing was, or where the file does not hold a harm, a number from 0
+    on, for every place."""
+    try:
+        found = Sensitivity(**json.loads(path.read_bytes()))
+        places = [f"blocks.{i}.{name}" for i, layer in enumerate(source.spec.layers)
+                  for name in shapes_of(source.spec, layer)]  # fmt: skip
+        needed = [(where, source.dtype) for where in places] + [("cache", "fp16")]
+        needed += [("tables", format.name) for format in table_formats(source, trial.tables)]
+        needed += [(f"blocks.{i}", GONE) for i in range(source.spec.num_layers) if trial.left_out]
+        whole = all(name in found.harms[where] for where, name in needed) and all(
+            0 <= harm < math.inf for own in found.harms.values() for harm in own.values()
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return found if whole else None
 
 
 def key_of(source: Source, ids: Tensor, trial: Trial) -> dict[str, Any]:
@@ -188,9 +240,19 @@ class Watch:
                 self.streams[f"cache {held}"] = self.original
         return hidden
 
+    def done_before(self) -> int:
+        """How many blocks are done already."""
+        return sum(f"block-{i:05d}" in self.journal for i in range(self.spec.num_layers))
+
     def resume(self) -> list[Tensor]:
-        path = self.journal.state()
-        assert path is not None
+        """The inputs of the next block; where what was left of a former walk is damaged, of the first."""
+        try:
+            path = self.journal.state()
+        except FailedWork:
+            self.journal.restart()
+            path = None
+        if path is None:
+            return self.begin()
         entries = read_header(path)
         found = {
             name: torch.frombuffer(
@@ -315,22 +377,38 @@ class Watch:
 
     @torch.no_grad()
     def ends(self) -> dict[str, float]:
-        """stream -> KL of its answers, nats per token."""
+        """stream -> KL of its answers, nats per token; one head beside the original's is in memory."""
         tail = read_tail(self.source, torch.float32)
-        found = dict.fromkeys(self.streams, 0.0)
-        spoken = {
-            f"tables {f.name}": rounded(tail.head.matrix(), f, self.stored)
-            for f in table_formats(self.source, self.trial.tables)
-        }
-        count = self.original.shape[0]
+        plain = [name for name in self.streams if not name.startswith("tables ")]
+        found = self.answered(tail, plain)
+        for format in table_formats(self.source, self.trial.tables):
+            head = rounded(tail.head.matrix(), format, self.stored)
+            found |= self.answered(tail, [f"tables {format.name}"], head)
+        return found
+
+    def answered(
+        self, tail: Tail, names: Sequence[str], head: Tensor | None = None
+    ) -> dict[str, float]:
+        """The KL of streams, what they say spoken by another head where one is given."""
+        found, count = dict.fromkeys(names, 0.0), self.original.shape[0]
         for row in range(count):
             logp = torch.log_softmax(tail(self.original[row : row + 1]).float(), -1)
             p = logp.exp()
-            for name, h in self.streams.items():
-                with swapped(tail.head, spoken.get(name)):
-                    now = torch.log_softmax(tail(h[row : row + 1]).float(), -1)
-                found[name] += max(0.0, float((p * (logp - now)).sum(-1).mean())) / count
+            with swapped(tail.head, head):
+                for name in names:
+                    h = self.streams[name][row : row + 1]
+                    found[name] += apart(p, logp, torch.log_softmax(tail(h).float(), -1)) / count
         return found
+
+
+def apart(p: Tensor, logp: Tensor, now: Tensor) -> float:
+    """KL(p || exp(now)) per token; WORST where what is said now is no numbers. FailedWork where p is none."""
+    value = float((p * (logp - now)).sum(-1).mean())
+    if math.isfinite(value):
+        return max(0.0, value)
+    if not math.isfinite(float(p.sum())):
+        raise FailedWork("the model gives logits that are not numbers", do="check its weights")
+    return WORST
 
 
 @torch.no_grad()
@@ -351,7 +429,7 @@ def left_out(source: Source, ids: Tensor, tried: int, gone: Collection[str]) -> 
         logp, now = (
             torch.log_softmax(tail(h[row : row + 1]).float(), -1) for h in (whole, less)
         )  # fmt: skip
-        total += max(0.0, float((logp.exp() * (logp - now)).sum(-1).mean())) / len(ids)
+        total += apart(logp.exp(), logp, now) / len(ids)
     return total
 
 

@@ -6,6 +6,7 @@ does not count. Every number says whether it was counted, modelled or measured.
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from onecard.checkpoint.shards import Checkpoint
 from onecard.checkpoint.source import Source
+from onecard.core.errors import FailedWork
 from onecard.core.report import BITS_PER_WEIGHT, Report, Row, environment
 from onecard.core.settings import format_size
 from onecard.core.spec import linear_shapes, parameter_count, sites
 from onecard.cost import SPREAD
 from onecard.fit import gates as judge
 from onecard.fit import removal
-from onecard.fit.choose import Planning, largest_batch
+from onecard.fit.choose import Planning, largest_batch, short_of
 from onecard.fit.costs import program_bytes
 from onecard.fit.gates import held_out_pieces, runner_of
 from onecard.fit.goal import MEASURES
@@ -53,11 +55,14 @@ if TYPE_CHECKING:
 SPEED_UNCERTAIN, MEMORY_UNCERTAIN = 0.35, 0.03
 """Shares by which a modelled speed and memory may be off."""
 PROMPTED, DECODED, SAMPLES = 256, 64, 3
+FILLED = 8192
+"""Positions of all sequences that are filled, at most, before what is written is timed."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the engine took and did: bytes, tokens per second; and what it wrote."""
+    """What the engine took and did: bytes, tokens per second of all prompts, and of one sequence while it
+    writes; and what it wrote. `wrong`: why there are no figures where there should be some."""
 
     memory: float | None = None
     prompt: float | None = None
@@ -65,31 +70,57 @@ class Seen:
     before_prompt: float | None = None
     before_decode: float | None = None
     samples: tuple[Sample, ...] = field(default_factory=tuple)
+    wrong: str = ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the engine is measured with: ids of a prompt; ids that each of `batch` sequences writes behind so
+    many others; positions there is to be memory for and that are not written."""
+
+    prompt: int
+    decode: int
+    behind: int
+    unwritten: int
+    turns: int
+
+    @staticmethod
+    def of(context: int, batch: int) -> Load:
+        """The whole context of all sequences, as far as it can be filled in a reasonable time."""
+        decode = max(1, min(DECODED, context // 2))
+        behind = max(1, min(context, FILLED // batch) - decode)
+        left = max(0, batch * (context - behind - decode))
+        turns = 3 if batch * behind <= FILLED // 4 else 1
+        return Load(min(PROMPTED, context), decode, behind, left, turns)
 
 
 def measured(job: Job, folder: Path, runs: CpuSettings) -> Seen:
     """Run what was made; nothing where the native engine is missing or another device is meant."""
     if not cpu.available() or job.goal.device != "auto":
         return Seen(samples=samples_of(job, folder))
-    made, before = benched(job, folder, runs), benched(job, job.source.folder, CpuSettings())
+    load, batch = Load.of(job.costs.context, job.goal.batch), job.goal.batch
+    try:
+        made = benched(load, batch, folder, runs)
+        before = benched(load, batch, job.source.folder, CpuSettings())
+    except FailedWork as error:
+        return Seen(samples=samples_of(job, folder), wrong=str(error).replace("\n", ": "))
+    counted = job.costs.kept(runs.cache or "fp16") * load.unwritten // (job.costs.context * batch)
     return Seen(
-        made.get("peak_memory_bytes"), made.get("prompt_tokens_per_second"),
-        made.get("decode_tokens_per_second"), before.get("prompt_tokens_per_second"),
-        before.get("decode_tokens_per_second"), samples_of(job, folder),
+        made["peak_memory_bytes"] + counted, made["prompt_tokens_per_second"],
+        made["decode_tokens_per_second"] / batch, before["prompt_tokens_per_second"],
+        before["decode_tokens_per_second"] / batch, samples_of(job, folder),
     )  # fmt: skip
 
 
-def benched(job: Job, folder: Path, runs: CpuSettings) -> dict[str, float]:
-    """what -> value, of `onecard bench` in a process of its own."""
-    context, batch = job.costs.context, job.goal.batch
-    prompt = max(1, min(PROMPTED, context // 2))
-    decode = max(1, min(DECODED, context - prompt))
-    words = [sys.executable, "-m", "onecard", "bench", str(folder), "--prompt", str(prompt), "--decode",
-             str(decode), "--batch", str(batch), "--context", str(context * batch), "--json"]  # fmt: skip
-    words += flags(runs)
+def benched(load: Load, batch: int, folder: Path, runs: CpuSettings) -> dict[str, float]:
+    """what -> value, of `onecard bench` in a process of its own. Raises FailedWork where it fails."""
+    words = [sys.executable, "-m", "onecard", "bench", str(folder), "--prompt", str(load.prompt),
+             "--decode", str(load.decode), "--behind", str(load.behind), "--batch", str(batch),
+             "--repeat", str(load.turns), "--json", *flags(runs)]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {}
+        said = done.stderr.strip().splitlines()
+        raise FailedWork("it could not be run", said[0] if said else f"exit code {done.returncode}")
     report = Report.from_json(done.stdout)
     found: dict[str, float] = {}
     for row in report.rows:
@@ -129,7 +160,7 @@ def told(
     promises = promised(job, best, seen)
     kept = all(p.kept is not False for p in promises)
     out = job.request.out
-    run = " ".join(["onecard run", str(out), '"The"', *flags(best.runs)])
+    run = shlex.join(["onecard", "run", str(out), "The", *flags(best.runs)])
     return FitResult(
         job.source.called, str(out), answered(job, best.planning, promises, kept), kept, job.goal, promises,
         points(job, best), places(job, found, best.planning), memories(job, best),
@@ -138,6 +169,7 @@ def told(
         tuple(Said(name, str(value)) for name, value in facts(job).items()), run,
         left_out=left_out(best.planning),
         largest_batch=largest_batch(job, best.planning), nearest=nearest(job, best),
+        inputs=tuple(Said(*each) for each in job.inputs.items()),
     )  # fmt: skip
 
 
@@ -161,27 +193,36 @@ def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
     goal, fixed, plan = job.goal, job.fixed, best.planning.plan
     size = file_bytes(Checkpoint(best.folder))
     memory, step = plan.memory + fixed.memory, plan.seconds + fixed.seconds
+    context, batch = job.costs.context, goal.batch
+    load = Load.of(context, batch)
+    counted = f", and {load.unwritten:,} positions of keys and values counted" * bool(
+        load.unwritten
+    )
+    failed = f"; not measured: {seen.wrong}" if seen.wrong else ""
     found = [
         Promise("size", "B", goal.size, True, plan.size + fixed.size, 4096.0 + 0.01 * fixed.size, size,
                 file_bytes(job.source.checkpoint), held(goal.size, size),
                 "counted from the formats beforehand; measured: bytes of the weight files"),
         Promise("memory", "B", goal.memory, True, memory, MEMORY_UNCERTAIN * memory, seen.memory, None,
-                held(goal.memory, seen.memory if seen.memory is not None else memory),
-                f"counted from the engine's layout with {job.costs.context} tokens of {goal.batch} "
-                "sequences; measured: resident peak of `onecard bench` in a process of its own"),
+                False if goal.memory and seen.wrong
+                else held(goal.memory, seen.memory if seen.memory is not None else memory),
+                f"counted from the engine's layout with {context} tokens of {batch} sequences; measured: "
+                f"resident peak of `onecard bench` in a process of its own that fills them{counted}{failed}"),
     ]  # fmt: skip
     if step > 0:
         speed, spread = 1 / step, SPREAD if job.costs.machine else SPEED_UNCERTAIN
         enough = None
         if goal.speed is not None:
             enough = (speed if seen.decode is None else seen.decode) >= goal.speed * (1 - spread)
-        found.append(Promise(
-            "decode", "1/s", goal.speed, False, speed, spread * speed, seen.decode,
-            seen.before_decode, enough, "modelled: " + ("from kernels measured here" if job.costs.machine
-            else "bytes of a step over the bandwidth") + "; measured: by `onecard bench`"))  # fmt: skip
+            enough = enough and not seen.wrong
+        how = "kernels measured here" if job.costs.machine else "bytes of a step over bandwidth"
+        found.append(Promise("decode", "1/s", goal.speed, False, speed, spread * speed, seen.decode,
+                             seen.before_decode, enough, f"modelled from {how}, behind {context} tokens; "
+                             f"measured: {load.decode} tokens of each sequence behind {load.behind}, by "
+                             f"`onecard bench`{failed}"))  # fmt: skip
     if seen.prompt is not None:
         found.append(Promise("prompt", "1/s", None, False, None, None, seen.prompt, seen.before_prompt, None,
-                             "measured by `onecard bench`"))  # fmt: skip
+                             f"prompts of {load.prompt} tokens, by `onecard bench`"))  # fmt: skip
     predicted = judge.share_of(best.planning.harm, goal.measure)
     low = judge.share_of(best.planning.harm * job.trial.uncertainty, goal.measure)
     quality = judge.quality(best.gates, goal.measure)
@@ -353,7 +394,10 @@ def speeds(job: Job, best: Tried, promises: Sequence[Promise], seen: Seen) -> tu
         if promise.what == "decode" and bandwidth and promise.predicted:
             chosen = best.planning.chosen().values()
             roof = bandwidth / max(1.0, sum(o.memory for o in chosen))
-        found.append(Speed(promise.what, job.costs.context, promise.predicted, promise.measured,
+        context = job.costs.context
+        if promise.what == "prompt":
+            context = Load.of(context, job.goal.batch).prompt
+        found.append(Speed(promise.what, context, promise.predicted, promise.measured,
                            promise.original, roof))  # fmt: skip
     return tuple(found)
 
@@ -467,7 +511,7 @@ def dry(job: Job, planning: Planning) -> Report:
             MEASURES[job.goal.measure]
             + f"; predicted within a factor of {job.trial.uncertainty:g} of KL",
         ),
-        *(("warning", text) for text in job.warnings),
+        *(("warning", text) for text in (*job.warnings, short_of(job, planning)) if text),
     )
     return Report(tuple(found), environment(), "Plan, nothing was done", notes)
 

@@ -116,12 +116,16 @@ def disk_bytes(output: int, state: int = 0) -> int:
     return copies * output + 2 * state + SMALL_FILES
 
 
+class BeyondCap(BadRequest):
+    """A job needs more memory than it may take."""
+
+
 def beyond_cap(
     source: Source, recipe: Recipe, cap: int, least: int, base: int, do: str = "raise --memory",
     where: str = "",
 ) -> BadRequest:  # fmt: skip
     """The error about a memory cap that cannot be kept; `base` is what the process takes already."""
-    return BadRequest(
+    return BeyondCap(
         f"{recipe.name} on {source.called} does not fit into {format_size(cap)}",
         f"the smallest cap that works is {format_size(least)}"
         f" ({format_size(base)} of it is the running process)" + (f"; {where}" if where else ""),

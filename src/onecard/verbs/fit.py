@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,7 +10,6 @@ from cyclopts import Parameter
 
 from onecard.core.errors import FailedWork
 from onecard.core.report import Report, write_text
-from onecard.core.settings import parse_size
 from onecard.running import Whole
 from onecard.terminal import Progress, say
 from onecard.verbs.shared import Flag, Json, Name, Writing, app, show, show_finished
@@ -104,22 +103,20 @@ def fit(
         say why each place got what it got
     """
     from onecard.fit import job as jobs
-    from onecard.fit.goal import goal_of
+    from onecard.fit.goal import bytes_of, goal_of
 
     given = asdict(budgets)
     goal = goal_of(given.pop("memory"), given.pop("size"), **given, effort=effort, recover=recover)
-    most = None if cap is None else parse_size(cap)
-    request = jobs.Request(
-        model, out, goal, calibration, held_out, most, writing.force or writing.resume, task=task
-    )
+    most = bytes_of("cap", cap)
+    request = jobs.Request(model, out, goal, calibration, held_out, most, writing.force, task=task)
     if writing.resume and jobs.is_finished(request):
         show_finished(out, json)
         return
-    job = checked(replace(request, force=writing.force))
+    job = checked(request)
     if writing.dry_run:
-        plan_only(job, explain and not json, json)
+        plan_only(job, explain, json)
     else:
-        fitted(job, explain and not json, json)
+        fitted(job, explain, json)
 
 
 def checked(request: Request) -> Job:
@@ -141,25 +138,32 @@ def plan_only(job: Job, explain: bool, json: bool) -> None:
 
     with Progress("planning") as progress:
         planning, found = fits.plan_only(job, progress)
-    show(story.dry(job, planning), json)
-    if explain:
-        show(story.explained(story.places(job, found, planning)), False)
+    why = story.explained(story.places(job, found, planning)) if explain else None
+    show_both(story.dry(job, planning), why, json)
+
+
+def show_both(found: Report, why: Report | None, json: bool) -> None:
+    """A report, and why each place got what it got; one report where it is JSON."""
+    if why is None or json:
+        show(found if why is None else found.with_rows(*why.rows), json)
+        return
+    show(found, json)
+    show(why, json)
 
 
 def fitted(job: Job, explain: bool, json: bool) -> None:
     """Carry a fit out, and show it; FailedWork where the result does not keep what was asked."""
+    from onecard import fitting
     from onecard.fit import fit as fits
     from onecard.fit import story
-    from onecard.render import fit_report, fit_to_html
+    from onecard.render import fit_report
 
     out = job.request.out
     with Progress("fitting") as progress:
-        result = fits.fit(job, progress, lambda folder, _, made: write_text(
-            folder / "report.html", fit_to_html(made)))  # fmt: skip
+        result = fitting.fitted(job, progress, lambda text: say(f"warning: {text}"))
     made = Report.from_json((out / "report.json").read_text(encoding="utf-8"))
-    show(made if json else fit_report(result), json)
-    if explain:
-        show(story.explained(result.places), False)
+    why = story.explained(result.places) if explain else None
+    show_both(made if json else fit_report(result), why, json)
     say(f"model: {out}\nreport: {out / 'report.html'}")
     if not result.kept:
         raise FailedWork(result.answer, do=fits.advice(result))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -96,6 +98,7 @@ def bench(
     prompt: Wholes = (128, 512),
     decode: Wholes = (128,),
     batch: Wholes = (1, 4),
+    behind: Whole = 8,
     repeat: Whole = 3,
     against: str | None = None,
     isa: tuple[str, ...] = (),
@@ -110,9 +113,11 @@ def bench(
     prompt
         ids of a prompt (may be given several times)
     decode
-        ids that are written behind a short prompt (may be given several times)
+        ids that are written, one by one (may be given several times)
     batch
         how many at once (may be given several times)
+    behind
+        ids of the context that the written ones follow
     repeat
         measurements of each, of which the median is shown
     against
@@ -127,7 +132,7 @@ def bench(
     if serve:
         benches.serve(model, native.settings())
         return
-    sizes = benches.Sizes(prompt, decode, batch, repeat)
+    sizes = benches.Sizes(prompt, decode, batch, repeat, behind)
     models = [model] if against is None else [model, against]
     with Progress("bench") as progress:
         found = benches.bench(models, sizes, native.settings(), isa, progress=progress)
@@ -150,7 +155,7 @@ def report(*folders: Path, out: Path | None = None, json: Json = False) -> None:
 
     if not folders:
         raise BadRequest("no result was named", do="onecard report FOLDER, or several folders")
-    found = [(_named(folder), _result(folder)) for folder in folders]
+    found = list(zip(_names(folders), map(_result, folders), strict=True))
     (_, first), several = found[0], len(found) > 1
     beside = folders[0] if folders[0].is_dir() else folders[0].parent
     page = out or (Path() if several else beside) / "report.html"
@@ -167,8 +172,18 @@ def report(*folders: Path, out: Path | None = None, json: Json = False) -> None:
     say(f"page: {page}")
 
 
-def _named(folder: Path) -> str:
-    return folder.resolve().name if folder.is_dir() else folder.stem
+def _names(folders: Sequence[Path]) -> list[str]:
+    """What results are called: their folders' own names, with as much in front as tells them apart."""
+    paths = [f.resolve() if f.is_dir() else f.resolve().with_suffix("") for f in folders]
+    for count in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    again = Counter[str]()
+    for number, name in enumerate(names):
+        again[name] += 1
+        names[number] = name if again[name] == 1 else f"{name} ({again[name]})"
+    return names
 
 
 def _result(folder: Path) -> FitResult | Report:
