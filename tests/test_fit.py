@@ -761,10 +761,17 @@ def test_what_is_finished_is_so_by_its_texts_too(
     for file in (text, task):
         before = file.read_text()
         file.write_text(before.replace("text", "prose"))
-        assert call(*words) == 2 and "not empty" in capsys.readouterr().err
+        assert call(*words) == 2
+        said = capsys.readouterr().err
+        assert "another fit" in said and ("text" if file == text else "questions") in said
         file.write_text(before)
     assert call(*words[:-1], "--quality", "0.01", "--resume") == 2
+    assert "differs in: --quality\n" in capsys.readouterr().err
     assert call(*words) == 0
+    (out / "fit.json").rename(tmp_path / "fit.json")
+    (out / "fit.json").write_text("{")
+    assert call(*words) == 2 and "fit.json: this is no result" in capsys.readouterr().err
+    (tmp_path / "fit.json").replace(out / "fit.json")
     weights = out / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     capsys.readouterr()
@@ -787,6 +794,9 @@ def test_room_for_the_work_is_asked_for_first(
     tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = request(tiny, text_file, tmp_path / "out", tmp_path / "home", size="1GB")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadRequest, match="XDG_CACHE_HOME"):
+        jobs.prepare(replace(asked, home=tmp_path / "file" / "home"))
     with pytest.raises(BadRequest, match="raise --cap"):
         jobs.prepare(replace(asked, cap=1 << 20))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
