@@ -383,7 +383,7 @@ def remembered(name: str) -> dict[str, Any]:
 
 
 def remember(name: str, key: str, value: Any) -> bool:
-    """Keeps a value for the next time, where the cache folder lets us, else for this process; returns which."""
+    """Keeps a value for the next time, where the cache folder lets us, else for this process; says which."""
     text = json.dumps(remembered(name) | {key: value}, indent=1)
     with suppress(OSError, RuntimeError):
         path = _cache_file(name)
