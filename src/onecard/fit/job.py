@@ -286,6 +286,10 @@ def roomy(least: float) -> str:
     return f"{math.ceil(1.01 * least / unit)}{name}"
 
 
+TRIED, SOLVED, ROUNDED = 5e-3, 2e-7, 2e-8
+"""Seconds: of a candidate of a site, whatever its size; of a weight solved for; of one rounded."""
+
+
 def seconds(job: Job) -> float:
     """What the sensitivities will take, from products timed on the spot; 0 where they are known."""
     from onecard.passes.forecast import estimate_seconds, linear_weights, product_seconds
@@ -300,10 +304,11 @@ def seconds(job: Job) -> float:
     through = len(trial.tables) + len(CACHES) - 1  # from the first block on; the others from theirs
     found = product_seconds(weights, trial.tried * (begun / 2 + through), "fp32")
     found += product_seconds(head, trial.tried * (begun + through), "fp32")
+    found += TRIED * places * len(trial.formats)
     if trial.rounding == "gptq":
         found += estimate_seconds(spec, job.ids, "fp32", False)
-        return found + len(trial.formats) * weights * 2e-7
-    return found + product_seconds(weights, job.ids.numel(), "fp32") + weights * 2e-8
+        return found + SOLVED * weights * len(trial.formats)
+    return found + product_seconds(weights, job.ids.numel(), "fp32") + ROUNDED * weights
 
 
 def is_finished(request: Request) -> bool:
