@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, make_llama
 from test_render import Page
 from test_walk import SETTINGS, ids_of, same
 
@@ -897,6 +897,18 @@ def test_from_python(
         result.kept and result.answer in Page((tmp_path / "out" / "report.html").read_text()).text
     )
     assert read_fit(tmp_path / "out") == FitResult.from_json(result.to_json())
+
+
+def test_rows_that_no_group_divides(text_file: Path, tmp_path: Path) -> None:
+    """Tables and linears are rounded row by row then."""
+    odd = make_llama(tmp_path / "odd", hidden_size=48, intermediate_size=72)
+    asked = request(
+        odd, text_file, tmp_path / "out", tmp_path / "home", size=half(odd), quality=0.01
+    )
+    result = fits.fit(jobs.prepare(asked), measure=False)
+    formats = {place.part: place.format for place in result.places}
+    assert result.kept and formats["tables"].endswith("-row")
+    assert load_model(tmp_path / "out").spec == Source(odd).spec
 
 
 def test_what_cannot_fit_is_said_at_once(tiny: Path, text_file: Path, tmp_path: Path) -> None:
