@@ -159,6 +159,20 @@ def test_overheads_of_a_damaged_file(told: list[str]) -> None:
     assert told == ["onecard.cost"] * 5
 
 
+def test_where_nothing_can_be_written_a_process_remembers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not cpu.remember("some.json", "a", 1) and not cpu.remember("some.json", "b", 2)
+    assert cpu.remembered("some.json") == {"a": 1, "b": 2}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert cpu.remembered("some.json") == {}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    cpu.forget("some.json")
+    assert cpu.remembered("some.json") == {}
+
+
 def test_measuring_again_forgets_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in (rates.FILE, cost.FILE):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, make_llama
 from test_render import Page
 from test_walk import SETTINGS, ids_of, same
 
@@ -38,7 +38,7 @@ from onecard.fit.candidates import TRIALS, Trial, possible, size_of
 from onecard.fit.costs import Costs, program_bytes
 from onecard.fit.goal import Goal, goal_of
 from onecard.fit.planner import Group, Infeasible, Limits, Option, front, solve, summed
-from onecard.fit.result import FitResult, read_fit
+from onecard.fit.result import FitResult, Promise, read_fit
 from onecard.fit.sensitivity import between, left_out, look, shapes_of
 from onecard.kernels import cpu
 from onecard.kernels.reference import from_dense
@@ -761,10 +761,17 @@ def test_what_is_finished_is_so_by_its_texts_too(
     for file in (text, task):
         before = file.read_text()
         file.write_text(before.replace("text", "prose"))
-        assert call(*words) == 2 and "not empty" in capsys.readouterr().err
+        assert call(*words) == 2
+        said = capsys.readouterr().err
+        assert "another fit" in said and ("text" if file == text else "questions") in said
         file.write_text(before)
     assert call(*words[:-1], "--quality", "0.01", "--resume") == 2
+    assert "differs in: --quality\n" in capsys.readouterr().err
     assert call(*words) == 0
+    (out / "fit.json").rename(tmp_path / "fit.json")
+    (out / "fit.json").write_text("{")
+    assert call(*words) == 2 and "fit.json: this is no result" in capsys.readouterr().err
+    (tmp_path / "fit.json").replace(out / "fit.json")
     weights = out / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     capsys.readouterr()
@@ -787,6 +794,9 @@ def test_room_for_the_work_is_asked_for_first(
     tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = request(tiny, text_file, tmp_path / "out", tmp_path / "home", size="1GB")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadRequest, match="XDG_CACHE_HOME"):
+        jobs.prepare(replace(asked, home=tmp_path / "file" / "home"))
     with pytest.raises(BadRequest, match="raise --cap"):
         jobs.prepare(replace(asked, cap=1 << 20))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
@@ -808,6 +818,7 @@ def test_the_engine_is_measured_with_its_context_full(
     asked = request(tiny, text_file, tmp_path / "out", tmp_path, memory="1GiB", batch=4)
     job, cases = jobs.prepare(asked), list[list[str]]()
     figures = {
+        "foreign_share": 0.4,
         "peak_memory_bytes": 1e6,
         "prompt_tokens_per_second": 80.0,
         "decode_tokens_per_second": 40.0,
@@ -821,19 +832,37 @@ def test_the_engine_is_measured_with_its_context_full(
     monkeypatch.setattr(story, "samples_of", lambda *_: ())
     monkeypatch.setattr(story.subprocess, "run", run)
     seen = story.measured(job, tiny, CpuSettings(cache="int8"))
-    assert (seen.memory, seen.prompt, seen.decode) == (
-        1e6,
-        80.0,
-        10.0,
-    )  # a speed is of one sequence
-    assert (
-        cases[0][cases[0].index("--behind") + 1] == "64"
-        and "int8" in cases[0]
-        and "int8" not in cases[1]
-    )
+    assert (seen.memory, seen.prompt, seen.foreign) == (1e6, 80.0, 0.4)
+    assert seen.decode == 10.0  # a speed is of one sequence
+    assert cases[0][cases[0].index("--behind") + 1] == "64"
+    assert "int8" in cases[0] and "int8" not in cases[1]
     monkeypatch.setattr(story, "FILLED", 400)  # 100 of the 128 positions of each sequence
     seen = story.measured(job, tiny, CpuSettings(cache="int8"))
     assert seen.memory == 1e6 + job.costs.kept("int8") * 28 // 128
+
+
+def test_a_speed_says_where_it_comes_from(
+    tiny: Path, text_file: Path, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no kernel of this machine was measured, reading memory gives a bound and no prediction."""
+    monkeypatch.setattr(Costs, "per_byte", 1e-9)
+
+    def said(**goal) -> tuple[str, Promise]:
+        asked = request(tiny, text_file, tmp_path / "out", tmp_path, **goal)
+        job = jobs.prepare(replace(asked, force=True))
+        planning, _ = fits.plan_only(job)
+        result = fits.fit(job, measure=False)
+        dry = dict(story.dry(job, planning).notes)["speed"]
+        return dry, next(p for p in result.promises if p.what == "decode")
+
+    dry, promise = said(size="1GB", device="RTX 4090")
+    assert "maker" in dry and promise.uncertainty == story.SPEED_UNCERTAIN * (
+        promise.predicted or 0
+    )
+    dry, promise = said(size="1GB")
+    assert "at most" in dry and promise.how.startswith("at most") and promise.uncertainty is None
+    dry, promise = said(size="1GB", speed=1.0)
+    assert "give or take 15%" in dry and promise.uncertainty and promise.kept
 
 
 def test_what_could_not_be_measured_is_not_kept(
@@ -868,6 +897,18 @@ def test_from_python(
         result.kept and result.answer in Page((tmp_path / "out" / "report.html").read_text()).text
     )
     assert read_fit(tmp_path / "out") == FitResult.from_json(result.to_json())
+
+
+def test_rows_that_no_group_divides(text_file: Path, tmp_path: Path) -> None:
+    """Tables and linears are rounded row by row then."""
+    odd = make_llama(tmp_path / "odd", hidden_size=48, intermediate_size=72)
+    asked = request(
+        odd, text_file, tmp_path / "out", tmp_path / "home", size=half(odd), quality=0.01
+    )
+    result = fits.fit(jobs.prepare(asked), measure=False)
+    formats = {place.part: place.format for place in result.places}
+    assert result.kept and formats["tables"].endswith("-row")
+    assert load_model(tmp_path / "out").spec == Source(odd).spec
 
 
 def test_what_cannot_fit_is_said_at_once(tiny: Path, text_file: Path, tmp_path: Path) -> None:

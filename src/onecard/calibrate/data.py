@@ -155,7 +155,7 @@ def _read(file: BinaryIO, begin: int, room: int, size: int) -> tuple[str, int, b
 def _too_short(count: int, length: int) -> BadRequest:
     return BadRequest(
         f"the calibration text gives {count} tokens, one sample needs {length}",
-        do="give a longer text, or a smaller --length",
+        do="give a longer text (compress: or a smaller --length)",
     )
 
 

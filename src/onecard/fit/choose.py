@@ -19,6 +19,7 @@ from onecard.calibrate.train import Training
 from onecard.calibrate.walk import Progress
 from onecard.core.device import available_memory
 from onecard.core.errors import BadRequest
+from onecard.core.format import Integers, parse_format
 from onecard.core.report import write_text
 from onecard.core.spec import parameter_count
 from onecard.fit import gates as judge
@@ -215,8 +216,9 @@ def recipe_for(job: Job, planning: Planning, minutes: float = 0.0) -> Recipe:
     passes.append(Planned(sites, sweeps=0 if quick else 1, correct=0.0 if quick else 1.0))
     table = chosen.get("tables", job.source.dtype)
     if table != job.source.dtype:
-        name, group = table.split("-g")
-        passes.append(Tables(int(name.removeprefix("int")), int(group)))
+        format = parse_format(table)
+        assert isinstance(format, Integers)
+        passes.append(Tables(format.bits, format.group))
     if minutes:
         length = min(256, job.ids.shape[1])
         passes.append(Distil(training=Training(minutes=minutes, batch=4, length=length, rate=3e-4)))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -226,7 +227,12 @@ def require_room(job: Job) -> None:
     need = held + look_bytes(job.source, job.ids, job.trial)
     room = request.cap or held + available_memory()
     home = request.home or default_home()
-    if need > room and not known(job.source, job.ids, job.trial, home):
+    new = not known(job.source, job.ids, job.trial, home)
+    there = next(folder for folder in (home, *home.parents) if folder.exists())
+    if new and not (there.is_dir() and os.access(there, os.W_OK)):
+        raise BadRequest(f"sensitivities cannot be kept in {home}", f"{there} cannot be written to",
+                         "set XDG_CACHE_HOME to a folder that can")  # fmt: skip
+    if new and need > room:
         quick = held + look_bytes(
             job.source, job.ids, trial_of("quick", parameter_count(job.source.spec))
         )
@@ -306,15 +312,19 @@ def seconds(job: Job) -> float:
 
 
 def is_finished(request: Request) -> bool:
-    """OUT holds the whole result of this very request: the same goal, model, texts and questions."""
+    """OUT holds the whole result of this very request: the same goal, model, texts and questions. Raises
+    BadRequest where it holds that of another one, and is not to be replaced."""
     out = Path(request.out).expanduser()
     if not (out / FILE).is_file():
         return False
-    done = read_fit(out)
-    if done.goal != request.goal:
-        return False
-    job = prepare(replace(request, force=True))
-    if {said.name: said.text for said in done.inputs} != job.inputs:
-        return False
-    verify(out)
-    return True
+    done, job = read_fit(out), prepare(replace(request, force=True))
+    before = {said.name: said.text for said in done.inputs}
+    other = [f"--{field.name}" for field in fields(Goal)
+             if getattr(done.goal, field.name) != getattr(request.goal, field.name)]  # fmt: skip
+    other += [name for name, now in job.inputs.items() if before.get(name) != now]
+    if other and not request.force:
+        raise BadRequest(f"{out} is the result of another fit", f"it differs in: {', '.join(other)}",
+                         "--force replaces it; or give a new folder")  # fmt: skip
+    if not other:
+        verify(out)
+    return not other

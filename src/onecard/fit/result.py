@@ -210,7 +210,12 @@ def read_fit(folder: str | Path) -> FitResult:
     path = Path(folder) / FILE
     if not path.is_file():
         raise BadRequest(f"{folder} holds no {FILE}", do="give a folder that `onecard fit` wrote")
-    return FitResult.from_json(path.read_text(encoding="utf-8"))
+    try:
+        return FitResult.from_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{path} is not UTF-8 text", seen=str(error)) from error
+    except BadRequest as error:
+        raise BadRequest(f"{path}: {error.what}", error.seen, error.do) from error
 
 
 def _finite(value: Any) -> Any:

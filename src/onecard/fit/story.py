@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 SPEED_UNCERTAIN, MEMORY_UNCERTAIN = 0.35, 0.03
 """Shares by which a modelled speed and memory may be off."""
 PROMPTED, DECODED, SAMPLES = 256, 64, 3
+BUSY = 0.1
+"""Share of the machine that others may take before it is told with what was measured."""
 FILLED = 8192
 """Positions of all sequences that are filled, at most, before what is written is timed."""
 
@@ -71,6 +73,7 @@ class Seen:
     before_decode: float | None = None
     samples: tuple[Sample, ...] = field(default_factory=tuple)
     wrong: str = ""
+    foreign: float = 0.0  # share of the machine that other programs took meanwhile
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def measured(job: Job, folder: Path, runs: CpuSettings) -> Seen:
         made["peak_memory_bytes"] + counted, made["prompt_tokens_per_second"],
         made["decode_tokens_per_second"] / batch, before["prompt_tokens_per_second"],
         before["decode_tokens_per_second"] / batch, samples_of(job, folder),
+        foreign=made.get("foreign_share", 0.0),
     )  # fmt: skip
 
 
@@ -210,16 +214,20 @@ def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
                 f"resident peak of `onecard bench` in a process of its own that fills them{counted}{failed}"),
     ]  # fmt: skip
     if step > 0:
-        speed, spread = 1 / step, SPREAD if job.costs.machine else SPEED_UNCERTAIN
+        how, spread = speed_of(job)
+        speed = 1 / step
         enough = None
         if goal.speed is not None:
-            enough = (speed if seen.decode is None else seen.decode) >= goal.speed * (1 - spread)
+            enough = (speed if seen.decode is None else seen.decode) >= goal.speed * (
+                1 - (spread or 0.0)
+            )
             enough = enough and not seen.wrong
-        how = "kernels measured here" if job.costs.machine else "bytes of a step over bandwidth"
-        found.append(Promise("decode", "1/s", goal.speed, False, speed, spread * speed, seen.decode,
-                             seen.before_decode, enough, f"modelled from {how}, behind {context} tokens; "
+        busy = f", {seen.foreign:.0%} of the machine with other programs" * (seen.foreign > BUSY)
+        found.append(Promise("decode", "1/s", goal.speed, False, speed,
+                             None if spread is None else spread * speed, seen.decode,
+                             seen.before_decode, enough, f"{how}, behind {context} tokens; "
                              f"measured: {load.decode} tokens of each sequence behind {load.behind}, by "
-                             f"`onecard bench`{failed}"))  # fmt: skip
+                             f"`onecard bench`{busy}{failed}"))  # fmt: skip
     if seen.prompt is not None:
         found.append(Promise("prompt", "1/s", None, False, None, None, seen.prompt, seen.before_prompt, None,
                              f"prompts of {load.prompt} tokens, by `onecard bench`"))  # fmt: skip
@@ -243,6 +251,15 @@ def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
     found.append(Promise("perplexity", "", None, True, None, None, outside.perplexity, outside.before, None,
                          f"on {outside.text} text, {outside.tokens} tokens"))  # fmt: skip
     return tuple(found)
+
+
+def speed_of(job: Job) -> tuple[str, float | None]:
+    """Where a predicted speed comes from, and the share by which it may be off; None: it is a bound."""
+    if job.costs.machine is not None:
+        return "modelled from kernels measured here", SPREAD
+    if job.costs.here:
+        return "at most, from bytes of a step over the speed of reading memory", None
+    return "modelled from bytes of a step over the maker's bandwidth", SPEED_UNCERTAIN
 
 
 def held(asked: float | None, got: float | None) -> bool | None:
@@ -511,9 +528,18 @@ def dry(job: Job, planning: Planning) -> Report:
             MEASURES[job.goal.measure]
             + f"; predicted within a factor of {job.trial.uncertainty:g} of KL",
         ),
+        *([("speed", speed_said(job))] if plan.seconds + fixed.seconds > 0 else []),
         *(("warning", text) for text in (*job.warnings, short_of(job, planning)) if text),
     )
     return Report(tuple(found), environment(), "Plan, nothing was done", notes)
+
+
+def speed_said(job: Job) -> str:
+    """How a predicted speed was obtained."""
+    how, spread = speed_of(job)
+    return f"{how}, behind {job.costs.context} tokens" + (
+        f", give or take {spread:.0%}" if spread else ""
+    )
 
 
 def explained(result_places: Sequence[Place]) -> Report:

@@ -369,28 +369,42 @@ def machine_key(facts: Device) -> str:
     return f"{facts.name}, {facts.cores} cores, {' '.join(facts.features)}, onecard {version}"
 
 
+_unwritten: dict[str, dict[str, Any]] = {}
+"""What no cache folder takes, file by file: it is kept for this process alone."""
+
+
 def remembered(name: str) -> dict[str, Any]:
     """Everything in a file; nothing if there is none or it was damaged."""
     try:
         stored = json.loads(_cache_file(name).read_text(encoding="utf-8"))
     except (OSError, RuntimeError, ValueError, RecursionError):
-        return {}
-    return stored if isinstance(stored, dict) else {}
+        stored = None
+    return (stored if isinstance(stored, dict) else {}) | _unwritten.get(_place(name), {})
 
 
 def remember(name: str, key: str, value: Any) -> bool:
-    """Keeps a value for the next time, where the cache folder lets us; returns whether it did."""
+    """Keeps a value for the next time, where the cache folder lets us, else for this process; says which."""
     text = json.dumps(remembered(name) | {key: value}, indent=1)
     with suppress(OSError, RuntimeError):
         path = _cache_file(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
         return True
+    _unwritten.setdefault(_place(name), {})[key] = value
     return False
+
+
+def _place(name: str) -> str:
+    """Where a file would lie."""
+    try:
+        return str(_cache_file(name))
+    except RuntimeError:  # there is no home
+        return name
 
 
 def forget(name: str) -> None:
     """What a file holds is measured anew when it is next asked for."""
+    _unwritten.pop(_place(name), None)
     with suppress(OSError, RuntimeError):
         _cache_file(name).unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -127,7 +128,8 @@ def checked(request: Request) -> Job:
     for warning in job.warnings:
         say(f"warning: {warning}")
     effort, seconds = request.goal.effort, jobs.seconds(job)
-    say(f"sensitivities of {job.source.called} at {effort} effort: about {seconds:.0f} s")
+    told = f"about {math.ceil(seconds)} s" if seconds else "known already"
+    say(f"sensitivities of {job.source.called} at {effort} effort: {told}")
     return job
 
 
