@@ -67,8 +67,6 @@ STEPS = 50
 KNOWN: dict[tuple[str, str], str] = {
     ("demo", "Wanda < magnitude, 50 %"): "its inputs have no outliers",
     ("demo", "Wanda < magnitude, 2:4"): "its inputs have no outliers",
-    ("demo, Chinese", "Wanda < magnitude, 50 %"): "its inputs have no outliers",
-    ("demo, Chinese", "Wanda < magnitude, 2:4"): "its inputs have no outliers",
 }
 """Orders of papers that these models do not keep, and why."""
 
