@@ -856,6 +856,7 @@ def test_a_speed_says_where_it_comes_from(
         return dry, next(p for p in result.promises if p.what == "decode")
 
     dry, promise = said(size="1GB", device="RTX 4090")
+    assert promise.how.endswith("not measured, it is meant for RTX 4090")
     assert "maker" in dry and promise.uncertainty == story.SPEED_UNCERTAIN * (
         promise.predicted or 0
     )

@@ -17,6 +17,7 @@ from onecard.core.errors import BadRequest, nearest
 
 T = TypeVar("T")
 
+LARGEST = 1 << 63
 _UNITS = {
     "": 1, "b": 1,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -106,6 +107,10 @@ def _check(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise BadRequest(f"{where} is {value!r}", do="a list is needed")
         return tuple(_check(typing.get_args(hint)[0], item, where) for item in value)
+    if hint in (int, float) and isinstance(value, int) and abs(value) > LARGEST:
+        raise BadRequest(
+            f"{where} is a number of {len(str(abs(value)))} digits", do="at most 2**63 is read"
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is float and isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE]-?\d+", value):
