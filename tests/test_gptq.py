@@ -13,7 +13,7 @@ from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import Format, Integers
 from onecard.kernels import reference
 from onecard.passes.columns import search_grid
-from onecard.passes.gptq import GPTQ, Rounding, Solution, factor, solve
+from onecard.passes.gptq import GPTQ, PANEL, Rounding, Solution, factor, output_power, solve
 
 PLAIN = Rounding(order="natural", search=0)
 
@@ -161,6 +161,13 @@ def test_impossible_hessians_are_refused(bad: str) -> None:
         h[0, 1] = h[1, 0] = 5
     with pytest.raises(FailedWork):
         factor(h, 0.01, torch.arange(h.shape[0]))
+
+
+@pytest.mark.parametrize("columns", [3, PANEL, PANEL + 1, 2 * PANEL + 7])
+def test_the_power_of_outputs_is_their_square(columns: int) -> None:
+    w, x = torch.randn(5, columns), torch.randn(40, columns)
+    power = (w.double() @ x.double().T).square().sum(1)
+    torch.testing.assert_close(output_power(w, x.T @ x).double(), power, rtol=0.02, atol=0.0)
 
 
 def test_factor_is_a_square_root() -> None:

@@ -81,12 +81,16 @@ def write_module(source: Path, out: Path, module: Any) -> None:
 
 def stored(folder: Path, source: Path) -> int:
     """Bytes of the tensors of a folder, to the peer's advantage: a table that the source ties counts once,
-    index tables of activation order (g_idx), which static groups do without, not at all."""
+    index tables of activation order (g_idx), which static groups do without, not at all, and what it worked
+    with in float32 as if in the source's dtype."""
     config = json.loads((source / "config.json").read_text())
+    widest = max(BYTES[e["dtype"]] for _, _, found in headers(source) for e in found.values())
     found = 0
     for _, _, entries in headers(folder):
         for name, entry in entries.items():
             twice = name == "lm_head.weight" and config.get("tie_word_embeddings", False)
             if not twice and not name.endswith("g_idx"):
-                found += BYTES[entry["dtype"]] * math.prod(entry["shape"])
+                wide = BYTES[entry["dtype"]]
+                wide = min(wide, widest) if entry["dtype"] == "F32" else wide
+                found += wide * math.prod(entry["shape"])
     return found

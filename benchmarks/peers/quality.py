@@ -13,8 +13,9 @@ same token ids, each peer with its own defaults in its own environment (made und
 
 What a peer made is dequantized by the peer's own library into a folder in float32, and one evaluator
 reads everything: ours, in torch and float32, documents of held-out text each in a context of its own. Bytes
-are those of all tensors that are stored, embedding, head, norms, scales and zero points included (dense.py);
-zeros of pruned matrices are left out, and a bit per weight says where they are.
+are those of all tensors that are stored, embedding, head, norms, scales and zero points included (dense.py),
+what a peer held in float32 for speed alone (`--dtype`) as in the model's own dtype; zeros of pruned matrices
+are left out, and a bit per weight says where they are.
 
 A peer is set beside the recipe of ours with the lowest perplexity among those that take no more bytes. What
 was measured is kept under `--work` and not measured again while model, tokens, text and command stay the
@@ -238,6 +239,7 @@ class Measuring:
         """An entrant, from what is kept where nothing changed; None where nothing is kept and that is all."""
         out = self.folder / entrant.key
         command = [c.name if isinstance(c, Path) else c for c in entrant.command]
+        command += self.held(entrant)
         if entrant.recipe:
             command = [to_yaml(entrant.recipe)]
         kept, key = out.with_suffix(".json"), [self.state, self.asked.documents, *command]
@@ -265,6 +267,10 @@ class Measuring:
             shutil.rmtree(self.folder / old, ignore_errors=True)
         return made
 
+    def held(self, entrant: Entrant) -> list[str]:
+        """What a peer holds the weights in."""
+        return ["--dtype", self.asked.dtype] if entrant.peer in PEERS else []
+
     def made(self, entrant: Entrant, out: Path) -> dict[str, Any]:
         """The folder OUT, and what its maker said."""
         log, asked = out.with_suffix(".log"), self.asked
@@ -282,7 +288,7 @@ class Measuring:
         elif entrant.peer:
             python = gptq.environment(PEERS[entrant.peer], asked.work)
         script, *words = entrant.command
-        command = [python, script, self.model, tokens, out, *words]
+        command = [python, script, self.model, tokens, out, *words, *self.held(entrant)]
         return gptq.run(command, log, asked.threads, out.parent).said
 
     def sparse_bytes(self, entrant: Entrant) -> int:
@@ -404,11 +410,15 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2, 0])
     parser.add_argument("--kept", action="store_true", help="only what was measured before")
     parser.add_argument("--check", action="store_true", help="fail where a peer is ahead")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of peers' weights"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--results", type=Path, default=HERE.parent.parent / "results")
     asked = parser.parse_args()
     asked.model, asked.work = asked.model.absolute(), asked.work.absolute()
     asked.name = asked.name or ("demo" if asked.model == SHIPPED / "model" else asked.model.name)
+    asked.dtype = gptq.fast_dtype(asked.model) if asked.dtype == "auto" else asked.dtype
     torch.set_num_threads(asked.threads)
 
     measuring = Measuring(asked)
@@ -438,7 +448,7 @@ def main() -> None:
     kept = {
         "environment": environment(
             model=asked.name, samples=asked.samples, length=asked.length, group=asked.group,
-            documents=asked.documents,
+            documents=asked.documents, **{"dtype of peers": asked.dtype},
         ),
         "dense": {"bytes": measuring.whole, "perplexity": perplexity},
         "measured": [asdict(m) for m in found],
