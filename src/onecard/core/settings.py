@@ -81,6 +81,10 @@ def _check(hint: Any, value: Any, where: str) -> Any:
 
     YAML reads 1e-4 as text (it wants 1.0e-4): where a number is needed it is one.
     """
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise BadRequest(
+            f"{where} is a number of {len(str(abs(value)))} digits", do="at most 2**63 is read"
+        )
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
@@ -107,10 +111,6 @@ def _check(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise BadRequest(f"{where} is {value!r}", do="a list is needed")
         return tuple(_check(typing.get_args(hint)[0], item, where) for item in value)
-    if hint in (int, float) and isinstance(value, int) and abs(value) > LARGEST:
-        raise BadRequest(
-            f"{where} is a number of {len(str(abs(value)))} digits", do="at most 2**63 is read"
-        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is float and isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE]-?\d+", value):
