@@ -173,8 +173,14 @@ def told(
         tuple(Said(name, str(value)) for name, value in facts(job).items()), run,
         left_out=left_out(best.planning),
         largest_batch=largest_batch(job, best.planning), nearest=nearest(job, best),
-        inputs=tuple(Said(*each) for each in job.inputs.items()),
+        inputs=tuple(Said(*each) for each in job.inputs.items()), bits_per_weight=bits_of(best.folder),
     )  # fmt: skip
+
+
+def bits_of(folder: Path) -> float:
+    """Bits per weight of a model folder."""
+    source = Source(folder)
+    return 8 * source.checkpoint.nbytes / parameter_count(source.spec)
 
 
 def left_out(planning: Planning) -> tuple[int, ...]:
@@ -478,11 +484,9 @@ def report_of(job: Job, best: Tried, result: FitResult) -> Report:
     """The report of the job that made it, with what was promised and measured on top."""
     report, by = best.report, {p.what: p for p in result.promises}
     size = by["size"]
-    count, left = (parameter_count(s.spec) for s in (job.source, Source(best.folder)))
     rows = [
         Row.of("model", "file_bytes", int(size.measured or 0), int(size.original or 0)),
-        Row.of("model", "bits_per_weight", 8 * Checkpoint(best.folder).nbytes / left,
-               8 * job.source.checkpoint.nbytes / count),
+        Row.of("model", "bits_per_weight", result.bits_per_weight, bits_of(job.source.folder)),
         Row("model", "kept", result.kept),
         Row("model", result.goal.measure + "_kept", by[result.goal.measure].measured),
         Row.of("model", "perplexity", by["perplexity"].measured, by["perplexity"].original),
