@@ -616,6 +616,10 @@ def test_a_fit_keeps_its_budget_and_a_kill_changes_nothing(
     result = fits.fit(jobs.prepare(asked), measure=False)
     assert result.kept and file_bytes(Checkpoint(tmp_path / "one")) <= half(tiny)
     assert read_fit(tmp_path / "one") == FitResult.from_json(result.to_json())
+    made = Report.from_json((tmp_path / "one" / "report.json").read_text())
+    again = fit_report(result)
+    for what in ("file_bytes", "bits_per_weight"):  # the same number wherever it is told
+        assert made.value(what) == again.value(what)
     promise = next(p for p in result.promises if p.what == "size")
     assert promise.predicted is not None and promise.measured is not None
     assert promise.measured <= promise.predicted <= half(tiny)
@@ -856,6 +860,7 @@ def test_a_speed_says_where_it_comes_from(
         return dry, next(p for p in result.promises if p.what == "decode")
 
     dry, promise = said(size="1GB", device="RTX 4090")
+    assert promise.how.endswith("not measured, it is meant for RTX 4090")
     assert "maker" in dry and promise.uncertainty == story.SPEED_UNCERTAIN * (
         promise.predicted or 0
     )

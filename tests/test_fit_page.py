@@ -12,6 +12,7 @@ import pytest
 from test_cli import call
 from test_render import EVIL, HARMFUL, Page, comparison, one_model, width_on_a_phone
 
+from onecard.core.errors import BadRequest
 from onecard.core.settings import format_size
 from onecard.fit.goal import Goal
 from onecard.fit.result import (
@@ -449,6 +450,16 @@ def test_several_on_one_page() -> None:
     assert "small is the smallest" in page.text and "int4 is of the least perplexity" in page.text
     evil = compared([(EVIL, everywhere(fitted(2), EVIL)), ("b" + EVIL, comparison())])
     assert not HARMFUL.search(to_html(evil)) and "<script" not in to_html(evil)
+
+
+@pytest.mark.parametrize(
+    "where, key", [("promises", "measured"), ("front", "size"), ("places", "harm")]
+)
+def test_numbers_beyond_any_measure_are_refused(where: str, key: str) -> None:
+    data = json.loads(fitted(2).to_json())
+    data[where][0][key] = 10**400
+    with pytest.raises(BadRequest, match=f"{key} is a number of 401 digits"):
+        FitResult.from_json(json.dumps(data))
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -17,6 +17,7 @@ from onecard.core.errors import BadRequest, nearest
 
 T = TypeVar("T")
 
+LARGEST = 1 << 63
 _UNITS = {
     "": 1, "b": 1,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -80,6 +81,10 @@ def _check(hint: Any, value: Any, where: str) -> Any:
 
     YAML reads 1e-4 as text (it wants 1.0e-4): where a number is needed it is one.
     """
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise BadRequest(
+            f"{where} is a number of {len(str(abs(value)))} digits", do="at most 2**63 is read"
+        )
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):

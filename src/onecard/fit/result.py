@@ -185,6 +185,7 @@ class FitResult:
         None  # sequences of the context asked for that `--memory` holds at once
     )
     nearest: str = ""  # byte budgets that are predicted to keep a quality that was missed
+    bits_per_weight: float | None = None  # of the whole result, as BITS_PER_WEIGHT says
     inputs: tuple[Said, ...] = ()  # the model and the texts it was made from, by their contents
 
     def to_json(self) -> str:

@@ -173,8 +173,14 @@ def told(
         tuple(Said(name, str(value)) for name, value in facts(job).items()), run,
         left_out=left_out(best.planning),
         largest_batch=largest_batch(job, best.planning), nearest=nearest(job, best),
-        inputs=tuple(Said(*each) for each in job.inputs.items()),
+        inputs=tuple(Said(*each) for each in job.inputs.items()), bits_per_weight=bits_of(best.folder),
     )  # fmt: skip
+
+
+def bits_of(folder: Path) -> float:
+    """Bits per weight of a model folder."""
+    source = Source(folder)
+    return 8 * source.checkpoint.nbytes / parameter_count(source.spec)
 
 
 def left_out(planning: Planning) -> tuple[int, ...]:
@@ -199,10 +205,16 @@ def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
     memory, step = plan.memory + fixed.memory, plan.seconds + fixed.seconds
     context, batch = job.costs.context, goal.batch
     load = Load.of(context, batch)
-    counted = f", and {load.unwritten:,} positions of keys and values counted" * bool(
-        load.unwritten
-    )
-    failed = f"; not measured: {seen.wrong}" if seen.wrong else ""
+    filled, timed = not_run(job, seen), not_run(job, seen)
+    if seen.memory is not None:
+        filled = (
+            "measured: resident peak of `onecard bench` in a process of its own that fills them"
+        )
+        if load.unwritten:
+            filled += f", and {load.unwritten:,} positions of keys and values counted"
+        timed = f"measured: {load.decode} tokens of each sequence behind {load.behind}, by `onecard bench`"
+        if seen.foreign > BUSY:
+            timed += f", {seen.foreign:.0%} of the machine with other programs"
     found = [
         Promise("size", "B", goal.size, True, plan.size + fixed.size, 4096.0 + 0.01 * fixed.size, size,
                 file_bytes(job.source.checkpoint), held(goal.size, size),
@@ -210,8 +222,7 @@ def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
         Promise("memory", "B", goal.memory, True, memory, MEMORY_UNCERTAIN * memory, seen.memory, None,
                 False if goal.memory and seen.wrong
                 else held(goal.memory, seen.memory if seen.memory is not None else memory),
-                f"counted from the engine's layout with {context} tokens of {batch} sequences; measured: "
-                f"resident peak of `onecard bench` in a process of its own that fills them{counted}{failed}"),
+                f"counted from the engine's layout with {context} tokens of {batch} sequences; {filled}"),
     ]  # fmt: skip
     if step > 0:
         how, spread = speed_of(job)
@@ -222,12 +233,10 @@ def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
                 1 - (spread or 0.0)
             )
             enough = enough and not seen.wrong
-        busy = f", {seen.foreign:.0%} of the machine with other programs" * (seen.foreign > BUSY)
         found.append(Promise("decode", "1/s", goal.speed, False, speed,
                              None if spread is None else spread * speed, seen.decode,
-                             seen.before_decode, enough, f"{how}, behind {context} tokens; "
-                             f"measured: {load.decode} tokens of each sequence behind {load.behind}, by "
-                             f"`onecard bench`{busy}{failed}"))  # fmt: skip
+                             seen.before_decode, enough,
+                             f"{how}, behind {context} tokens; {timed}"))  # fmt: skip
     if seen.prompt is not None:
         found.append(Promise("prompt", "1/s", None, False, None, None, seen.prompt, seen.before_prompt, None,
                              f"prompts of {load.prompt} tokens, by `onecard bench`"))  # fmt: skip
@@ -251,6 +260,12 @@ def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
     found.append(Promise("perplexity", "", None, True, None, None, outside.perplexity, outside.before, None,
                          f"on {outside.text} text, {outside.tokens} tokens"))  # fmt: skip
     return tuple(found)
+
+
+def not_run(job: Job, seen: Seen) -> str:
+    """Why nothing was measured, where that is so."""
+    other = f", it is meant for {job.costs.device.name}" if job.goal.device != "auto" else ""
+    return f"not measured{': ' + seen.wrong if seen.wrong else other}"
 
 
 def speed_of(job: Job) -> tuple[str, float | None]:
@@ -469,11 +484,9 @@ def report_of(job: Job, best: Tried, result: FitResult) -> Report:
     """The report of the job that made it, with what was promised and measured on top."""
     report, by = best.report, {p.what: p for p in result.promises}
     size = by["size"]
-    count, left = (parameter_count(s.spec) for s in (job.source, Source(best.folder)))
     rows = [
         Row.of("model", "file_bytes", int(size.measured or 0), int(size.original or 0)),
-        Row.of("model", "bits_per_weight", 8 * Checkpoint(best.folder).nbytes / left,
-               8 * job.source.checkpoint.nbytes / count),
+        Row.of("model", "bits_per_weight", result.bits_per_weight, bits_of(job.source.folder)),
         Row("model", "kept", result.kept),
         Row("model", result.goal.measure + "_kept", by[result.goal.measure].measured),
         Row.of("model", "perplexity", by["perplexity"].measured, by["perplexity"].original),

@@ -254,7 +254,9 @@ def rows_of(name: str, fit: FitResult) -> list[Row]:
              "agreement": "top1_agreement"}  # fmt: skip
     rows = []
     weights = sum(place.weights for place in fit.places if place.format != "gone")
-    if weights:
+    if fit.bits_per_weight is not None:
+        rows.append(Row.of(name, "bits_per_weight", fit.bits_per_weight))
+    elif weights:
         bits = sum(place.weights * place.bits_per_weight for place in fit.places) / weights
         rows.append(Row.of(name, "bits_per_weight", bits))
     for promise in fit.promises:
