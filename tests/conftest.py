@@ -54,6 +54,7 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]
                 "decode": 1.1,
                 "prompt": 1.2,
                 "program": 10_000_000,
+                "keeps": 2.0,
             }
         if module == "onecard.kernels.cpu":
             return cpu.cpu_facts().to_dict()

@@ -126,13 +126,27 @@ def test_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cost.cached(0) == 1.0 and cost.cached(1 << 50) == 0.0
-    shares = [cost.cached(size << 20) for size in range(1, 4096, 16)]
+    assert cost.cached(0, 2.0) == 1.0 and cost.cached(1 << 50, 2.0) < 1e-6
+    shares = [cost.cached(size << 20, 2.0) for size in range(1, 4096, 16)]
     assert shares == sorted(shares, reverse=True)
     monkeypatch.setattr(cost, "cpu_facts", lambda: Device("x", caches=(("L2", 100), ("L3", 1000))))
-    assert cost.cached(1000) == 1.0 and cost.cached(1500) == pytest.approx(0.4172, abs=1e-3)
+    assert cost.cached(1000, 2.0) == 1.0 and cost.cached(2000, 2.0) == 0.25
     monkeypatch.setattr(cost, "cpu_facts", lambda: Device("x"))
-    assert cost.cached(1000) == 0.0
+    assert cost.cached(1000, 2.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("twice", "expected"), [(40.0, 4.32193), (30.0, 1.0), (10.0, 0.074), (25.0, 0.41504)]
+)
+def test_what_a_cache_keeps(monkeypatch: pytest.MonkeyPatch, twice: float, expected: float) -> None:
+    """Read in 20 from the cache and in 40 from memory, of twice its size what `twice` says."""
+    device = Device("x", caches=(("L3", 1 << 20),), memory_available=1 << 30)
+    monkeypatch.setattr(rates, "cpu_facts", lambda: device)
+    seen = {1 << 19: 20.0, 2 << 20: twice, rates.CACHES << 20: 40.0}
+    monkeypatch.setattr(rates, "_read", lambda form, size, threads: seen[size])
+    assert rates.keeps(2) == pytest.approx(expected, abs=1e-3)
+    monkeypatch.setattr(rates, "_read", lambda form, size, threads: 20.0)
+    assert rates.keeps(2) == rates.KEEPS  # nothing to be told apart
 
 
 def test_what_is_fitted(told: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

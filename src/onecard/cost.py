@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import tempfile
 import time
 from collections.abc import Iterable
@@ -89,7 +88,8 @@ class Cost:
 @dataclass(frozen=True)
 class Overheads:
     """What the small models said: seconds per layer, step and entry of the vocabulary; how many times longer
-    kernels take in a network; and the bytes of a process that has opened nothing yet."""
+    kernels take in a network; and the bytes of a process that has opened nothing yet. `keeps`: how well the
+    last cache keeps what is larger (rates.keeps)."""
 
     layer: float
     step: float
@@ -97,9 +97,10 @@ class Overheads:
     decode: float
     prompt: float
     program: int
+    keeps: float
 
 
-NONE = Overheads(0.0, 0.0, 0.0, 1.0, 1.0, 0)
+NONE = Overheads(0.0, 0.0, 0.0, 1.0, 1.0, 0, rates.KEEPS)
 
 
 class Costs:
@@ -117,7 +118,7 @@ class Costs:
         self.footprint = footprint(source, context, batch, settings, program=self.overheads.program)
         self.stored = planned_weights(source, settings.head)
         read = sum(self.stored.linears().values()) if size is None else size
-        self.cached = cached(read + self.footprint.kv_bytes)
+        self.cached = cached(read + self.footprint.kv_bytes, self.overheads.keeps)
 
     def prepare(self, wanted: Iterable[tuple[Shape, Format]]) -> None:
         """Measures what is not known yet of all of these at once, instead of one by one."""
@@ -207,19 +208,10 @@ def cost(
     return Cost(held.total, total.decode, total.prompt)
 
 
-def cached(size: float) -> float:
-    """The share of `size` bytes, read again and again in one order, that the last cache still holds.
-
-    Where a line gives way to any other, one survives the misses of a round with the chance
-    share = exp(-(1 - share) * size / cache), the smallest solution of which is this.
-    """
+def cached(size: float, keeps: float) -> float:
+    """The share of `size` bytes, read again and again in one order, that the last cache still holds."""
     last = max(dict(cpu_facts().caches).values(), default=0)
-    if size <= last:
-        return 1.0
-    share = 0.0
-    for _ in range(ROUNDS):
-        share = math.exp(-(1 - share) * size / last) if last else 0.0
-    return share
+    return 1.0 if size <= last else (last / size) ** keeps
 
 
 def _chosen(spec: Spec, path: str) -> float:
@@ -257,7 +249,6 @@ TURNS, MOST_TURNS = 7, 60
 """Turns in a row in which nothing was faster, by SETTLED, that end the timing; and all turns there may be."""
 SETTLED = 0.01
 TOKENS, HEAD = 16, 64
-ROUNDS = 100  # that find the share of a cache
 
 
 @functools.cache
@@ -307,7 +298,8 @@ def measure() -> Overheads:
         layer = max(0.0, many - few) / (MANY.layers - FEW.layers)
         choice = max(0.0, wordy - few) / (WORDY.vocabulary - FEW.vocabulary)
         step = max(0.0, few - FEW.layers * layer - FEW.vocabulary * choice)
-        solid, found = timed[-1], Overheads(layer, step, choice, 1.0, 1.0, program)
+        keeps = rates.keeps(usable_cores())
+        solid, found = timed[-1], Overheads(layer, step, choice, 1.0, 1.0, program, keeps)
         known = Costs(solid.source, PROMPTED, overheads=NONE).all(solid.stepper.weights)
         more = solid.left(found)
     shares = [1 + more.decode / known.decode, 1 + more.prompt / known.prompt]

@@ -58,6 +58,7 @@ CACHES = 6  # a last cache that keeps some of what it read is still found in twi
 ROUNDS, TURNS, MANY = 4, 3, 40  # MANY: of what takes microseconds
 SLOW, SLOWEST = 0.1, 0.5  # seconds of one product that are too long to repeat, and to take at all
 BRIEF, STEP = 0.002, 0.06  # seconds to fill with products, of a small and of a large matrix
+KEEPS = 2.3  # where it cannot be measured
 FILLED = 0x3C  # twice this is a scale, or a weight, of 0.0115
 SHARES = 20  # steps of the share of slots that sparse forms are told apart by
 
@@ -87,6 +88,10 @@ class Form:
         )  # fmt: skip
 
 
+USUAL = Form(0, 8, 64, 2)
+"""Integers of 8 bits in groups of 64, scales in bf16."""
+
+
 @dataclass(frozen=True)
 class Rate:
     """Seconds per weight of a form: `warm` [length of row][rows of inputs], and `cold` for one row."""
@@ -97,11 +102,12 @@ class Rate:
     def seconds(self, matrix: Matrix, rows: int = 1, cached: float = 0.0) -> float:
         """Of a product with `rows` rows of inputs, if the share `cached` of the matrix lies in a cache."""
         lines = [_between(rows, ROWS, line) for line in self.warm]
-        at = min(max(matrix.columns, COLUMNS[0]), COLUMNS[-1])
+        columns = -(-matrix.columns // max(1, matrix.block)) * max(1, matrix.block)
+        at = min(max(columns, COLUMNS[0]), COLUMNS[-1])
         i = next(i for i in range(1, len(COLUMNS)) if at <= COLUMNS[i])
         share = (1 / at - 1 / COLUMNS[i]) / (1 / COLUMNS[i - 1] - 1 / COLUMNS[i])
         each = share * lines[i - 1] + (1 - share) * lines[i]
-        weights = -(-matrix.rows // layout.TILE) * layout.TILE * matrix.columns
+        weights = -(-matrix.rows // layout.TILE) * layout.TILE * columns
         return weights * (cached * each + (1 - cached) * max(each, self.cold))
 
 
@@ -236,19 +242,43 @@ def _rising(matrix: _Filled, threads: int) -> Iterator[float]:
 
 
 def _cold(form: Form, warm: float, threads: int) -> float:
-    facts = cpu_facts()
-    last = dict(facts.caches).get("L3", 0)
-    size = min(max(CACHES * last, LEAST), MOST, facts.memory_available // 8)
+    last = dict(cpu_facts().caches).get("L3", 0)
+    size = min(max(CACHES * last, LEAST), MOST, cpu_facts().memory_available // 8)
+    weights = size / layout.size(form.matrix(layout.TILE, COLUMNS[-1])) * layout.TILE * COLUMNS[-1]
+    if warm * weights > SLOW:
+        return warm
+    return _read(form, size, threads) or warm
+
+
+def _read(form: Form, size: int, threads: int) -> float:
+    """Seconds per weight, for one row of inputs, of a matrix of `size` bytes that is met again and again;
+    0 where these are too few for all threads."""
     columns = COLUMNS[-1]
     row = layout.size(form.matrix(layout.TILE, columns)) / layout.TILE
     rows = int(size / row) // layout.TILE * layout.TILE
-    if warm * rows * columns > SLOW or rows < layout.TILE * threads:
-        return warm
+    if rows < layout.TILE * threads:
+        return 0.0
     filled = _plain(size) if form.kind != SPARSE else None
     matrix = _Filled(form, rows, columns, threads, filled)
     if filled is None:
         matrix.held(_mapped(matrix.data))
     return matrix.mean(threads) / matrix.weights
+
+
+def keeps(threads: int) -> float:
+    """k of the law (1 / n) ** k: that share of n times its bytes, read again and again in one order, the last
+    cache still finds. About 2.3 where a line gives way to any other, less where it keeps what is of use."""
+    last = dict(cpu_facts().caches).get("L3", 0)
+    if not 0 < 4 * last <= cpu_facts().memory_available // 8:
+        return KEEPS
+    sizes = (last // 2, 2 * last, min(CACHES * last, max(MOST, 4 * last)))
+    near, twice, far = _least(
+        [[_read(USUAL, size, threads) for size in sizes] for _ in range(ROUNDS)]
+    )
+    if not 0 < near < far:
+        return KEEPS
+    share = min(max((far - twice) / (far - near), 0.05), 0.95)
+    return -math.log2(share)
 
 
 @cache
