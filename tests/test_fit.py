@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 from conftest import call, make_llama
 from test_render import Page
@@ -38,7 +39,7 @@ from onecard.fit.candidates import TRIALS, Trial, possible, size_of
 from onecard.fit.costs import Costs, program_bytes
 from onecard.fit.goal import Goal, goal_of
 from onecard.fit.planner import Group, Infeasible, Limits, Option, front, solve, summed
-from onecard.fit.result import FitResult, Promise, read_fit
+from onecard.fit.result import FitResult, Gate, Promise, read_fit
 from onecard.fit.sensitivity import between, left_out, look, shapes_of
 from onecard.kernels import cpu
 from onecard.kernels.reference import from_dense
@@ -250,7 +251,8 @@ def test_units(words: str, size: int) -> None:
 @pytest.mark.parametrize("bad, said", [
     ({}, "nothing is asked"), ({"size": "2GiB", "memory": "1GiB"}, "more than --memory"),
     ({"memory": "-3GiB"}, "--memory"), ({"memory": "6 pounds"}, "--memory"), ({"quality": 99.0}, "0.99"),
-    ({"quality": 0.0}, "--quality"), ({"quality": float("nan")}, "--quality"), ({"speed": -1.0}, "--speed"),
+    ({"quality": 0.0}, "--quality"), ({"quality": 1.0}, "0.9999"),
+    ({"quality": float("nan")}, "--quality"), ({"speed": -1.0}, "--speed"),
     ({"size": "1GB", "context": 0}, "--context"), ({"size": "1GB", "batch": -2}, "--batch"),
     ({"size": "1GB", "recover": -1.0}, "--recover"), ({"size": "1GB", "effort": "norml"}, "normal"),
     ({"size": "1GB", "measure": "likelyhood"}, "likelihood"),
@@ -655,6 +657,27 @@ def test_a_missed_gate_raises_what_hurts(tiny: Path, text_file: Path, tmp_path: 
     assert again is not None and again.plan.size > light.plan.size
     result = fits.fit(jobs.prepare(asked), measure=False)
     assert result.kept and min(gates.kept(g, "likelihood") for g in result.gates) >= 0.97
+
+
+def test_inputs_are_not_rounded_only_where_that_is_fast_enough(
+    tiny: Path, text_file: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(tiny, text_file, tmp_path / "out", home, quality=0.99, speed=100.0)
+    job = jobs.prepare(asked)
+    light = choose.plan_for(job, look(job.source, job.ids, job.trial, home))
+    texts = gates.texts_of(job.source, text_file, 1024, tmp_path / "texts.json")
+
+    def judged(*given: object) -> tuple[Gate, ...]:
+        runs = next(each for each in given if isinstance(each, CpuSettings))
+        return (Gate("held-out", 0.005 if runs.exact else 0.0101, 1.0, 2.0, 2.0, 100),)
+
+    timed = {"decode_tokens_per_second": 0.0}
+    monkeypatch.setattr(gates, "judged", judged)
+    monkeypatch.setattr(story, "benched", lambda *_: timed)
+    for speed, exact in ((20.0, ()), (100.0, ("all",))):
+        timed["decode_tokens_per_second"] = speed
+        tried = fits.one_try(job, light, texts, "attempt-1", "as planned", jobs.Quiet)
+        assert tried.runs.exact == exact and tried.passed is bool(exact)
 
 
 def test_what_misses_its_gate_ends_with_one(
@@ -1158,6 +1181,18 @@ def test_a_text_that_falls_into_bytes(tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "other.txt"
     text.write_text("機械学習の模型を小さくする。" * 200, encoding="utf-8")
     assert any("tokens per character" in w for w in jobs.warned(Source(tiny), text))
+
+
+def test_a_text_of_unknown_words(model: Path, tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text('{"unk_token": "?"}')
+    text = tmp_path / "other.txt"
+    text.write_text("the modelo cabe, " * 50)
+    assert any("no token for 75%" in w for w in jobs.warned(Source(model), text))
+    text.write_text("the the the the")
+    assert not jobs.warned(Source(model), text)
 
 
 def test_costs_are_those_of_the_code_that_allocates(tiny: Path) -> None:

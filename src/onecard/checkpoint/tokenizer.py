@@ -80,6 +80,11 @@ class Tokenizer:
             raise BadRequest(f"a text of {len(text)} characters is too long to tokenize at once")
         return list(self._encoding(text, special).ids)
 
+    def unknown(self, ids: Sequence[int]) -> float:
+        """The share of ids that stand for whatever the vocabulary does not have."""
+        unknown = self.backend.token_to_id(self.special["unk_token"])
+        return 0.0 if unknown is None else sum(id == unknown for id in ids) / max(1, len(ids))
+
     def slices(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
         """Ids of a text and the character where each ends, slice by slice; memory is a slice's.
 

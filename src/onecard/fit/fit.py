@@ -38,6 +38,7 @@ from onecard.core.errors import BadRequest
 from onecard.core.report import Report, write_text
 from onecard.core.spec import parameter_count
 from onecard.fit import gates as judge
+from onecard.fit import story
 from onecard.fit.candidates import LARGE
 from onecard.fit.choose import (
     Planning,
@@ -165,8 +166,6 @@ def working(job: Job) -> Iterator[None]:
 def _fit(
     job: Job, progress: Progress, page: Page | None, measure: bool, warn: Callable[[str], None]
 ) -> FitResult:  # fmt: skip
-    from onecard.fit import story
-
     clock = Clock()
     clock.step("inspect")
     found = look(job.source, job.ids, job.trial, job.request.home or default_home(), progress)
@@ -244,7 +243,7 @@ def one_try(
     """Carry a plan out and judge it.
 
     Where the gate is missed by little it is judged besides with inputs that are not rounded; as that is
-    slower, it is chosen only where it keeps what was asked.
+    slower, it is chosen only where it keeps what was asked, the speed too.
     """
     folder, report = carried_out(job, planning, name, minutes, progress)
     goal, runs = job.goal, running(planning)
@@ -255,7 +254,8 @@ def one_try(
     if seen < goal.quality and job.costs.here and shortfall(goal, seen) > LITTLE:
         exact = replace(runs, exact=("all",))
         others = judgement(job, folder, texts, exact, f"{name}-exact", progress)
-        if judge.quality(others, goal.measure) >= goal.quality:
+        enough = judge.quality(others, goal.measure) >= goal.quality
+        if enough and story.is_fast(job, folder, exact):
             what = f"{what}, inputs not rounded"
             return Tried(planning, folder, report, others, True, what, exact)
     return Tried(planning, folder, report, gates, seen >= goal.quality, what, runs)

@@ -72,6 +72,9 @@ class Goal:
                 f"--quality is {self.quality:g}", do="a share above 0 and at most 1, 0.99 say"
                 + (f" ({self.quality:g} % is {self.quality / 100:g})" if 1 < self.quality <= 100 else "")
             )  # fmt: skip
+        if self.quality == 1 and self.measure == "likelihood":
+            raise BadRequest("--quality is 1", "that is the original, bit for bit",
+                             "0.9999 is the most that can be told")  # fmt: skip
         if self.measure not in MEASURES:
             raise BadRequest(
                 f"there is no measure {self.measure!r}", do=nearest(self.measure, MEASURES)

@@ -47,6 +47,8 @@ LOOKED_AT = 400_000
 """Bytes of a text that are looked at for whether it is the tokenizer's."""
 SPLIT = 1.0
 """Tokens per character above which a text is said not to be the tokenizer's."""
+UNKNOWN = 0.05
+"""The share of tokens that stand for anything unknown above which the same is said."""
 
 Quiet: Progress = lambda done, total, what: None  # noqa: E731
 
@@ -198,16 +200,23 @@ def prepare(request: Request) -> Job:
 
 
 def warned(source: Source, text: Path | None) -> list[str]:
-    """What is odd about a text: that the tokenizer cuts it into bytes."""
+    """What is odd about a text: that the tokenizer cuts it into bytes, or does not have its words."""
     if text is None or text.suffix == ".json":
         return []
     with text.open("rb") as file:
         words = file.read(LOOKED_AT).decode("utf-8", "ignore")
-    rate = len(source.tokenizer().encode(words)) / max(1, len(words))
-    if rate > SPLIT:
-        return [f"the tokenizer cuts {text.name} into {rate:.1f} tokens per character: it does not "
-                "know this language, and what is measured on it says little"]  # fmt: skip
-    return []
+    tokenizer = source.tokenizer()
+    ids = tokenizer.encode(words)
+    rate, unknown = len(ids) / max(1, len(words)), tokenizer.unknown(ids)
+    if unknown > UNKNOWN:
+        said = f"has no token for {unknown:.0%} of {text.name}"
+    elif rate > SPLIT:
+        said = f"cuts {text.name} into {rate:.1f} tokens per character"
+    else:
+        return []
+    return [
+        f"the tokenizer {said}: it does not know this language, and what is measured on it says little"
+    ]
 
 
 def require_possible(job: Job) -> None:
@@ -258,8 +267,9 @@ def explained(job: Job, error: Infeasible) -> BadRequest:
     goal, fixed = job.goal, job.fixed
     if error.name == "harm":
         least = judge.share_of(error.least, goal.measure)
+        near = math.floor(0.9999 * least * 1e4) / 1e4
         return BadRequest(f"no plan keeps {goal.quality:g} of the {goal.measure}",
-                          f"the best possible here is {least:.4f}", "lower --quality")  # fmt: skip
+                          f"the best possible here is {least:.5f}", f"--quality {near:g}")  # fmt: skip
     asked = {"size": goal.size, "memory": goal.memory, "seconds": goal.speed}[error.name]
     total = error.least + getattr(fixed, error.name)
     all_blocks = planner.least_cost(list(job.places().values()), error.name)

@@ -133,6 +133,23 @@ def benched(load: Load, batch: int, folder: Path, runs: CpuSettings) -> dict[str
     return found
 
 
+def is_fast(job: Job, folder: Path, runs: CpuSettings) -> bool:
+    """Whether what was made keeps --speed when it is run so; measured, where there is one."""
+    if job.goal.speed is None:
+        return True
+    batch = job.goal.batch
+    try:
+        made = benched(Load.of(job.costs.context, batch), batch, folder, runs)
+    except FailedWork:
+        return False
+    return made["decode_tokens_per_second"] / batch >= slowest(job)
+
+
+def slowest(job: Job) -> float:
+    """Tokens per second that still keep --speed, which is promised within what is uncertain of it."""
+    return (job.goal.speed or 0.0) * (1 - (speed_of(job)[1] or 0.0))
+
+
 def flags(runs: CpuSettings) -> list[str]:
     """What says so on a command line."""
     cache = [] if runs.cache is None else ["--cache", runs.cache]
@@ -229,10 +246,8 @@ def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
         speed = 1 / step
         enough = None
         if goal.speed is not None:
-            enough = (speed if seen.decode is None else seen.decode) >= goal.speed * (
-                1 - (spread or 0.0)
-            )
-            enough = enough and not seen.wrong
+            enough = speed if seen.decode is None else seen.decode
+            enough = enough >= slowest(job) and not seen.wrong
         found.append(Promise("decode", "1/s", goal.speed, False, speed,
                              None if spread is None else spread * speed, seen.decode,
                              seen.before_decode, enough,

@@ -99,7 +99,7 @@ def fit(
     task
         questions to judge on, too: JSON lines of {question, choices, gold}
     cap
-        memory that the work itself may take
+        memory that the work itself may take, beside the files that are mapped to judge by
     explain
         say why each place got what it got
     """
