@@ -246,8 +246,8 @@ def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
         speed = 1 / step
         enough = None
         if goal.speed is not None:
-            enough = speed if seen.decode is None else seen.decode
-            enough = enough >= slowest(job) and not seen.wrong
+            seen_or_said = speed if seen.decode is None else seen.decode
+            enough = seen_or_said >= slowest(job) and not seen.wrong
         found.append(Promise("decode", "1/s", goal.speed, False, speed,
                              None if spread is None else spread * speed, seen.decode,
                              seen.before_decode, enough,
