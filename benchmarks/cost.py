@@ -5,10 +5,9 @@
 Each case is a shape (make_llama.py), a format and a length of context. The folder is made once: stored
 parts are drawn at random (formats.py), the same ones in every layer, which each lie in a file of their own.
 Then, in turns, the model is predicted with kernels measured anew, and run in a process of its own that fills
-the context in parts of 512 ids and writes a few behind it. The first part is read twice, as the first touch
-of a mapped file is no part of the model (8 % of a prompt of 512 with 1.1 B in int8). The least seconds of all
-turns count on both sides: the machine is shared, and what disturbs only adds. Memory is the most that the
-process ever held.
+the context in parts of 512 ids and writes a few behind it. The first part is read twice, as what a process
+touches for the first time is no part of the model. The least seconds of all turns count on both sides: the
+machine is shared, and what disturbs only adds. Memory is the most that the process ever held.
 
 The long contexts of the large shape are run once. results/cost.json keeps the table; `--check` ends with 1
 where memory is off by more than 3 % or a speed by more than 12 %.

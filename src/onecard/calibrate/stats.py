@@ -24,7 +24,7 @@ from torch import Tensor
 HESSIAN, NORM, ABSMAX, MEAN, ZEROS = "hessian", "norm", "absmax", "mean", "zeros"
 CROSS, ORIGINAL, SAMPLE = "cross", "original", "sample"
 """`original` is no statistic: the pass wants to see each block whole, beside the uncompressed one."""
-PANEL = 2048
+PANEL = 1024
 SAMPLED_TOKENS = 512
 """Rows of a sample, at most."""
 
