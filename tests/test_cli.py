@@ -441,6 +441,19 @@ def test_inspect_counts_missing_tensors(
     assert "lacks the tensor" in said and ("and 2 more" in said) == (len(gone) == 3)
 
 
+def test_what_is_measured_once_is_said_once(
+    tiny: Path, told: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    for said in (True, False):
+        assert call("inspect", tiny, "--device", "auto", "--context", 64, "--json") == 0
+        shown = capsys.readouterr()
+        json.loads(shown.out)
+        assert ("timing this machine's kernels" in shown.err) == said and (
+            "onecard.cost" in told
+        ) == said
+        told.clear()
+
+
 def test_inspect_says_what_keeps_a_model_from_being_loaded(
     model: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +43,14 @@ PARTS = (
 
 
 def inspect_model(
-    model: str, context: int = 2048, batch: int = 1, fused: bool = False, device: str | None = None
-) -> Report:
+    model: str, context: int = 2048, batch: int = 1, fused: bool = False, device: str | None = None,
+    about_to_measure: Callable[[], None] = lambda: None,
+) -> Report:  # fmt: skip
     """Bytes by part, formats, parameters and the KV cache for `context` tokens of `batch` sequences.
 
     `fused` lists what the native engine does in one go instead. `device` ("auto" for this machine, or a name
-    of core/devices.py) adds what it takes there in several formats, and how fast it can be.
+    of core/devices.py) adds what it takes there in several formats, and how fast it can be; this machine's
+    kernels are timed for that, once, and `about_to_measure` is called before.
     """
     if context < 1 or batch < 1:
         raise BadRequest(
@@ -106,12 +110,10 @@ def inspect_model(
     if device is not None:
         source = Source(folder)
         if device == "auto":
-            rows += [
-                Row(part, "memory_bytes", size, "B")
-                for part, size in footprint(
-                    source, context, batch, program=measured().program
-                ).parts()
-            ]
+            taken = footprint(source, context, batch)  # raises, where it is not possible
+            about_to_measure()
+            taken = replace(taken, program_bytes=measured().program)
+            rows += [Row(part, "memory_bytes", size, "B") for part, size in taken.parts()]
         found = list(fits(source, device, context, batch))
         rows += found
         how = MEASURED if device == "auto" else MODELLED

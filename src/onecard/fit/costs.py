@@ -64,7 +64,7 @@ class Costs:
     def context(self) -> int:
         return self.goal.context or min(USED, self.source.spec.max_context)
 
-    @property
+    @cached_property
     def device(self) -> Device:
         return device_of(self.goal.device)
 
@@ -147,7 +147,7 @@ class Costs:
         """path -> bytes of every linear of the blocks, were all in one format."""
         return _laid_out(self.source, None if name == self.source.dtype else name)
 
-    @property
+    @cached_property
     def per_byte(self) -> float:
         """Seconds that reading a byte takes."""
         bandwidth = self.device.bandwidth()

@@ -13,7 +13,16 @@ from onecard.core.errors import FailedWork
 from onecard.core.report import Report, write_text
 from onecard.running import Whole
 from onecard.terminal import Progress, say
-from onecard.verbs.shared import Flag, Json, Name, Writing, app, show, show_finished
+from onecard.verbs.shared import (
+    Flag,
+    Json,
+    Name,
+    Writing,
+    app,
+    say_what_is_measured,
+    show,
+    show_finished,
+)
 
 if TYPE_CHECKING:
     from onecard.fit.job import Job, Request
@@ -124,6 +133,8 @@ def checked(request: Request) -> Job:
     """A fit that can be begun, with what there is to be said before."""
     from onecard.fit import job as jobs
 
+    if request.goal.speed and request.goal.device == "auto":
+        say_what_is_measured()
     job = jobs.prepare(request)
     for warning in job.warnings:
         say(f"warning: {warning}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from onecard.core.report import Report
 from onecard.running import Whole
-from onecard.verbs.shared import Flag, Json, Name, app, show
+from onecard.verbs.shared import Flag, Json, Name, app, say_what_is_measured, show
 
 
 @app.command
@@ -56,7 +56,8 @@ def inspect(
     """
     from onecard.inspect import inspect_model
 
-    show(inspect_model(model, context, batch, fusions, device), json)
+    report = inspect_model(model, context, batch, fusions, device, say_what_is_measured)
+    show(report, json)
 
 
 @app.command

@@ -38,6 +38,15 @@ Flag = Parameter(negative="")
 Name = Annotated[str, Parameter(help="a model folder, hub id, or demo")]
 
 
+def say_what_is_measured() -> None:
+    """That kernels of this machine are timed before anything else, where that was not done yet."""
+    from onecard import cost
+    from onecard.kernels import cpu
+
+    if cpu.available() and not cost.known():
+        say("timing this machine's kernels, once; that takes half a minute or so")
+
+
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Writing:
