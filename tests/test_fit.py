@@ -31,7 +31,17 @@ from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.format import parse_format
 from onecard.core.report import Report, Row
 from onecard.core.spec import sites
-from onecard.fit import candidates, choose, gates, planner, removal, sensitivity, story
+from onecard.fit import (
+    candidates,
+    choose,
+    gates,
+    mend,
+    planner,
+    removal,
+    sensitivity,
+    story,
+    timing,
+)
 from onecard.fit import fit as fits
 from onecard.fit import job as jobs
 from onecard.fit.around import Bank, lighter, neighbours, search
@@ -653,7 +663,7 @@ def test_a_missed_gate_raises_what_hurts(tiny: Path, text_file: Path, tmp_path: 
     texts = gates.texts_of(job.source, text_file, 1024, tmp_path / "texts.json")
     first = fits.one_try(job, light, texts, "attempt-1", "too light", jobs.Quiet)
     assert first.passed is False
-    again = fits.raised(job, found, [first])
+    again = mend.raised(job, found, [first])
     assert again is not None and again.plan.size > light.plan.size
     result = fits.fit(jobs.prepare(asked), measure=False)
     assert result.kept and min(gates.kept(g, "likelihood") for g in result.gates) >= 0.97
@@ -673,7 +683,7 @@ def test_inputs_are_not_rounded_only_where_that_is_fast_enough(
 
     timed = {"decode_tokens_per_second": 0.0}
     monkeypatch.setattr(gates, "judged", judged)
-    monkeypatch.setattr(story, "benched", lambda *_: timed)
+    monkeypatch.setattr(timing, "benched", lambda *_: timed)
     for speed, exact in ((20.0, ()), (100.0, ("all",))):
         timed["decode_tokens_per_second"] = speed
         tried = fits.one_try(job, light, texts, "attempt-1", "as planned", jobs.Quiet)
@@ -776,7 +786,7 @@ def test_what_is_finished_is_so_by_its_texts_too(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(story, "measured", lambda *_: story.Seen())
+    monkeypatch.setattr(timing, "measured", lambda *_: timing.Seen())
     text, task, out = tmp_path / "text.txt", tmp_path / "task.jsonl", tmp_path / "out"
     text.write_text(text_file.read_text())
     task.write_text('{"question": "Is it text?", "choices": ["yes", "no"], "gold": 0}')
@@ -836,11 +846,11 @@ def test_the_engine_is_measured_with_its_context_full(
     tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for context, batch in ((1, 1), (2, 3), (300, 1), (2048, 4), (8192, 1), (1 << 20, 64)):
-        load = story.Load.of(context, batch)
+        load = timing.Load.of(context, batch)
         filled = load.behind + load.decode
         assert filled * batch + load.unwritten == max(context, 2) * batch
         assert filled <= max(2, context) and load.unwritten <= max(
-            0, batch * context - story.FILLED // 2
+            0, batch * context - timing.FILLED // 2
         )
     asked = request(tiny, text_file, tmp_path / "out", tmp_path, memory="1GiB", batch=4)
     job, cases = jobs.prepare(asked), list[list[str]]()
@@ -856,15 +866,15 @@ def test_the_engine_is_measured_with_its_context_full(
         rows = tuple(Row("model", what, value) for what, value in figures.items())
         return SimpleNamespace(returncode=0, stdout=Report(rows).to_json(), stderr="")
 
-    monkeypatch.setattr(story, "samples_of", lambda *_: ())
-    monkeypatch.setattr(story.subprocess, "run", run)
-    seen = story.measured(job, tiny, CpuSettings(cache="int8"))
+    monkeypatch.setattr(timing, "samples_of", lambda *_: ())
+    monkeypatch.setattr(timing.subprocess, "run", run)
+    seen = timing.measured(job, tiny, CpuSettings(cache="int8"))
     assert (seen.memory, seen.prompt, seen.foreign) == (1e6, 80.0, 0.4)
     assert seen.decode == 10.0  # a speed is of one sequence
     assert cases[0][cases[0].index("--behind") + 1] == "64"
     assert "int8" in cases[0] and "int8" not in cases[1]
-    monkeypatch.setattr(story, "FILLED", 400)  # 100 of the 128 positions of each sequence
-    seen = story.measured(job, tiny, CpuSettings(cache="int8"))
+    monkeypatch.setattr(timing, "FILLED", 400)  # 100 of the 128 positions of each sequence
+    seen = timing.measured(job, tiny, CpuSettings(cache="int8"))
     assert seen.memory == 1e6 + job.costs.kept("int8") * 28 // 128
 
 
@@ -884,7 +894,7 @@ def test_a_speed_says_where_it_comes_from(
 
     dry, promise = said(size="1GB", device="RTX 4090")
     assert promise.how.endswith("not measured, it is meant for RTX 4090")
-    assert "maker" in dry and promise.uncertainty == story.SPEED_UNCERTAIN * (
+    assert "maker" in dry and promise.uncertainty == timing.SPEED_UNCERTAIN * (
         promise.predicted or 0
     )
     dry, promise = said(size="1GB")
@@ -897,13 +907,13 @@ def test_what_could_not_be_measured_is_not_kept(
     tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = request(tiny, text_file, tmp_path / "out", tmp_path, memory="1GiB")
-    run = story.subprocess.run
+    run = timing.subprocess.run
 
     def failing(words: list[str], **more) -> object:
         bench = "bench" in words
         return run([sys.executable, "-c", "import os; os.abort()"] if bench else words, **more)
 
-    monkeypatch.setattr(story.subprocess, "run", failing)
+    monkeypatch.setattr(timing.subprocess, "run", failing)
     result = fits.fit(jobs.prepare(asked))
     memory = next(p for p in result.promises if p.what == "memory")
     assert (
@@ -916,7 +926,7 @@ def test_from_python(
 ) -> None:
     """The same folder as from the command line, page and all; texts and sizes as people have them at hand."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(story, "measured", lambda *_: story.Seen())
+    monkeypatch.setattr(timing, "measured", lambda *_: timing.Seen())
     result = onecard.fit_model(
         tiny, str(tmp_path / "out"), size=float(half(tiny)), calibration=str(text_file),
         held_out=str(text_file), effort="quick", context=64, quality=0.01,
@@ -1111,8 +1121,8 @@ def test_figures_of_a_busy_machine_are_forgotten(
     planning, _ = fits.plan_only(job)
     promised = 1 / (planning.plan.seconds + job.fixed.seconds)
     for faster, files in ((1.9, 0), (2.1, 2)):
-        seen = story.Seen(decode=faster * promised)
-        monkeypatch.setattr(story, "measured", lambda *_, seen=seen: seen)
+        seen = timing.Seen(decode=faster * promised)
+        monkeypatch.setattr(timing, "measured", lambda *_, seen=seen: seen)
         fits.fit(jobs.prepare(replace(asked, force=True)))
         assert len(forgotten) == files
 

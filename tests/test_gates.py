@@ -15,7 +15,7 @@ from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest
 from onecard.evaluate import choose, read_questions
 from onecard.fit import fit as fits
-from onecard.fit import gates, story
+from onecard.fit import gates, timing
 from onecard.fit import job as jobs
 from onecard.fit.goal import Goal
 from onecard.fit.result import Gate, read_fit
@@ -155,4 +155,4 @@ def test_inputs_stay_whole_where_that_keeps_the_gate(
     for _ in range(2):  # the second time from what is kept
         found = fits.one_try(job, planning, None, "attempt-1", "as planned", jobs.Quiet)
         assert (found.passed, bool(found.runs.exact)) == (passed, exact)
-        assert story.flags(found.runs) == ["--cache", "int8"] + ["--exact", "all"] * exact
+        assert timing.flags(found.runs) == ["--cache", "int8"] + ["--exact", "all"] * exact

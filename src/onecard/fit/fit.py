@@ -8,7 +8,7 @@
     compress  the plan as an ordinary journaled job (passes/layers.py, passes/planned.py)
     judge     held-out text and the original's own words (gates.py). Where the quality asked for is missed,
               the harm that is allowed is lowered by what was missed and the plan is made anew;
-              sensitivities, texts and earlier results stay
+              sensitivities, texts and earlier results stay (mend.py)
     recover   the original is distilled back into what was kept (passes/distill.py), for so many minutes
 
 All that is unfinished lies in `.OUT.fit` beside OUT: killed anywhere, the same command goes on. OUT appears
@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,11 +37,10 @@ from onecard.core.errors import BadRequest
 from onecard.core.report import Report, write_text
 from onecard.core.spec import parameter_count
 from onecard.fit import gates as judge
-from onecard.fit import story
+from onecard.fit import story, timing
 from onecard.fit.candidates import LARGE
 from onecard.fit.choose import (
     Planning,
-    enough_for,
     looked_around,
     plan_for,
     recalled,
@@ -51,8 +49,9 @@ from onecard.fit.choose import (
     require_sense,
     short_of,
 )
-from onecard.fit.goal import MEASURES, Goal
+from onecard.fit.goal import MEASURES
 from onecard.fit.job import Job, Quiet
+from onecard.fit.mend import Round, best_of, raised, shortfall
 from onecard.fit.result import FILE, FitResult, Gate, Said
 from onecard.fit.sensitivity import Sensitivity, default_home, look
 from onecard.passes import job as jobs
@@ -64,8 +63,6 @@ TOO_FAST = 2.0
 """Times faster than promised, from which the kernels' figures of this machine are not believed any more."""
 LITTLE = 0.9
 """A gate is missed by little where this share of the harm would do."""
-OVERSHOOT = 0.85
-"""A missed gate is aimed at again with this share of the harm that would just do."""
 
 Page = Callable[[Path, Report, FitResult], None]
 
@@ -84,19 +81,6 @@ class Clock:
 
     def said(self) -> tuple[Said, ...]:
         return tuple(Said(name, f"{seconds:.1f}") for name, seconds in self.steps.items())
-
-
-@dataclass(frozen=True)
-class Tried:
-    """One round: the plan, the folder it was carried out into, what the gates saw."""
-
-    planning: Planning
-    folder: Path
-    report: Report
-    gates: tuple[Gate, ...]
-    passed: bool | None
-    what: str
-    runs: CpuSettings
 
 
 def carried_out(
@@ -185,7 +169,7 @@ def _fit(
         job.source, job.request.held_out, gate_tokens(job), job.work / "texts.json",
         job.request.task, progress,
     )  # fmt: skip
-    tried: list[Tried] = []
+    tried: list[Round] = []
     for number in range(ATTEMPTS):
         tried.append(one_try(job, planning, texts, f"attempt-{number + 1}", "as planned", progress))
         clock.step("compress and judge")
@@ -200,7 +184,7 @@ def _fit(
         tried.append(one_try(job, best.planning, texts, "recovered", what, progress, minutes))
         clock.step("recover")
         best = best_of(job, tried)
-    seen = story.measured(job, best.folder, best.runs) if measure else story.Seen()
+    seen = timing.measured(job, best.folder, best.runs) if measure else timing.Seen()
     slow = best.planning.plan.seconds + job.fixed.seconds
     if job.costs.machine is not None and (seen.decode or 0.0) * slow > TOO_FAST:
         cost.forget()  # they were measured beside something else
@@ -239,7 +223,7 @@ def gate_tokens(job: Job) -> int:
 def one_try(
     job: Job, planning: Planning, texts: judge.Texts, name: str, what: str, progress: Progress,
     minutes: float = 0.0,
-) -> Tried:  # fmt: skip
+) -> Round:  # fmt: skip
     """Carry a plan out and judge it.
 
     Where the gate is missed by little it is judged besides with inputs that are not rounded; as that is
@@ -250,15 +234,15 @@ def one_try(
     gates = judgement(job, folder, texts, runs, name, progress)
     seen = judge.quality(gates, goal.measure)
     if goal.quality is None:
-        return Tried(planning, folder, report, gates, None, what, runs)
+        return Round(planning, folder, report, gates, None, what, runs)
     if seen < goal.quality and job.costs.here and shortfall(goal, seen) > LITTLE:
         exact = replace(runs, exact=("all",))
         others = judgement(job, folder, texts, exact, f"{name}-exact", progress)
         enough = judge.quality(others, goal.measure) >= goal.quality
-        if enough and story.is_fast(job, folder, exact):
+        if enough and timing.is_fast(job, folder, exact):
             what = f"{what}, inputs not rounded"
-            return Tried(planning, folder, report, others, True, what, exact)
-    return Tried(planning, folder, report, gates, seen >= goal.quality, what, runs)
+            return Round(planning, folder, report, others, True, what, exact)
+    return Round(planning, folder, report, gates, seen >= goal.quality, what, runs)
 
 
 def running(planning: Planning) -> CpuSettings:
@@ -277,55 +261,6 @@ def judgement(
         gates = judge.judged(job.source.folder, folder, texts, runs, job.costs.here, progress)
         judge.keep(kept, gates)
     return gates
-
-
-def raised(job: Job, found: Sensitivity, tried: Sequence[Tried]) -> Planning | None:
-    """The next plan where the last one missed its gate and bytes allow a better one; None where not."""
-    last = tried[-1]
-    if last.passed is not False or job.harm is None or job.limits(None).costs():
-        return None
-    worst = max(gate.kl for gate in last.gates)
-    factor = last.planning.factor * max(1.0, worst / max(last.planning.harm, 1e-12))
-    missed = judge.quality(last.gates, job.goal.measure)
-    harm = min(job.harm, worst * shortfall(job.goal, missed)) * OVERSHOOT
-    try:
-        planning = plan_for(job, found, factor, harm)
-    except BadRequest:
-        return None
-    return None if planning.plan.picks == last.planning.plan.picks else planning
-
-
-def shortfall(goal: Goal, quality: float) -> float:
-    """By which share the KL has to fall so that the measure reaches what is asked."""
-    assert goal.quality is not None
-    if goal.measure in judge.CHOICES:
-        return ((1 - goal.quality) / max(1 - quality, 1e-9)) ** 2
-    return math.log(goal.quality) / min(math.log(max(quality, 1e-9)), -1e-12)
-
-
-def nearest(job: Job, best: Tried) -> str:
-    """The byte budgets that are predicted to keep a quality that was missed, in words; empty where none was,
-    or where no format keeps it. Harms are taken to be off by as much as they were in this plan, but never to
-    come to less than half of what is predicted: the smaller they get, the truer they are."""
-    goal, planning = job.goal, best.planning
-    if best.passed is not False or job.harm is None or not (goal.size or goal.memory):
-        return ""
-    worst = max(gate.kl for gate in best.gates)
-    factor = planning.factor * max(0.5, worst / max(planning.harm, 1e-12))
-    missed = judge.quality(best.gates, goal.measure)
-    harm = min(job.harm, worst * shortfall(goal, missed)) * OVERSHOOT / factor
-    said = enough_for(job, planning, harm)
-    return f"{said} would do, as predicted from what this plan came to" if said else ""
-
-
-def best_of(job: Job, tried: Sequence[Tried]) -> Tried:
-    """The smallest that passed, else the one of the best quality."""
-    good = [t for t in tried if t.passed]
-    if good and not job.limits(None).costs():
-        return min(
-            good, key=lambda t: (t.planning.plan.size, -judge.quality(t.gates, job.goal.measure))
-        )
-    return max(tried, key=lambda t: judge.quality(t.gates, job.goal.measure))
 
 
 def publish(job: Job, folder: Path) -> None:

@@ -1,33 +1,27 @@
 """What is told of a fit: its promises beside what was measured, the answer in a sentence, the report.
 
-Speed and memory are measured by `onecard bench` in a process of its own, so that what the fit itself held
-does not count. Every number says whether it was counted, modelled or measured.
+Every number says whether it was counted, modelled or measured.
 """
 
 from __future__ import annotations
 
 import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from onecard.checkpoint.shards import Checkpoint
 from onecard.checkpoint.source import Source
-from onecard.core.errors import FailedWork
 from onecard.core.report import BITS_PER_WEIGHT, Report, Row, environment
 from onecard.core.settings import format_size
 from onecard.core.spec import linear_shapes, parameter_count, sites
-from onecard.cost import SPREAD
 from onecard.fit import gates as judge
 from onecard.fit import removal
 from onecard.fit.choose import Planning, largest_batch, short_of
 from onecard.fit.costs import program_bytes
-from onecard.fit.gates import held_out_pieces, runner_of
 from onecard.fit.goal import MEASURES
 from onecard.fit.job import Job
+from onecard.fit.mend import Round, nearest
 from onecard.fit.planner import GONE, Group, reason
 from onecard.fit.result import (
     Attempt,
@@ -38,146 +32,26 @@ from onecard.fit.result import (
     Point,
     Promise,
     Said,
-    Sample,
     Speed,
+    Tried,
 )
-from onecard.fit.result import Tried as TriedFormat
+from onecard.fit.sensitivity import Sensitivity
+from onecard.fit.timing import Load, Seen, flags, slowest, speed_of
 from onecard.kernels import cpu
 from onecard.passes.job import file_bytes
-from onecard.prove import sample
 from onecard.runtime.cpu import CpuSettings, usual_cache
 from onecard.runtime.footprint import footprint
 
-if TYPE_CHECKING:
-    from onecard.fit.fit import Tried
-    from onecard.fit.sensitivity import Sensitivity
-
-SPEED_UNCERTAIN, MEMORY_UNCERTAIN = 0.35, 0.03
-"""Shares by which a modelled speed and memory may be off."""
-PROMPTED, DECODED, SAMPLES = 256, 64, 3
+MEMORY_UNCERTAIN = 0.03
+"""The share by which modelled memory may be off."""
 BUSY = 0.1
 """Share of the machine that others may take before it is told with what was measured."""
-FILLED = 8192
-"""Positions of all sequences that are filled, at most, before what is written is timed."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the engine took and did: bytes, tokens per second of all prompts, and of one sequence while it
-    writes; and what it wrote. `wrong`: why there are no figures where there should be some."""
-
-    memory: float | None = None
-    prompt: float | None = None
-    decode: float | None = None
-    before_prompt: float | None = None
-    before_decode: float | None = None
-    samples: tuple[Sample, ...] = field(default_factory=tuple)
-    wrong: str = ""
-    foreign: float = 0.0  # share of the machine that other programs took meanwhile
-
-
-@dataclass(frozen=True)
-class Load:
-    """What the engine is measured with: ids of a prompt; ids that each of `batch` sequences writes behind so
-    many others; positions there is to be memory for and that are not written."""
-
-    prompt: int
-    decode: int
-    behind: int
-    unwritten: int
-    turns: int
-
-    @staticmethod
-    def of(context: int, batch: int) -> Load:
-        """The whole context of all sequences, as far as it can be filled in a reasonable time."""
-        decode = max(1, min(DECODED, context // 2))
-        behind = max(1, min(context, FILLED // batch) - decode)
-        left = max(0, batch * (context - behind - decode))
-        turns = 3 if batch * behind <= FILLED // 4 else 1
-        return Load(min(PROMPTED, context), decode, behind, left, turns)
-
-
-def measured(job: Job, folder: Path, runs: CpuSettings) -> Seen:
-    """Run what was made; nothing where the native engine is missing or another device is meant."""
-    if not cpu.available() or job.goal.device != "auto":
-        return Seen(samples=samples_of(job, folder))
-    load, batch = Load.of(job.costs.context, job.goal.batch), job.goal.batch
-    try:
-        made = benched(load, batch, folder, runs)
-        before = benched(load, batch, job.source.folder, CpuSettings())
-    except FailedWork as error:
-        return Seen(samples=samples_of(job, folder), wrong=str(error).replace("\n", ": "))
-    counted = job.costs.kept(runs.cache or "fp16") * load.unwritten // (job.costs.context * batch)
-    return Seen(
-        made["peak_memory_bytes"] + counted, made["prompt_tokens_per_second"],
-        made["decode_tokens_per_second"] / batch, before["prompt_tokens_per_second"],
-        before["decode_tokens_per_second"] / batch, samples_of(job, folder),
-        foreign=made.get("foreign_share", 0.0),
-    )  # fmt: skip
-
-
-def benched(load: Load, batch: int, folder: Path, runs: CpuSettings) -> dict[str, float]:
-    """what -> value, of `onecard bench` in a process of its own. Raises FailedWork where it fails."""
-    words = [sys.executable, "-m", "onecard", "bench", str(folder), "--prompt", str(load.prompt),
-             "--decode", str(load.decode), "--behind", str(load.behind), "--batch", str(batch),
-             "--repeat", str(load.turns), "--json", *flags(runs)]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise FailedWork("it could not be run", said[0] if said else f"exit code {done.returncode}")
-    report = Report.from_json(done.stdout)
-    found: dict[str, float] = {}
-    for row in report.rows:
-        if isinstance(row.value, (int, float)):
-            found.setdefault(row.what, float(row.value))
-    return found
-
-
-def is_fast(job: Job, folder: Path, runs: CpuSettings) -> bool:
-    """Whether what was made keeps --speed when it is run so; measured, where there is one."""
-    if job.goal.speed is None:
-        return True
-    batch = job.goal.batch
-    try:
-        made = benched(Load.of(job.costs.context, batch), batch, folder, runs)
-    except FailedWork:
-        return False
-    return made["decode_tokens_per_second"] / batch >= slowest(job)
-
-
-def slowest(job: Job) -> float:
-    """Tokens per second that still keep --speed, which is promised within what is uncertain of it."""
-    return (job.goal.speed or 0.0) * (1 - (speed_of(job)[1] or 0.0))
-
-
-def flags(runs: CpuSettings) -> list[str]:
-    """What says so on a command line."""
-    cache = [] if runs.cache is None else ["--cache", runs.cache]
-    return cache + (["--exact", ",".join(runs.exact)] if runs.exact else [])
-
-
-def samples_of(job: Job, folder: Path) -> tuple[Sample, ...]:
-    """How both go on behind a few beginnings of held-out text, greedily."""
-    source = job.source
-    tokenizer, room = source.tokenizer(), min(source.spec.max_context, 128)
-    pieces = held_out_pieces(source, job.request.held_out, 1 << 12)[:SAMPLES]
-    prompts = [tokenizer.decode(list(piece.ids[: min(12, room // 4)])).strip() for piece in pieces]
-    said: list[list[str]] = []
-    for each in (source, Source(folder)):
-        runner = runner_of(each, room)
-        said.append([sample(runner, tokenizer, prompt or "The").text for prompt in prompts])
-    return tuple(Sample(p, a, b) for p, a, b in zip(prompts, *said, strict=True))
-
-
-# The whole story ----------------------------------------------------------------------------------
 
 
 def told(
-    job: Job, found: Sensitivity, best: Tried, tried: Sequence[Tried], seen: Seen, clock: tuple[Said, ...]
+    job: Job, found: Sensitivity, best: Round, tried: Sequence[Round], seen: Seen, clock: tuple[Said, ...]
 ) -> FitResult:  # fmt: skip
     """Everything about a fit, as data."""
-    from onecard.fit.fit import nearest
-
     promises = promised(job, best, seen)
     kept = all(p.kept is not False for p in promises)
     out = job.request.out
@@ -215,7 +89,7 @@ def facts(job: Job) -> dict[str, str | float | int | bool | None]:
     }  # fmt: skip
 
 
-def promised(job: Job, best: Tried, seen: Seen) -> tuple[Promise, ...]:
+def promised(job: Job, best: Round, seen: Seen) -> tuple[Promise, ...]:
     """What was promised, and what it came to."""
     goal, fixed, plan = job.goal, job.fixed, best.planning.plan
     size = file_bytes(Checkpoint(best.folder))
@@ -283,15 +157,6 @@ def not_run(job: Job, seen: Seen) -> str:
     return f"not measured{': ' + seen.wrong if seen.wrong else other}"
 
 
-def speed_of(job: Job) -> tuple[str, float | None]:
-    """Where a predicted speed comes from, and the share by which it may be off; None: it is a bound."""
-    if job.costs.machine is not None:
-        return "modelled from kernels measured here", SPREAD
-    if job.costs.here:
-        return "at most, from bytes of a step over the speed of reading memory", None
-    return "modelled from bytes of a step over the maker's bandwidth", SPEED_UNCERTAIN
-
-
 def held(asked: float | None, got: float | None) -> bool | None:
     return None if asked is None or got is None else got <= asked
 
@@ -326,7 +191,7 @@ def _shown(promise: Promise, value: float | None) -> str:
     return format_size(value) if promise.unit == "B" else f"{value:.4g}"
 
 
-def points(job: Job, best: Tried) -> tuple[Point, ...]:
+def points(job: Job, best: Round) -> tuple[Point, ...]:
     """The Pareto front of the plan's options, and the plan itself; with blocks left out where that was a
     choice."""
     planning, fixed = best.planning, job.fixed
@@ -357,14 +222,14 @@ def places(job: Job, found: Sensitivity, planning: Planning) -> tuple[Place, ...
         told.append(Place(
             where, layer, words[2] if layer is not None else where, weights, option.format,
             8 * option.size / weights if weights else 0.0, option.harm, option.size, option.memory, why,
-            tuple(TriedFormat(o.format, o.harm, o.size, o.memory, o.seconds) for o in options),
+            tuple(Tried(o.format, o.harm, o.size, o.memory, o.seconds) for o in options),
         ))  # fmt: skip
     groups = {group.name: group for group in planning.groups}
     for index in range(job.source.spec.num_layers):
         where = f"blocks.{index}"
         gone = where in plan.gone
         tried = tuple(
-            TriedFormat(name, harm, 0, 0, 0.0) for name, harm in found.harms.get(where, {}).items()
+            Tried(name, harm, 0, 0, 0.0) for name, harm in found.harms.get(where, {}).items()
         )
         why = (
             layer_reason(job, planning, groups[where])
@@ -414,7 +279,7 @@ def weights_of(job: Job, where: str) -> int:
     return sum(shapes[path][0] * shapes[path][1] for path in own.linears)
 
 
-def memories(job: Job, best: Tried) -> tuple[Held, ...]:
+def memories(job: Job, best: Round) -> tuple[Held, ...]:
     """Memory by component, at lengths of context up to the model's own."""
     if not cpu.available():
         return ()
@@ -430,7 +295,7 @@ def memories(job: Job, best: Tried) -> tuple[Held, ...]:
     return tuple(found)
 
 
-def speeds(job: Job, best: Tried, promises: Sequence[Promise], seen: Seen) -> tuple[Speed, ...]:
+def speeds(job: Job, best: Round, promises: Sequence[Promise], seen: Seen) -> tuple[Speed, ...]:
     """Speed by phase, beside what the machine could do at best."""
     bandwidth = job.costs.device.bandwidth()
     found = []
@@ -449,7 +314,7 @@ def speeds(job: Job, best: Tried, promises: Sequence[Promise], seen: Seen) -> tu
     return tuple(found)
 
 
-def attempts(job: Job, tried: Sequence[Tried]) -> tuple[Attempt, ...]:
+def attempts(job: Job, tried: Sequence[Round]) -> tuple[Attempt, ...]:
     measure = job.goal.measure
     return tuple(
         Attempt(file_bytes(Checkpoint(t.folder)) if t.folder.is_dir() else 0,
@@ -458,7 +323,7 @@ def attempts(job: Job, tried: Sequence[Tried]) -> tuple[Attempt, ...]:
     )  # fmt: skip
 
 
-def how(job: Job, best: Tried) -> tuple[Said, ...]:
+def how(job: Job, best: Round) -> tuple[Said, ...]:
     """Where the numbers come from."""
     looked = best.planning.looked
     found = [
@@ -495,7 +360,7 @@ def how(job: Job, best: Tried) -> tuple[Said, ...]:
 # The report ---------------------------------------------------------------------------------------
 
 
-def report_of(job: Job, best: Tried, result: FitResult) -> Report:
+def report_of(job: Job, best: Round, result: FitResult) -> Report:
     """The report of the job that made it, with what was promised and measured on top."""
     report, by = best.report, {p.what: p for p in result.promises}
     size = by["size"]
