@@ -42,15 +42,22 @@ def raised(job: Job, found: Sensitivity, tried: Sequence[Round]) -> Planning | N
     last = tried[-1]
     if last.passed is not False or job.harm is None or job.limits(None).costs():
         return None
-    worst = max(gate.kl for gate in last.gates)
-    factor = last.planning.factor * max(1.0, worst / max(last.planning.harm, 1e-12))
-    missed = judge.quality(last.gates, job.goal.measure)
-    harm = min(job.harm, worst * shortfall(job.goal, missed)) * OVERSHOOT
+    harm, factor = aim(job, last, 1.0)
     try:
         planning = plan_for(job, found, factor, harm)
     except BadRequest:
         return None
     return None if planning.plan.picks == last.planning.plan.picks else planning
+
+
+def aim(job: Job, last: Round, least: float) -> tuple[float, float]:
+    """The KL to aim at behind a round that missed its gate, and by how much harms have to be multiplied: as
+    they were off in it, but by `least` at least."""
+    assert job.harm is not None
+    worst = max(gate.kl for gate in last.gates)
+    missed = judge.quality(last.gates, job.goal.measure)
+    harm = min(job.harm, worst * shortfall(job.goal, missed)) * OVERSHOOT
+    return harm, last.planning.factor * max(least, worst / max(last.planning.harm, 1e-12))
 
 
 def shortfall(goal: Goal, quality: float) -> float:
@@ -65,14 +72,11 @@ def nearest(job: Job, best: Round) -> str:
     """The byte budgets that are predicted to keep a quality that was missed, in words; empty where none was,
     or where no format keeps it. Harms are taken to be off by as much as they were in this plan, but never to
     come to less than half of what is predicted: the smaller they get, the truer they are."""
-    goal, planning = job.goal, best.planning
+    goal = job.goal
     if best.passed is not False or job.harm is None or not (goal.size or goal.memory):
         return ""
-    worst = max(gate.kl for gate in best.gates)
-    factor = planning.factor * max(0.5, worst / max(planning.harm, 1e-12))
-    missed = judge.quality(best.gates, goal.measure)
-    harm = min(job.harm, worst * shortfall(goal, missed)) * OVERSHOOT / factor
-    said = enough_for(job, planning, harm)
+    harm, factor = aim(job, best, 0.5)
+    said = enough_for(job, best.planning, harm / factor)
     return f"{said} would do, as predicted from what this plan came to" if said else ""
 
 

@@ -242,8 +242,9 @@ def _rising(matrix: _Filled, threads: int) -> Iterator[float]:
 
 
 def _cold(form: Form, warm: float, threads: int) -> float:
-    last = dict(cpu_facts().caches).get("L3", 0)
-    size = min(max(CACHES * last, LEAST), MOST, cpu_facts().memory_available // 8)
+    facts = cpu_facts()
+    last = dict(facts.caches).get("L3", 0)
+    size = min(max(CACHES * last, LEAST), MOST, facts.memory_available // 8)
     weights = size / layout.size(form.matrix(layout.TILE, COLUMNS[-1])) * layout.TILE * COLUMNS[-1]
     if warm * weights > SLOW:
         return warm
@@ -268,8 +269,9 @@ def _read(form: Form, size: int, threads: int) -> float:
 def keeps(threads: int) -> float:
     """k of the law (1 / n) ** k: that share of n times its bytes, read again and again in one order, the last
     cache still finds. About 2.3 where a line gives way to any other, less where it keeps what is of use."""
-    last = dict(cpu_facts().caches).get("L3", 0)
-    if not 0 < 4 * last <= cpu_facts().memory_available // 8:
+    facts = cpu_facts()
+    last = dict(facts.caches).get("L3", 0)
+    if not 0 < 4 * last <= facts.memory_available // 8:
         return KEEPS
     sizes = (last // 2, 2 * last, min(CACHES * last, max(MOST, 4 * last)))
     near, twice, far = _least(
