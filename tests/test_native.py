@@ -178,6 +178,26 @@ def test_halves_round_to_even(isa: str) -> None:
     assert [code - 8 for code in codes] == [7, 0, 2, 2, 0, -2, -2, -8]
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_every_quotient_of_short_numbers(isa: str, dtype: str, zero_point: bool) -> None:
+    """Where the scale has every significand, so has what is divided by it: down to 2^-6 of the largest."""
+    fraction = 7 if dtype == "bf16" else 10
+    each = 1 << fraction
+    largest = (15 << fraction) + np.arange(0, each, max(1, each // 128), dtype=np.uint16)
+    others = ((9 << fraction) + np.arange(6 * each)).astype(np.uint16)
+    if dtype == "bf16":
+        largest, others = largest + (112 << fraction), others + (112 << fraction)
+    groups = len(others) // 96
+    patterns = np.empty((len(largest), groups, 128), np.uint16)
+    patterns[:, :, :96] = others[: groups * 96].reshape(groups, 96)
+    patterns[:, :, 96:] = largest[:, None, None]
+    patterns[:, :, 1::2] |= 0x8000
+    for bits in (2, 4, 8):
+        format = Integers(bits, group=128, zero_point=zero_point, scale=dtype)
+        check(patterns.reshape(len(largest), -1), dtype, format)
+
+
 @pytest.mark.parametrize("zero_point", [False, True])
 def test_one_sided_rows(isa: str, zero_point: bool) -> None:
     w = np.abs(normal((2, 128), "fp32").view(np.float32))

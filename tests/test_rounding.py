@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from onecard.checkpoint import shards
 from onecard.checkpoint.journal import partial_of
-from onecard.checkpoint.shards import sha256_of, sum_of
+from onecard.checkpoint.shards import Bytes, Checkpoint, sha256_of, write_file
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.passes import RoundToNearest, job, rounding, walked
 from onecard.passes.base import Recipe
@@ -77,8 +78,9 @@ def both(model: Path, folder: Path, rtn: RoundToNearest, monkeypatch: pytest.Mon
 def test_every_layout(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fused, permuted, transposed matrices, biases and experts, in pieces of a few rows."""
-    monkeypatch.setattr(rounding, "PIECE", 1000)
+    """Fused, permuted, transposed matrices, biases and experts, in pieces of a few rows or less than one."""
+    for holder in (rounding, shards):
+        monkeypatch.setattr(holder, "PIECE", 300 if dtype == torch.float32 else 1000)
     model = tmp_path / "model"
     MODELS[name]().to(dtype).save_pretrained(model)
     for number, rtn in enumerate(GRIDS):
@@ -249,15 +251,50 @@ main(sys""")  # fmt: skip
 
 
 def test_sum_of_a_file(tmp_path: Path) -> None:
-    """Any byte, the length and the order of pieces count."""
-    data = os.urandom((2 << 20) + 17)
+    """Any byte, the shapes, the names and the order of pieces count; what was read already counts the same."""
+    data = os.urandom((2 << 20) + 18)
+    shape = (len(data) // 2,)
     kinds = {
-        "same": data, "longer": data + b"\0", "shorter": data[:-1], "empty": b"",
-        "turned": data[1 << 20 :] + data[: 1 << 20],
-        "changed": data[: 1 << 20] + bytes([data[1 << 20] ^ 1]) + data[(1 << 20) + 1 :],
+        "same": ("w", shape, data), "again": ("w", shape, data), "named": ("v", shape, data),
+        "shaped": ("w", (2, len(data) // 4), data[: len(data) // 4 * 4]),
+        "shorter": ("w", (shape[0] - 1,), data[:-2]), "empty": ("w", (0,), b""),
+        "turned": ("w", shape, data[1 << 20 :] + data[: 1 << 20]),
+        "changed": ("w", shape, data[: 1 << 20] + bytes([data[1 << 20] ^ 1]) + data[(1 << 20) + 1 :]),
     }  # fmt: skip
-    for name, held in kinds.items():
-        (tmp_path / name).write_bytes(held)
-    (tmp_path / "again").write_bytes(data)
-    assert sum_of(tmp_path / "again") == sum_of(tmp_path / "same")
-    assert len({sum_of(tmp_path / name) for name in kinds}) == len(kinds)
+    sums = {}
+    for kind, (name, shape, held) in kinds.items():
+        (tmp_path / kind).mkdir()
+        file = tmp_path / kind / "model.safetensors"
+        write_file(file, {name: ("bf16", shape, held), "b": ("fp32", (3,), b"x" * 12)})
+        unread, begun, read = (Checkpoint(tmp_path / kind) for _ in range(3))
+        for _ in begun.pieces(name):
+            break
+        assert b"".join(bytes(piece) for piece in read.pieces(name)) == held
+        sums[kind] = unread.sum_of(file)
+        assert begun.sum_of(file) == sums[kind] == read.sum_of(file) == unread.sum_of(file)
+    assert sums["same"] == sums["again"]
+    assert len(set(sums.values())) == len(kinds) - 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_rounded_is_not_read_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest's sums come from the pieces that were rounded: each tensor is read in pieces once."""
+    model = tmp_path / "model"
+    MODELS[name]().to(torch.bfloat16).save_pretrained(model)
+    read: list[str] = []
+    pieces = Checkpoint.pieces
+
+    def seen(self: Checkpoint, name: str) -> Iterator[Bytes]:
+        read.append(name)
+        return pieces(self, name)
+
+    monkeypatch.setattr(Checkpoint, "pieces", seen)
+    compress(prepare(model, tmp_path / "out", Recipe("r", (RoundToNearest(4, 32),)), Settings()))
+    monkeypatch.undo()
+    source = Checkpoint(model)
+    assert sorted(read) == sorted(source.entries)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (file,) = source.files
+    assert manifest["source"][file.name] == source.sum_of(file)

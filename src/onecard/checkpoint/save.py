@@ -23,7 +23,6 @@ from onecard.checkpoint.shards import (
     header_of,
     read_header,
     sha256_of,
-    sum_of,
     write_chunks,
     write_file,
 )
@@ -95,7 +94,7 @@ def complete(
 
 def source_hashes(source: Source) -> dict[str, str]:
     """What the source held: the sum of each weight file, the sha256 of its config."""
-    weights = {file.name: sum_of(file) for file in source.checkpoint.files}
+    weights = {file.name: source.checkpoint.sum_of(file) for file in source.checkpoint.files}
     return {**weights, "config.json": sha256_of(source.folder / "config.json")}
 
 

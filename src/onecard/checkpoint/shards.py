@@ -128,6 +128,7 @@ class Checkpoint:
         self.files = _files(folder)
         self.empty: Callable[[int], Bytes] = fresh  # where the bytes that are read go
         self.entries: dict[str, Entry] = {}
+        self._sums: dict[str, int] = {}  # of the tensors that were read in pieces from end to end
         for path in self.files:
             for name, entry in read_header(path).items():
                 if name in self.entries:
@@ -145,6 +146,35 @@ class Checkpoint:
         """The raw bytes of a tensor."""
         entry = self.entries[name]
         return entry, pread(entry.path, entry.begin, self.empty(entry.nbytes))
+
+    def pieces(self, name: str) -> Iterator[Bytes]:
+        """The bytes of a tensor as copy_range gives them; their sum is known once all were taken."""
+        sums: list[int] | None = [] if cpu.available() else None
+        for piece in copy_range(self.entries[name]):
+            if sums is not None:
+                sums.append(checksum(piece, 1))
+            yield piece
+        if sums is not None:
+            self._sums[name] = _sum_of_sums(sums)
+
+    def sum_of(self, file: Path) -> str:
+        """A 64-bit sum of one of the files at about the speed of reading them; sha256 without the library.
+
+        It is the sum (kernels.layout.checksum) of that of the header and those of the tensors, each the sum
+        of its pieces' sums. What `pieces` gave already is not read again. Of two files that differ it tells
+        all but one pair in 2^64, unless somebody made them to be mistaken for each other.
+        """
+        if not cpu.available():
+            return sha256_of(file)
+        entries = {name: entry for name, entry in self.entries.items() if entry.path == file}
+        order = sorted(entries, key=lambda name: (entries[name].begin, entries[name].end, name))
+        for name in order:
+            if name not in self._sums:
+                for _ in self.pieces(name):
+                    pass
+        begin = min((entry.begin for entry in entries.values()), default=file.stat().st_size)
+        header = checksum(pread(file, 0, fresh(begin)), 1)
+        return f"sum64:{_sum_of_sums([header, *(self._sums[name] for name in order)]):016x}"
 
 
 def fresh(count: int) -> Bytes:
@@ -312,8 +342,16 @@ def write_chunks(path: Path, chunks: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def copy_range(entry: Entry, chunk: int = PIECE) -> Iterator[Bytes]:
-    """The bytes of a tensor in pieces, for copying without holding it; each takes the last's place."""
+def whole_rows(entry: Entry) -> int:
+    """Bytes of as many rows of a matrix as a piece takes; of anything else, and of longer rows, a piece."""
+    row = entry.shape[-1] * DTYPE_BYTES[entry.dtype] if len(entry.shape) == 2 else 1
+    return PIECE // row * row if 0 < row <= PIECE else PIECE
+
+
+def copy_range(entry: Entry, chunk: int = 0) -> Iterator[Bytes]:
+    """The bytes of a tensor in pieces of `chunk`, or of whole_rows, for copying without holding it; each
+    takes the last's place."""
+    chunk = chunk or whole_rows(entry)
     data = fresh(min(chunk, entry.nbytes))
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.begin)
@@ -323,18 +361,8 @@ def copy_range(entry: Entry, chunk: int = PIECE) -> Iterator[Bytes]:
             yield piece
 
 
-def sum_of(path: Path) -> str:
-    """A 64-bit sum of a file's bytes at about the speed of reading them; sha256 without the library.
-
-    It is the sum (kernels.layout.checksum) of the sums of its pieces. Of two files that differ it tells
-    all but one pair in 2^64, unless somebody made them to be mistaken for each other.
-    """
-    if not cpu.available():
-        return sha256_of(path)
-    size = path.stat().st_size
-    pieces = copy_range(Entry(path, "uint8", (size,), 0, size))
-    sums = np.array([checksum(piece, 1) for piece in pieces], "<u8")
-    return f"sum64:{checksum(sums.view(np.uint8), 1):016x}"
+def _sum_of_sums(sums: list[int]) -> int:
+    return checksum(np.array(sums, "<u8").view(np.uint8), 1)
 
 
 def sha256_of(path: Path) -> str:

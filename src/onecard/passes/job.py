@@ -16,7 +16,6 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -95,8 +94,7 @@ def compress(
     """
     started = time.perf_counter()
     source, recipe = job.source, job.recipe
-    with Journal(job.out, job.key(), job.settings.force) as journal, ThreadPoolExecutor(1) as aside:
-        hashes = aside.submit(source_hashes, source)
+    with Journal(job.out, job.key(), job.settings.force) as journal:
         try:
             last = way_of(recipe).fill(job, journal, progress)
         except BadRequest:
@@ -106,7 +104,7 @@ def compress(
         folder = journal.result
         weights = assemble(folder, journal.hashes())
         write_text(folder / "recipe.yaml", to_yaml(recipe))
-        about = {"source": hashes.result(), **made(job)}
+        about = {"source": source_hashes(source), **made(job)}
         config = config_with(last.source, last.schemes, last.split)
         complete(folder, source, config, weights, about)
         report = summary(job, last.rows, folder, time.perf_counter() - started)

@@ -16,7 +16,7 @@ from onecard.calibrate.data import Calibration, digest
 from onecard.checkpoint.finite import count_not_finite, damaged, is_finite
 from onecard.checkpoint.journal import Journal, fingerprint
 from onecard.checkpoint.save import SINGLE_FILE
-from onecard.checkpoint.shards import Array, Bytes, copy_range
+from onecard.checkpoint.shards import Array, Bytes
 from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest
 from onecard.core.format import DTYPE_BYTES, Format, Sparse, parse_format
@@ -194,7 +194,7 @@ def copied(source: Source, name: str) -> Array:
     entry = source.checkpoint.entries[name]
 
     def pieces() -> Iterator[Bytes]:
-        for piece in copy_range(entry):
+        for piece in source.checkpoint.pieces(name):
             if not is_finite(entry.dtype, piece):
                 raise damaged(name, count_not_finite(source.checkpoint, name))
             yield piece

@@ -11,8 +11,8 @@ so the scales and zero points of a block are kept until its words are written. T
 complaints, are those of the walk (tests/test_rounding.py).
 
 Memory at once, per core: three pieces, a block's scales and zero points, a transposed matrix twice.
-Time: reading the source twice (once for the manifest's sum of it), about 0.4 ns a weight for rounding,
-sha256 of the result.
+Time: reading the source, and the manifest's sum of it from the same pieces; 0.2 to 0.5 ns a weight for
+rounding; sha256 of the result.
 """
 
 from __future__ import annotations
@@ -183,16 +183,17 @@ class Rounded:
 
     def _pieces(self) -> Iterator[tuple[int, Bytes]]:
         """(number of rows, their bytes) from first to last."""
-        entry = self.source.checkpoint.entries[self.name]
+        checkpoint = self.source.checkpoint
+        entry = checkpoint.entries[self.name]
         row = self.shape[1] * DTYPE_BYTES[self.dtype]
-        step = max(1, PIECE // row) * row
         if self.places[0].stored.transposed:
             held = self.source.array(self.name)[1]
             turned = np.ascontiguousarray(held.T).view(np.uint8).reshape(-1)
+            step = max(1, PIECE // row) * row
             for begin in range(0, turned.size, step):
                 yield len(turned[begin : begin + step]) // row, turned[begin : begin + step]
             return
-        for piece in copy_range(entry, step):
+        for piece in checkpoint.pieces(self.name) if row <= PIECE else copy_range(entry, row):
             yield piece.size // row, piece
 
     def _words(self) -> Iterator[Bytes]:

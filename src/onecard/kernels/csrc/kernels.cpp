@@ -37,30 +37,41 @@ int64_t count_not_finite(const typename T::Stored *w, int64_t count) {
   return found;
 }
 
+constexpr int64_t some = 64;  // groups of a row at a time: none waits for the scale of the one before it
+
 template <class T>
 int64_t round_rows(const RoundPack &job, int64_t begin, int64_t end) {
   const int64_t groups = job.columns / job.group, row_bytes = bytes_of_row(job.columns, job.bits);
   int64_t not_finite = 0;
+  Extremes<T> seen[some];
+  Grid grids[some];
   for (int64_t row = begin; row < end; row++) {
     const auto *row_weight = static_cast<const typename T::Stored *>(job.weight) + row * job.columns;
     uint8_t *out = reinterpret_cast<uint8_t *>(job.packed) + row * row_bytes;
     memset(out + row_bytes - 4, 0, 4);
-    for (int64_t group = 0; group < groups; group++) {
-      const int64_t index = row * groups + group, byte = group * job.group / 8 * job.bits;
-      const auto *w = row_weight + group * job.group;
-      Extremes<T> seen;
-      seen.see(w, job.group);
-      if (!seen.finite()) {
-        not_finite += count_not_finite<T>(w, job.group);
-        continue;
+    for (int64_t first = 0; first < groups; first += some) {
+      const int64_t count = groups - first < some ? groups - first : some;
+      const auto *const weight = row_weight + first * job.group;
+      for (int64_t i = 0; i < count; i++) seen[i] = extremes<T>(weight + i * job.group, job.group);
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t index = row * groups + first + i;
+        if (!seen[i].finite()) continue;
+        grids[i] = fit_grid(T::read(seen[i].below), T::read(seen[i].above), job.bits, job.zero,
+                            job.scale_dtype);
+        write_scale(job.scale, job.scale_dtype, index, grids[i].scale);
+        if (job.zero) job.zero[index] = int8_t(grids[i].zero);
       }
-      const Grid grid =
-          fit_grid(T::read(seen.below), T::read(seen.above), job.bits, job.zero, job.scale_dtype);
-      write_scale(job.scale, job.scale_dtype, index, grid.scale);
-      if (job.zero) job.zero[index] = int8_t(grid.zero);
-      const uint32_t shift = uint32_t(int32_t(-grid.low));
-      pack_codes(job.group, job.bits, out + byte, row_bytes - byte,
-                 [&](int64_t i, int n, uint8_t *code) { encode<T>(w + i, n, grid, shift, code); });
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t byte = (first + i) * job.group / 8 * job.bits;
+        const auto *const w = weight + i * job.group;
+        if (!seen[i].finite()) {
+          not_finite += count_not_finite<T>(w, job.group);
+          continue;
+        }
+        const uint32_t shift = uint32_t(int32_t(-grids[i].low));
+        pack_codes(job.group, job.bits, out + byte, row_bytes - byte,
+                   [&](int64_t at, int n, uint8_t *code) { encode<T>(w + at, n, grids[i], shift, code); });
+      }
     }
   }
   return not_finite;

@@ -400,9 +400,11 @@ uint64_t sum_of_chunk(const uint8_t *data, int64_t bytes, uint64_t index) {
   uint64_t lane[8];
   for (uint64_t l = 0; l < 8; l++) lane[l] = 8 * index + l + 1;
   const auto take = [&](const uint8_t *at) {
-    uint64_t w[8];
-    memcpy(w, at, 64);
-    for (int l = 0; l < 8; l++) lane[l] = step(lane[l], w[l]);
+    for (int l = 0; l < 8; l++) {
+      uint64_t w;
+      memcpy(&w, at + 8 * l, 8);
+      lane[l] = step(lane[l], w);
+    }
   };
   const int64_t whole = bytes & ~int64_t(63);
   for (int64_t i = 0; i < whole; i += 64) take(data + i);

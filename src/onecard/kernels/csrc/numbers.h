@@ -142,4 +142,11 @@ struct Extremes {
   bool finite() const { return above < T::infinity && below < T::infinity; }
 };
 
+template <class T>
+Extremes<T> extremes(const typename T::Stored *w, int64_t count) {
+  Extremes<T> seen;
+  seen.see(w, count);
+  return seen;
+}
+
 }  // namespace
