@@ -7,8 +7,9 @@ timed beside copying the same file, A B A B in one run, each into memory that th
 back, and the ratio's median is printed with its spread: once into the page cache, as both leave their
 files, and once until the files are on the disk (fsync). `busy_elsewhere` says how many cores other
 processes kept busy meanwhile (Linux): above 0.1 the seconds are of little use, and are not judged. Children
-start from compiled modules, as installed ones do. GPTQ int4 runs once under 3 GiB. Peak memory is the child's own maximum resident set. `--check` ends with an
-error where a figure misses what docs/performance.md promises.
+start from compiled modules, as installed ones do. GPTQ int4 runs once under 3 GiB. Peak memory is the
+child's own maximum resident set. `--check` ends with an error where a figure misses what
+docs/performance.md promises.
 """
 
 from __future__ import annotations

@@ -253,13 +253,13 @@ main(sys""")  # fmt: skip
 def test_sum_of_a_file(tmp_path: Path) -> None:
     """Any byte, the shapes, the names and the order of pieces count; what was read already counts the same."""
     data = os.urandom((2 << 20) + 18)
-    shape = (len(data) // 2,)
+    flat = (len(data) // 2,)
     kinds = {
-        "same": ("w", shape, data), "again": ("w", shape, data), "named": ("v", shape, data),
+        "same": ("w", flat, data), "again": ("w", flat, data), "named": ("v", flat, data),
         "shaped": ("w", (2, len(data) // 4), data[: len(data) // 4 * 4]),
-        "shorter": ("w", (shape[0] - 1,), data[:-2]), "empty": ("w", (0,), b""),
-        "turned": ("w", shape, data[1 << 20 :] + data[: 1 << 20]),
-        "changed": ("w", shape, data[: 1 << 20] + bytes([data[1 << 20] ^ 1]) + data[(1 << 20) + 1 :]),
+        "shorter": ("w", (flat[0] - 1,), data[:-2]), "empty": ("w", (0,), b""),
+        "turned": ("w", flat, data[1 << 20 :] + data[: 1 << 20]),
+        "changed": ("w", flat, data[: 1 << 20] + bytes([data[1 << 20] ^ 1]) + data[(1 << 20) + 1 :]),
     }  # fmt: skip
     sums = {}
     for kind, (name, shape, held) in kinds.items():
