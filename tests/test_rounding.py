@@ -251,7 +251,7 @@ main(sys""")  # fmt: skip
 
 
 def test_sum_of_a_file(tmp_path: Path) -> None:
-    """Any byte, the shapes, the names and the order of pieces count; what was read already counts the same."""
+    """Any byte, the shapes, the names and the order of pieces count, read before or not."""
     data = os.urandom((2 << 20) + 18)
     flat = (len(data) // 2,)
     kinds = {
