@@ -185,6 +185,8 @@ def test_bad_settings(item: dict, said: str) -> None:
     ((CutUnits("neuron", "apoz"),), "silu gives none"),
     ((GPTQ(4), CutUnits()), "put structured pruning first"),
     ((Prune(), CutUnits()), "stored without their zeros"),
+    ((CutUnits("head", "l2", share=0.1),), "takes none of the heads\nthere are 4, and 2 go at a time"),
+    ((CutUnits(multiple=10**9, budget="global"),), "takes none of the neurons"),
 ])  # fmt: skip
 def test_what_does_not_suit_the_model(tiny: Path, passes: tuple, said: str) -> None:
     with pytest.raises(BadRequest, match=said):

@@ -120,7 +120,26 @@ class CutUnits(Cut):
                 f"cut: apoz counts zeros, and {', '.join(sorted(kinds))} gives none",
                 do="by: taylor",
             )
-        self.leaves(spec)
+        if self.leaves(spec) == spec and self.takes_none(spec):
+            count, step = min(self.steps(spec), key=lambda size: size[1] / size[0])
+            raise BadRequest(
+                f"cut: a share of {self.share:g} takes none of the {NAMES[self.unit]}",
+                f"there are {count}, and {step} go at a time",
+                "raise share, or lower multiple",
+            )
+
+    def steps(self, spec: Spec) -> list[tuple[int, int]]:
+        """How many units there are, of every group, and how many of them go at a time."""
+        if self.unit == "hidden":
+            return [(spec.hidden, self.multiple)]
+        every = [g for layer in spec.layers for g in groups(layer, self.unit)]
+        return [(g.count, _common(self.multiple, g.runs)) for g in every]
+
+    def takes_none(self, spec: Spec) -> bool:
+        """Whether a share that is to go is less than what goes at a time; budgets may deal it out."""
+        if self.keep is not None or not self.share:
+            return False
+        return self.budget == "uniform" or all(step >= count for count, step in self.steps(spec))
 
     def leaves(self, spec: Spec) -> Spec:
         if self.unit == "hidden":
