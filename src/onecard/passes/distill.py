@@ -195,7 +195,11 @@ class Distil(ModelPass):
     def check(self, spec: Spec) -> None:
         check_length(self.training, spec)
         if not 0 <= self.rank <= spec.hidden:
-            raise BadRequest(f"a change of rank {self.rank} in a model {spec.hidden} wide")
+            raise BadRequest(f"a change of rank {self.rank} in a model {spec.hidden} wide",
+                             do=f"a rank from 0 (every weight) to {spec.hidden}")  # fmt: skip
+
+    def beside(self, spec: Spec, original: Spec) -> None:
+        check_pair(spec, original, self.targets)
 
     def model_bytes(self, spec: Spec, ids: Tensor | None) -> int:
         return training_bytes(spec, self.training, self.rank, teacher=True)

@@ -51,7 +51,7 @@ from onecard.nn.graph import (
     surgery,
 )
 from onecard.nn.model import Model
-from onecard.passes.base import BlockPass, Pass, Survey
+from onecard.passes.base import Survey
 from onecard.passes.budget import PROBED, allocate, few, probes
 from onecard.passes.criteria import highest
 from onecard.passes.cut import Cut
@@ -85,6 +85,7 @@ class CutUnits(Cut):
         "Michel et al., arXiv 1905.10650; Molchanov et al., arXiv 1906.10771; "
         "Ma et al., LLM-Pruner, arXiv 2305.11627"
     )
+    takes_sparse: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:
@@ -99,17 +100,6 @@ class CutUnits(Cut):
             raise BadRequest("cut: the width is one for all layers", do="budget: uniform")
         if self.keep is not None and (self.budget != "uniform" or self.keep < 1):
             raise BadRequest(f"cut.keep is {self.keep}", do="a count from 1 on, budget: uniform")
-
-    def follows(self, earlier: Sequence[Pass]) -> None:
-        super().follows(earlier)
-        sparse = next(
-            (p for p in earlier if isinstance(p, BlockPass) and p.zeros is not None), None
-        )
-        if sparse is not None:
-            raise BadRequest(
-                "it cuts matrices that are stored without their zeros",
-                f"{self.title} follows {sparse.title}", f"put {self.title} first",
-            )  # fmt: skip
 
     def check(self, spec: Spec) -> None:
         if self.unit == "hidden":
