@@ -718,6 +718,16 @@ def test_a_plan_tells_what_it_learns_from(
         assert said in shown and ("short" in said) is ("too short" in shown)
 
 
+def test_what_is_told_of_a_long_word_is_short(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"passes: [{{rtn: {{bits: {'9' * 100_000}x}}}}]\n")
+    assert call("compress", tiny, tmp_path / "out", "--recipe", recipe) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 1000 and "type int is needed" in said
+
+
 def test_one_recipe_is_told_whole(capsys: pytest.CaptureFixture) -> None:
     assert call("recipes", "rtn-int4") == 0
     text = capsys.readouterr().out

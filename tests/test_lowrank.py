@@ -226,6 +226,7 @@ def test_what_does_not_pay_stays_dense(tiny: Path, tmp_path: Path) -> None:
     lambda: Factorize(share=1.5), lambda: Factorize(energy=0.0), lambda: Factorize(rank=4, factor_bits=9),
     lambda: LowRankPlus(0), lambda: LowRankPlus(bits=None), lambda: LowRankPlus(rounds=0),
     lambda: LowRankPlus(metric="plain"), lambda: LowRankPlus(rest="sparse", share=1.0),
+    lambda: LowRankPlus(share=-1.0), lambda: LowRankPlus(pattern="2:4"),
     lambda: Factorize(rank=3, strength=2.0),
 ])  # fmt: skip
 def test_bad_settings(make) -> None:  # type: ignore[no-untyped-def]

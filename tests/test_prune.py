@@ -18,8 +18,8 @@ from onecard.checkpoint.save import save_model
 from onecard.core.errors import BadRequest
 from onecard.core.report import Report
 from onecard.nn.model import Model
-from onecard.passes import GPTQ, DropLayers, Prune, SparseGPT, recipe_of
-from onecard.passes.base import Recipe
+from onecard.passes import GPTQ, DropLayers, Mixed, Prune, SparseGPT, recipe_of
+from onecard.passes.base import Pass, Recipe
 from onecard.passes.budget import (
     allocate,
     convex,
@@ -389,3 +389,16 @@ def test_a_later_stage_keeps_zeros_out(tiny: Path, tmp_path: Path, text_file: Pa
     assert source.format_names() == ["sparse2:4(int4-g64)"]
     for _, linear in load_model(tmp_path / "out").linears():
         assert ((linear.matrix() != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all()
+
+
+@pytest.mark.parametrize("later", [
+    Prune("taylor", 0.6, budget="global"), Prune("wanda", 0.6, budget="sensitivity"),
+    Mixed(group=32, mean=3.5, tried=64),
+], ids=["gradients", "sensitivity", "mixed"])  # fmt: skip
+def test_what_is_stored_without_zeros_is_looked_at_whole(
+    tiny: Path, tmp_path: Path, text_file: Path, later: Pass
+) -> None:
+    """Gradients and sensitivities behind a pruning: its zeros stay zero, and out of the file."""
+    source = made(tiny, tmp_path / "out", text_file, Prune("wanda", 0.5, scope="row"), later)
+    assert all(name.startswith("sparse") for name in source.format_names())
+    assert min(zeros(load_model(tmp_path / "out")).values()) >= 0.49

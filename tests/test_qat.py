@@ -171,7 +171,7 @@ def test_order_conflicts() -> None:
 
 WRONG = (
     {"bits": 1}, {"bits": 9}, {"group": 48}, {"soft": -1.0}, {"soft": 0.0, "hard": 0.0},
-    {"temperature": 0.0},
+    {"temperature": 0.0}, {"temperature": 1e300}, {"hard": 1e300},
 )  # fmt: skip
 
 

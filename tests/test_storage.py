@@ -173,8 +173,8 @@ def test_fp8_is_what_torch_says() -> None:
 
 
 def test_sparse_with_other_zeros() -> None:
-    """Any share, zeros in any place, whole rows, none at all: what is not zero is kept."""
-    for share in (0.0, 0.1, 0.33333, 0.98):
+    """Any share, zeros in any place, whole rows, none at all, nothing else: what is not zero is kept."""
+    for share in (0.0, 0.1, 0.33333, 0.98, 1.0):
         w = weights(5) * (torch.rand(SHAPE, generator=torch.Generator().manual_seed(1)) >= share)
         w[3] = 0
         assert torch.equal(storage.to_dense(storage.hold_sparse(w, torch.float32)), w)

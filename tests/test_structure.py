@@ -15,8 +15,19 @@ from onecard.checkpoint.load import Source, load_model
 from onecard.checkpoint.save import save_model
 from onecard.core.errors import BadRequest
 from onecard.nn.model import Model
-from onecard.passes import GPTQ, CutUnits, DropLayers, Prune, recipe_of
+from onecard.passes import (
+    GPTQ,
+    CutUnits,
+    Distil,
+    DropLayers,
+    Fuse,
+    Prune,
+    Recover,
+    Rotate,
+    recipe_of,
+)
 from onecard.passes.base import Recipe
+from onecard.passes.distill import Targets
 from onecard.passes.job import Settings, compress, prepare
 from onecard.passes.memory import look
 from onecard.passes.structure import best
@@ -185,6 +196,12 @@ def test_bad_settings(item: dict, said: str) -> None:
     ((CutUnits("neuron", "apoz"),), "silu gives none"),
     ((GPTQ(4), CutUnits()), "put structured pruning first"),
     ((Prune(), CutUnits()), "stored without their zeros"),
+    ((Prune(), Fuse()), "put folding of norms and biases first"), ((Prune(), Rotate()), "put rotation first"),
+    ((DropLayers(count=1), Recover("blocks")), "2 blocks 128 wide, 3 of 128"),
+    ((Rotate(), Recover("blocks")), "residual: never"),
+    ((CutUnits("kv_group", "l2", share=0.5), Distil(Targets(attention=1.0))), "use relations"),
+    ((CutUnits("head", "l2", share=0.1),), "takes none of the heads\nthere are 4, and 2 go at a time"),
+    ((CutUnits(multiple=10**9, budget="global"),), "takes none of the neurons"),
 ])  # fmt: skip
 def test_what_does_not_suit_the_model(tiny: Path, passes: tuple, said: str) -> None:
     with pytest.raises(BadRequest, match=said):

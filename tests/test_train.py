@@ -114,6 +114,39 @@ def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
         assert float(x.detach()) == seen[2] != seen[3]
 
 
+def test_what_the_last_update_made_is_looked_at() -> None:
+    """Three finite losses, and weights behind them that give none: they are not delivered."""
+    x = nn.Parameter(torch.tensor([4.0]))
+    calls: list[int] = []
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return x.square().sum() * (float("inf") if len(calls) == 4 else 1.0)
+
+    settings = Training(3, batch=1, length=2, rate=0.5, warmup=0.0)
+    with pytest.raises(FailedWork, match="no number at step 3"):
+        train({"x": x}, loss, torch.zeros(4, 2, dtype=torch.int64), settings)
+    assert float(x.detach()) == 4.0
+
+
+def test_a_loss_that_never_was_a_number_is_not_the_rates_fault() -> None:
+    x = nn.Parameter(torch.tensor([float("nan")]))
+    with pytest.raises(FailedWork, match="before the first update") as failure:
+        train({"x": x}, lambda ids: x.sum(), torch.zeros(4, 2, dtype=torch.int64),
+              Training(3, batch=1, length=2))  # fmt: skip
+    assert "rate" not in str(failure.value)
+
+
+@pytest.mark.parametrize("settings", [
+    {"weight_decay": 1e9}, {"rate": 0.5, "weight_decay": 2.0}, {"weight_decay": -1.0}, {"rate": 2.0},
+    {"batch": 0}, {"length": 1}, {"accumulate": 9},
+], ids=str)  # fmt: skip
+def test_settings_that_ruin_a_model_are_refused(settings: dict) -> None:
+    with pytest.raises(BadRequest) as failure:
+        Training(**settings)
+    assert failure.value.do
+
+
 def test_the_rate_rises_stays_and_falls() -> None:
     settings = Training(rate=0.5, warmup=0.1, decay=0.5)
     rates = [settings.rate_at(f) for f in (0.0, 0.05, 0.1, 0.3, 0.5, 0.75, 1.0)]

@@ -26,7 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onecard.core.errors import BadRequest
+
 Direction = Literal["forward", "reverse"]
+
+
+def check_loss(*weights: float, temperature: float) -> None:
+    """BadRequest where weights of a loss or its temperature leave what float32 adds up."""
+    for weight in weights:
+        if not 0 <= weight <= 1e6:
+            raise BadRequest(f"a weight of {weight:g} in the loss", do="a number from 0 to 1000000")
+    if not 1e-3 <= temperature <= 1e3:
+        raise BadRequest(f"a temperature of {temperature:g}", do="a number from 0.001 to 1000")
 
 
 def next_token(logits: Tensor, ids: Tensor) -> Tensor:

@@ -77,13 +77,17 @@ class Training:
             raise BadRequest(f"{self.steps} steps, {self.minutes} minutes of training",
                              do="at least one step, or some minutes")  # fmt: skip
         if not (1 <= self.batch <= 1 << 16 and 2 <= self.length <= 1 << 20):
-            raise BadRequest(f"batches of {self.batch} windows of {self.length} tokens")
+            raise BadRequest(f"batches of {self.batch} windows of {self.length} tokens",
+                             do="1 to 65536 windows of 2 to 1048576 tokens")  # fmt: skip
         if not 1 <= self.accumulate <= self.batch:
             raise BadRequest(f"a batch of {self.batch} windows in {self.accumulate} pieces",
                              do="accumulate is at most batch")  # fmt: skip
-        if not (0 < self.rate <= 1 and self.clip > 0 and self.weight_decay >= 0):
-            raise BadRequest(f"rate {self.rate}, clip {self.clip}, decay {self.weight_decay}",
+        if not (0 < self.rate <= 1 and self.clip > 0):
+            raise BadRequest(f"rate {self.rate}, clip {self.clip}",
                              do="rate in (0, 1], clip above 0")  # fmt: skip
+        if not 0 <= self.rate * self.weight_decay < 1:
+            raise BadRequest(f"weight_decay {self.weight_decay} at a rate of {self.rate}",
+                             do="rate * weight_decay, what an update takes off, lies in [0, 1)")  # fmt: skip
         if not (0 <= self.warmup < 1 and 0 <= self.decay <= 1 and self.save_minutes >= 0):
             raise BadRequest(f"warmup {self.warmup}, decay {self.decay}",
                              do="both are shares of the training, warmup below 1")  # fmt: skip
@@ -205,6 +209,7 @@ def train(
     facts = json.loads(json.dumps(facts))
     kept = _Kept(None if folder is None else folder / STATE, parameters, optimizers, facts)
     losses, before = kept.recall(adopt)
+    known = len(losses)
     began = saved = time.monotonic()
     limit = None if settings.minutes is None else 60 * settings.minutes
     bf16 = computes_bf16(settings.dtype, sum(p.numel() for p in parameters.values()))
@@ -218,12 +223,7 @@ def train(
             value = _gradient(loss, batch, settings.accumulate, parameters)
         norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
         if not (math.isfinite(value) and bool(torch.isfinite(norm))):
-            back = kept.restore()
-            raise FailedWork(
-                f"the loss is no number at step {step}",
-                f"the last losses were {', '.join(f'{x:.4g}' for x in losses[-3:]) or 'none'}",
-                f"the weights of step {back} are kept; lower the rate ({settings.rate:g})",
-            )
+            raise kept.no_number(losses, settings)
         if time.monotonic() - saved >= 60 * settings.save_minutes:
             kept.keep(losses, seconds)
             saved = time.monotonic()
@@ -240,6 +240,11 @@ def train(
             progress(int(min(seconds, limit)), int(limit), told)
     for parameter in parameters.values():
         parameter.grad = None
+    if step > known:  # no loss so far has seen what the last update made
+        piece = batch_of(ids, step, settings).tensor_split(settings.accumulate)[0]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            if not math.isfinite(loss(piece).item()):
+                raise kept.no_number(losses, settings)
     kept.keep(losses, seconds)
     return Course(tuple(losses), seconds, len(losses) * settings.batch * ids.shape[1])
 
@@ -352,6 +357,18 @@ class _Kept:
         arrays["key"] = torch.tensor(list(json.dumps(self.facts).encode()), dtype=torch.uint8)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_file(self.path, {name: as_array(tensor) for name, tensor in arrays.items()})
+
+    def no_number(self, losses: list[float], settings: Training) -> FailedWork:
+        """What is told of a loss that is no number, once the kept parameters are back."""
+        back = self.restore()
+        if not losses:
+            return FailedWork("the loss is no number before the first update",
+                              do="look at the model's weights, and at those in the loss")  # fmt: skip
+        return FailedWork(
+            f"the loss is no number at step {len(losses)}",
+            f"the last losses were {', '.join(f'{x:.4g}' for x in losses[-3:])}",
+            f"the weights of step {back} are kept; lower the rate ({settings.rate:g})",
+        )
 
     def restore(self) -> int:
         """Put the kept parameters back; the step they are of."""

@@ -35,9 +35,15 @@ class FailedWork(Problem):
     exit_code = 1
 
 
+LONGEST = 500
+"""Characters of a line; what is longer was long where it came from, and is cut in its middle."""
+
+
 def _line(text: str) -> str:
     """A text as one printable line."""
     words = " ".join(text.split())
+    if len(words) > LONGEST:
+        words = f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
     return "".join(sign if sign.isprintable() else "\ufffd" for sign in words)
 
 

@@ -177,10 +177,10 @@ def round_to_hashed(w: Tensor, format: Hashed) -> Weight:
 
 
 def sparse_format(zero: Tensor, inner: Format, pattern: str | None = None) -> Sparse:
-    """The format of a matrix whose weights are zero where `zero` [rows, columns] is set. A pattern that
-    the zeros do not follow is a FailedWork."""
+    """The format of a matrix whose weights are zero where `zero` [rows, columns] is set; one that is all
+    zeros keeps a few of them. A pattern that the zeros do not follow is a FailedWork."""
     if pattern is None:
-        return Sparse(inner, int(zero.sum()) / zero.numel())
+        return Sparse(inner, min(int(zero.sum()) / zero.numel(), 0.9999))
     kept, of = parse_pattern(pattern)
     if int((~zero).unflatten(1, (-1, of)).sum(-1).max()) > kept:
         raise FailedWork(f"a matrix holds more than {kept} weights in a run of {of}")

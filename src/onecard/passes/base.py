@@ -81,6 +81,8 @@ class Pass(ABC):
     paper: ClassVar[str]
     takes_packed: ClassVar[bool] = False
     """It may follow a pass that quantizes."""
+    takes_sparse: ClassVar[bool] = True
+    """It may follow a pass whose zeros are left out."""
 
     @property
     def quantizes(self) -> bool:
@@ -98,6 +100,12 @@ class Pass(ABC):
 
     def follows(self, earlier: Sequence[Pass]) -> None:
         """Raise BadRequest where it cannot come after these passes, and say why."""
+        sparse = next((p for p in earlier if isinstance(p, BlockPass) and p.zeros), None)
+        if sparse is not None and not self.takes_sparse:
+            raise BadRequest(
+                "it changes matrices that are stored without their zeros",
+                f"{self.title} follows {sparse.title}", f"put {self.title} first",
+            )  # fmt: skip
         packed = next((p for p in earlier if p.quantizes), None)
         if packed is None or self.takes_packed:
             return
@@ -110,6 +118,10 @@ class Pass(ABC):
             "it changes weights after quantizing them", f"{self.title} follows {packed.title}",
             f"put {self.title} first",
         )  # fmt: skip
+
+    def beside(self, spec: Spec, original: Spec) -> None:
+        """Raise BadRequest where it cannot learn from the model before the recipe."""
+        return None
 
     def leaves(self, spec: Spec) -> Spec:
         """The Spec it leaves, as far as sizes go and settings tell."""
@@ -263,10 +275,12 @@ class Recipe:
         """Order conflicts and settings that do not suit the model, before any work."""
         if not self.passes:
             raise BadRequest(f"the recipe {self.name} has no passes")
+        original = spec
         for number, p in enumerate(self.passes):
             try:
                 p.follows(self.passes[:number])
                 p.check(spec)
+                p.beside(spec, original)
             except BadRequest as error:
                 raise BadRequest(
                     f"the recipe {self.name}: {error.what}", error.seen, error.do

@@ -26,6 +26,7 @@ from onecard.calibrate import losses
 from onecard.calibrate.forward import Seen, forward
 from onecard.calibrate.grids import grid_of
 from onecard.calibrate.latent import trainable
+from onecard.calibrate.losses import check_loss
 from onecard.calibrate.train import Course, Training, computes_bf16, train
 from onecard.core.errors import BadRequest
 from onecard.core.report import Row
@@ -54,11 +55,10 @@ class Targets:
 
     def __post_init__(self) -> None:
         weights = [getattr(self, f.name) for f in fields(self)[:6]]
-        if any(w < 0 for w in weights) or not sum(weights) > 0:
+        if not any(weights):
             raise BadRequest("distillation needs at least one target with a weight above 0",
                              do="soft: 1.0 learns what the teacher says")  # fmt: skip
-        if not self.temperature > 0:
-            raise BadRequest(f"a temperature of {self.temperature}", do="a number above 0")
+        check_loss(*weights, temperature=self.temperature)
 
 
 def check_pair(student: Spec, teacher: Spec, targets: Targets) -> None:
@@ -195,7 +195,11 @@ class Distil(ModelPass):
     def check(self, spec: Spec) -> None:
         check_length(self.training, spec)
         if not 0 <= self.rank <= spec.hidden:
-            raise BadRequest(f"a change of rank {self.rank} in a model {spec.hidden} wide")
+            raise BadRequest(f"a change of rank {self.rank} in a model {spec.hidden} wide",
+                             do=f"a rank from 0 (every weight) to {spec.hidden}")  # fmt: skip
+
+    def beside(self, spec: Spec, original: Spec) -> None:
+        check_pair(spec, original, self.targets)
 
     def model_bytes(self, spec: Spec, ids: Tensor | None) -> int:
         return training_bytes(spec, self.training, self.rank, teacher=True)

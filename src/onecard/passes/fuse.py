@@ -44,6 +44,7 @@ class Fuse(ModelPass):
     key: ClassVar[str] = "fuse"
     title: ClassVar[str] = "folding of norms and biases"
     paper: ClassVar[str] = "Ashkboos et al., SliceGPT, arXiv 2401.15024, section 3.1"
+    takes_sparse: ClassVar[bool] = False
 
     @property
     def calibrated(self) -> bool:

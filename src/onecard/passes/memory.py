@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,10 @@ from onecard.calibrate.walk import (
     walk,
     weight_count,
 )
+from onecard.core.format import Sparse
 from onecard.core.report import Row
 from onecard.core.spec import Spec
-from onecard.kernels.reference import NAMES
+from onecard.kernels.reference import DTYPES, NAMES, from_dense
 from onecard.nn.layers import Linear
 from onecard.nn.model import Model
 from onecard.nn.transformer import Block, positions_of
@@ -80,11 +82,26 @@ def inputs(model: Model, ids: Tensor | None) -> list[Tensor]:
         return [model.network.stem(b, positions_of(b, None, 0)) for b in batches(ids)]
 
 
+@contextmanager
+def with_zeros(model: Model) -> Iterator[None]:
+    """Sparse matrices of a model held as plain ones, for as long as it is looked at."""
+    held = {m: m.held() for _, m in model.linears() if isinstance(m.format, Sparse)}
+    for linear, was in held.items():
+        stored = was.format.inner.dense if isinstance(was.format, Sparse) else None
+        linear.replace(from_dense(linear.matrix(DTYPES[stored] if stored else torch.float32)))
+    try:
+        yield
+    finally:
+        for linear, was in held.items():
+            linear.replace(was)
+
+
 def look(model: Model, survey: Survey, ids: Tensor | None, progress: Progress = quiet) -> Any:
     """What a survey finds in a model in memory."""
     if survey.whole:
         assert ids is not None, "this survey needs text"
-        survey.model(model, ids, progress)
+        with with_zeros(model):
+            survey.model(model, ids, progress)
         return survey.result()
     hidden = inputs(model, ids) if survey.runs else []
     walk(Watched(ModelBlocks(model), survey, hidden), (survey,), hidden, progress=progress)

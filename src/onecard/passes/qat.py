@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from onecard.calibrate.forward import forward
 from onecard.calibrate.grids import Grid, straight
 from onecard.calibrate.latent import trainable
-from onecard.calibrate.losses import next_token, soft_targets
+from onecard.calibrate.losses import check_loss, next_token, soft_targets
 from onecard.calibrate.train import Training, computes_bf16, train
 from onecard.core.errors import BadRequest
 from onecard.core.format import Integers, Levels, Weight
@@ -152,11 +152,9 @@ class QAT(ModelPass):
 
     def __post_init__(self) -> None:
         self.format_of(128)
-        if min(self.soft, self.hard) < 0 or self.soft + self.hard == 0 or self.temperature <= 0:
-            raise BadRequest(
-                f"qat: hard {self.hard}, soft {self.soft}, temperature {self.temperature}",
-                do="weights from 0 on, one of them above, and a temperature above 0",
-            )
+        if not (self.soft or self.hard):
+            raise BadRequest("qat: hard and soft are 0", do="one of them with a weight above 0")
+        check_loss(self.soft, self.hard, temperature=self.temperature)
 
     @property
     def quantizes(self) -> bool:

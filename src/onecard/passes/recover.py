@@ -16,6 +16,7 @@ towards what the original model says instead of the text, use `distil`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -35,7 +36,8 @@ from onecard.core.spec import Spec, linear_shapes
 from onecard.nn.layers import Linear
 from onecard.nn.model import Model
 from onecard.nn.transformer import Context
-from onecard.passes.base import Data, ModelPass
+from onecard.passes.base import Data, ModelPass, Pass
+from onecard.passes.rotate import Rotate
 
 How = Literal["full", "lora", "blocks"]
 
@@ -60,6 +62,19 @@ class Recover(ModelPass):
         if self.how == "lora" and not 1 <= self.rank <= smallest:
             raise BadRequest(f"a change of rank {self.rank} in matrices of {smallest}",
                              do=f"a rank from 1 to {smallest}")  # fmt: skip
+
+    def beside(self, spec: Spec, original: Spec) -> None:
+        if self.how == "blocks":
+            check_counterparts(spec, original)
+
+    def follows(self, earlier: Sequence[Pass]) -> None:
+        super().follows(earlier)
+        turned = next((p for p in earlier if isinstance(p, Rotate) and p.residual != "never"), None)
+        if self.how == "blocks" and turned is not None:
+            raise BadRequest(
+                "blocks can only be recovered where they read and write what the original's do",
+                f"{self.title} follows {turned.title}", "residual: never in rotate, or how: full",
+            )  # fmt: skip
 
     def model_bytes(self, spec: Spec, ids: Tensor | None) -> int:
         return training_bytes(spec, self.training, self.rank if self.how == "lora" else 0)
@@ -101,19 +116,21 @@ def check_length(training: Training, spec: Spec) -> None:
                          do="lower training.length")  # fmt: skip
 
 
+def check_counterparts(spec: Spec, original: Spec) -> None:
+    """BadRequest where a block has none in the original."""
+    if (spec.num_layers, spec.hidden) != (original.num_layers, original.hidden):
+        raise BadRequest(
+            "blocks can only be recovered where each has its counterpart in the original",
+            f"{spec.num_layers} blocks {spec.hidden} wide, {original.num_layers} of {original.hidden}",
+            "use how: full, or distil",
+        )
+
+
 def recover_blocks(
     model: Model, original: Model, ids: Tensor, settings: Recover, data: Data
 ) -> list[Row]:
     """Train the blocks of a model one after the other towards those of the original."""
-    if (
-        original.spec.num_layers != model.spec.num_layers
-        or original.spec.hidden != model.spec.hidden
-    ):
-        raise BadRequest(
-            "blocks can only be recovered where each has its counterpart in the original",
-            f"{model.spec.num_layers} blocks of {original.spec.num_layers}",
-            "use how: full, or distil",
-        )
+    check_counterparts(model.spec, original.spec)
     rows, training = [], settings.training
     numbers = torch.arange(len(ids))[:, None]
     context = Context(model.spec, torch.arange(ids.shape[1])[None])

@@ -90,6 +90,11 @@ class LowRankPlus(BlockPass):
         if self.rest == "gptq" and self.metric == "plain":
             raise BadRequest("lowrank_plus: GPTQ on a remainder that ignores the inputs",
                              do="metric: whitened, or rest: rtn")  # fmt: skip
+        if not 0 <= self.share < 1:
+            raise BadRequest(f"lowrank_plus.share is {self.share}", do="a share from 0 to below 1")
+        if self.pattern is not None and self.rest != "sparse":
+            raise BadRequest(f"lowrank_plus: a remainder by {self.rest} has no pattern of zeros",
+                             do="rest: sparse, or leave pattern out")  # fmt: skip
         self.format_of(128)
 
     @property

@@ -51,6 +51,7 @@ class Rotate(ModelPass):
     key = "rotate"
     title = "rotation"
     paper = "Ashkboos et al., QuaRot, arXiv 2404.00456"
+    takes_sparse = False
 
     @property
     def calibrated(self) -> bool:

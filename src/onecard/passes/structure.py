@@ -51,7 +51,7 @@ from onecard.nn.graph import (
     surgery,
 )
 from onecard.nn.model import Model
-from onecard.passes.base import BlockPass, Pass, Survey
+from onecard.passes.base import Survey
 from onecard.passes.budget import PROBED, allocate, few, probes
 from onecard.passes.criteria import highest
 from onecard.passes.cut import Cut
@@ -85,6 +85,7 @@ class CutUnits(Cut):
         "Michel et al., arXiv 1905.10650; Molchanov et al., arXiv 1906.10771; "
         "Ma et al., LLM-Pruner, arXiv 2305.11627"
     )
+    takes_sparse: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:
@@ -100,17 +101,6 @@ class CutUnits(Cut):
         if self.keep is not None and (self.budget != "uniform" or self.keep < 1):
             raise BadRequest(f"cut.keep is {self.keep}", do="a count from 1 on, budget: uniform")
 
-    def follows(self, earlier: Sequence[Pass]) -> None:
-        super().follows(earlier)
-        sparse = next(
-            (p for p in earlier if isinstance(p, BlockPass) and p.zeros is not None), None
-        )
-        if sparse is not None:
-            raise BadRequest(
-                "it cuts matrices that are stored without their zeros",
-                f"{self.title} follows {sparse.title}", f"put {self.title} first",
-            )  # fmt: skip
-
     def check(self, spec: Spec) -> None:
         if self.unit == "hidden":
             require_hidden(spec)
@@ -120,7 +110,26 @@ class CutUnits(Cut):
                 f"cut: apoz counts zeros, and {', '.join(sorted(kinds))} gives none",
                 do="by: taylor",
             )
-        self.leaves(spec)
+        if self.leaves(spec) == spec and self.takes_none(spec):
+            count, step = min(self.steps(spec), key=lambda size: size[1] / size[0])
+            raise BadRequest(
+                f"cut: a share of {self.share:g} takes none of the {NAMES[self.unit]}",
+                f"there are {count}, and {step} go at a time",
+                "raise share, or lower multiple",
+            )
+
+    def steps(self, spec: Spec) -> list[tuple[int, int]]:
+        """How many units there are, of every group, and how many of them go at a time."""
+        if self.unit == "hidden":
+            return [(spec.hidden, self.multiple)]
+        every = [g for layer in spec.layers for g in groups(layer, self.unit)]
+        return [(g.count, _common(self.multiple, g.runs)) for g in every]
+
+    def takes_none(self, spec: Spec) -> bool:
+        """Whether a share that is to go is less than what goes at a time; budgets may deal it out."""
+        if self.keep is not None or not self.share:
+            return False
+        return self.budget == "uniform" or all(step >= count for count, step in self.steps(spec))
 
     def leaves(self, spec: Spec) -> Spec:
         if self.unit == "hidden":

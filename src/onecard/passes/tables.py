@@ -59,7 +59,8 @@ class Tables(ModelPass):
         make_format(self.bits, self.group, False, 128)
         if not 0 <= self.sweeps <= 100 or not 1 <= self.tokens <= 1 << 24:
             raise BadRequest(
-                f"tables: sweeps {self.sweeps} or tokens {self.tokens} is out of range"
+                f"tables: sweeps {self.sweeps} or tokens {self.tokens} is out of range",
+                do="0 to 100 sweeps; 1 to 16777216 tokens",
             )
 
     @property
