@@ -115,24 +115,27 @@ void exact_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, cons
   }
 }
 
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#if defined(OC_PANELS)
 template <class Codec>
 void unpack_codes(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int place, int64_t first, int blocks,
                   Panel &panel) {
-  const Bytes shift = _mm512_set1_epi8(signed_panel ? int8_t(zero_of_codec<Codec>) : 0);
+  const Bytes shift = Lanes::ints(signed_panel ? int32_t(uint32_t(zero_of_codec<Codec>) * 0x01010101) : 0);
   const int quads = w.block / 4;
-  Codec codec(w, g, tile, 0);
-  codec.seek(first);
-  for (int b = 0; b < blocks; b++) {
-    _mm512_store_si512(&panel.zero[b][place * tile_rows], _mm512_setzero_si512());
-    _mm512_store_ps(&panel.scale[b][place * tile_rows], scale_of(w, g, tile, first + b, 0));
-    codec.block();
-    for (int i = 0; i < quads; i += 8) {
-      codec.group(4 * i);
+  for (int part = 0; part < parts; part++) {
+    const int row = place * tile_rows + part * Lanes::count;
+    Codec codec(w, g, tile, part);
+    codec.seek(first);
+    for (int b = 0; b < blocks; b++) {
+      Lanes::store(&panel.zero[b][row], Lanes::ints(0));
+      Lanes::store(&panel.scale[b][row], scale_of(w, g, tile, first + b, part));
+      codec.block();
+      for (int i = 0; i < quads; i += 8) {
+        codec.group(4 * i);
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; j++)
-        _mm512_store_si512(panel.bytes + place_of(int64_t(b) * quads + i + j, place),
-                           _mm512_sub_epi8(codec.quad(j), shift));
+        for (int j = 0; j < 8; j++)
+          Lanes::store(panel.bytes + place_of(int64_t(b) * quads + i + j, place) + 4 * Lanes::count * part,
+                       Lanes::less(codec.quad(j), shift));
+      }
     }
   }
 }
@@ -142,8 +145,8 @@ template <class Codec>
 void multiply_coded(const oc_matrix &w, const Input &in, int64_t begin, int64_t end, float *y, int64_t stride,
                     void *scratch) {
   const Geometry g(w);
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-  if (!w.exact && in.rows >= many_from)
+#if defined(OC_PANELS)
+  if (!w.exact && pays(w, in.rows))
     return many(w, g, unpack_codes<Codec>, zero_of_codec<Codec>, w.data, begin, end, *in.quantized, in.rows, y, stride,
                 scratch);
 #endif

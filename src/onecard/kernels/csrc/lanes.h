@@ -38,6 +38,8 @@ struct Lanes {
     memcpy(&mask, bits, 8);
     return _mm512_mask_add_epi8(low, mask, low, _mm512_set1_epi8(value));
   }
+  static Bytes less(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
+  static void store(void *p, Bytes x) { _mm512_store_si512(p, x); }
   static Ints dot(Ints sum, Bytes w, const int8_t *quad) {
     int32_t x;
     memcpy(&x, quad, 4);
@@ -50,6 +52,7 @@ struct Lanes {
   static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
   static Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
   static Ints mul(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+  static Ints low_half(Ints x) { return _mm512_and_si512(x, ints(0xffff)); }
   static Ints bytes(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
   template <int column>
   static Ints column_of(Bytes v) {
@@ -98,6 +101,8 @@ struct Lanes {
     const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
     return _mm256_or_si256(low, _mm256_and_si256(set, _mm256_set1_epi8(value)));
   }
+  static Bytes less(Bytes a, Bytes b) { return _mm256_sub_epi8(a, b); }
+  static void store(void *p, Bytes x) { _mm256_store_si256((__m256i *)p, x); }
   template <int bits>
   static Ints dot_code(Ints sum, Bytes w, const int8_t *quad) {
     int32_t x;
@@ -122,6 +127,7 @@ struct Lanes {
   static Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
   static Ints sub(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
   static Ints mul(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
+  static Ints low_half(Ints x) { return _mm256_and_si256(x, ints(0xffff)); }
   static Ints bytes(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
   template <int column>
   static Ints column_of(Bytes v) {

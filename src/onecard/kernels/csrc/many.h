@@ -4,13 +4,16 @@
 #include "engine.h"
 #include "tiles.h"
 
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#if defined(__AVX2__) && !defined(__AVXVNNI__)
+#define OC_PANELS
 
 #include "panel.h"
 #if defined(__AMX_INT8__)
 #include "unit_amx.h"
-#else
+#elif defined(__AVX512VNNI__)
 #include "unit_avx512.h"
+#else
+#include "unit_avx2.h"
 #endif
 
 namespace {
@@ -32,10 +35,11 @@ inline void many(const oc_matrix &w, const Geometry &g, Unpack *unpack, int32_t 
                  int64_t begin, int64_t end, const Quantized &a, int64_t rows, float *y, int64_t stride, void *scratch) {
   auto &own = *static_cast<Scratch *>(scratch);
   const bool zeros = w.zero_point && (w.bits == 8 || !signed_panel);
+  const Unit unit(w);
+  const int32_t begin_of_one = unit.less() - zero;
   int32_t *const start = own.start(rows);
   if (!zeros && !signed_panel)
-    for (int64_t i = 0; i < Scratch::padded(rows) * g.blocks; i++) start[i] = -zero * a.sum[i];
-  const Unit unit(w);
+    for (int64_t i = 0; i < Scratch::padded(rows) * g.blocks; i++) start[i] = begin_of_one * a.sum[i];
   const int64_t per_chunk = chunk_columns / w.block, turns = (rows + step_rows - 1) / step_rows;
   for (int64_t at = begin; at < end; at += panel_tiles) {
     const int tiles = int(end - at < panel_tiles ? end - at : panel_tiles);
@@ -56,9 +60,9 @@ inline void many(const oc_matrix &w, const Geometry &g, Unpack *unpack, int32_t 
       const Chunk chunk = {own.panel, tiles, first, blocks, last, a, start, rows, own.sum(), y + at * tile_rows,
                            stride, ahead};
       if (zeros)
-        Unit::chunk<true>(chunk);
+        unit.chunk<true>(chunk);
       else
-        Unit::chunk<false>(chunk);
+        unit.chunk<false>(chunk);
     }
   }
 }

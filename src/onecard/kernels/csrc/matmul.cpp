@@ -12,7 +12,7 @@
 //              decoding is that of memory.
 //   many rows  a few tiles are unpacked, a chunk of columns at a time, to a panel of bytes that lies in the
 //              first cache while all rows pass over it; codes are unpacked once per panel, not per row.
-//              The panel meets the rows in tiles (unit_amx.h) or in vector registers (unit_avx512.h).
+//              The panel meets the rows in tiles (unit_amx.h) or in vector registers (unit_avx512.h, unit_avx2.h).
 //
 // Dense matrices, and integer ones whose inputs stay float32, add columns in rising order, one fused
 // multiply-add each; integer ones first within a block.
@@ -229,8 +229,8 @@ void multiply(const oc_matrix &w, const Input &in, int64_t begin, int64_t end, f
     return;
   }
   const Geometry g(w);
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-  if (!w.exact && in.rows >= many_from) {
+#if defined(OC_PANELS)
+  if (!w.exact && pays(w, in.rows)) {
     Unpack *const unpack_tile = w.bits == 8   ? unpack<8>
                                 : w.bits == 4 ? unpack<4>
                                 : w.bits == 3 ? unpack<3>
@@ -249,8 +249,8 @@ void multiply(const oc_matrix &w, const Input &in, int64_t begin, int64_t end, f
 }
 
 int64_t scratch_bytes(const oc_matrix &w, int64_t rows) {
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-  if (w.bits && !w.exact && rows >= many_from)
+#if defined(OC_PANELS)
+  if (w.bits && !w.exact && pays(w, rows))
     return Scratch::bytes(rows, Geometry(w).blocks);
 #endif
   (void)w, (void)rows;
@@ -261,7 +261,7 @@ int64_t scratch_bytes(const oc_matrix &w, int64_t rows) {
 
 namespace oc::matmul {
 
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#if defined(OC_PANELS)
 const Matmul OC_CLASS = {multiply, scratch_bytes, panel_tiles};
 #else
 const Matmul OC_CLASS = {multiply, scratch_bytes, 3};

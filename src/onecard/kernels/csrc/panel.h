@@ -1,6 +1,6 @@
 // A panel: a few tiles of a matrix of integers, a chunk of columns, unpacked to bytes. It lies in the first cache
 // while all rows pass over it. A format comes in by its `Unpack`; what multiplies (unit_amx.h,
-// unit_avx512.h) does not know how codes were stored.
+// unit_avx512.h, unit_avx2.h) does not know how codes were stored.
 #pragma once
 
 #include "engine.h"
@@ -11,14 +11,22 @@ namespace {
 using oc::Quantized;
 
 #if defined(__AMX_INT8__)
-constexpr int panel_tiles = 2, step_rows = 32, many_from = 9;
+constexpr int panel_tiles = 2, step_rows = 32, many_from = 9, many_bytes_from = 9;
 constexpr bool signed_panel = true;
+#elif defined(__AVX512VNNI__)
+constexpr int panel_tiles = 3, step_rows = 4, many_from = 25, many_bytes_from = 25;
+constexpr bool signed_panel = false;
 #else
-constexpr int panel_tiles = 3, step_rows = 4, many_from = 25;
+constexpr int panel_tiles = 3, step_rows = 4, many_from = 7, many_bytes_from = 33;
 constexpr bool signed_panel = false;
 #endif
 constexpr int panel_rows = panel_tiles * tile_rows;
-constexpr int chunk_columns = signed_panel ? 256 : 512, chunk_blocks = chunk_columns / 32;
+constexpr int chunk_columns = signed_panel || Lanes::count == 8 ? 256 : 512, chunk_blocks = chunk_columns / 32;
+
+// Whether so many rows make good the unpacking. Integers of 8 bits are bytes already.
+inline bool pays(const oc_matrix &w, int64_t rows) {
+  return rows >= (w.bits == 8 && w.kind != OC_SPARSE ? many_bytes_from : many_from);
+}
 
 // Where the bytes of a tile of the panel lie that belong to the columns 4 quad .. 4 quad + 3: sixteen quads
 // of one tile after another for the tile unit, else the tiles side by side.
@@ -41,22 +49,26 @@ inline void unpack(const oc_matrix &w, const Geometry &g, const uint8_t *tile, i
   const int quads = w.block / 4;
   for (int b = 0; b < blocks; b++) {
     const uint8_t *const codes = tile + g.codes + (first + b) * g.block_codes;
-    const Ints zero = zero_of<bits>(w, g, tile, first + b, 0);
-    Ints left = _mm512_and_si512(Lanes::sub(Lanes::ints(0), zero), Lanes::ints(0xffff));
-    Bytes shift = _mm512_setzero_si512();
-    if constexpr (signed_panel) {
-      shift = bits == 8 ? _mm512_set1_epi8(-128) : _mm512_mullo_epi32(zero, _mm512_set1_epi32(0x01010101));
-      left = bits == 8 ? Lanes::sub(zero, Lanes::ints(128)) : Lanes::ints(0);
-    }
-    _mm512_store_si512(&panel.zero[b][place * tile_rows], left);
-    _mm512_store_ps(&panel.scale[b][place * tile_rows], scale_of(w, g, tile, first + b, 0));
-    for (int i = 0; i < quads; i += 4)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) {
-        const Bytes u = quad_of<bits>(codes, codes + 4 * w.block, i + j, 0);
-        uint8_t *const out = panel.bytes + place_of(int64_t(b) * quads + i + j, place);
-        _mm512_store_si512(out, signed_panel ? _mm512_sub_epi8(u, shift) : u);
+    for (int part = 0; part < parts; part++) {
+      const int row = place * tile_rows + part * Lanes::count;
+      const Ints zero = zero_of<bits>(w, g, tile, first + b, part);
+      Ints left = Lanes::low_half(Lanes::sub(Lanes::ints(0), zero));
+      Bytes shift = Lanes::ints(0);
+      if constexpr (signed_panel) {
+        shift = Lanes::mul(zero, Lanes::ints(0x01010101));
+        if (bits == 8) shift = Lanes::ints(int32_t(0x80808080));
+        left = bits == 8 ? Lanes::sub(zero, Lanes::ints(128)) : Lanes::ints(0);
       }
+      Lanes::store(&panel.zero[b][row], left);
+      Lanes::store(&panel.scale[b][row], scale_of(w, g, tile, first + b, part));
+      for (int i = 0; i < quads; i += 4)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+          const Bytes u = quad_of<bits>(codes, codes + 4 * w.block, i + j, part);
+          uint8_t *const out = panel.bytes + place_of(int64_t(b) * quads + i + j, place) + 4 * Lanes::count * part;
+          Lanes::store(out, signed_panel ? Lanes::less(u, shift) : u);
+        }
+    }
   }
 }
 

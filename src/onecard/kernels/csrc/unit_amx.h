@@ -75,6 +75,7 @@ struct Unit {
     _tile_loadconfig(config.bytes);
   }
   ~Unit() { _tile_release(); }
+  static constexpr int32_t less() { return 0; }
 
   // Products of `blocks` blocks of `steps` steps each, while the sums of the tiles go to `leaving`, and then
   // to `out`; the last block's sums stay.

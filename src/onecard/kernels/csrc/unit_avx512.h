@@ -154,6 +154,7 @@ inline void multiply_blocks(const Job &job) {
 
 struct Unit {
   explicit Unit(const oc_matrix &) {}
+  static constexpr int32_t less() { return 0; }
 
   template <bool zeros, int block>
   static void chunk(const Chunk &c) {
