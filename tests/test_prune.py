@@ -18,7 +18,16 @@ from onecard.checkpoint.save import save_model
 from onecard.core.errors import BadRequest
 from onecard.core.report import Report
 from onecard.nn.model import Model
-from onecard.passes import GPTQ, AutoRound, DropLayers, Mixed, Prune, SparseGPT, recipe_of
+from onecard.passes import (
+    GPTQ,
+    AutoRound,
+    DropLayers,
+    Mixed,
+    Prune,
+    SparseGPT,
+    read_recipe,
+    recipe_of,
+)
 from onecard.passes.base import Pass, Recipe
 from onecard.passes.budget import (
     allocate,
@@ -389,6 +398,13 @@ def test_a_later_stage_keeps_zeros_out(tiny: Path, tmp_path: Path, text_file: Pa
     assert source.format_names() == ["sparse2:4(int4-g64)"]
     for _, linear in load_model(tmp_path / "out").linears():
         assert ((linear.matrix() != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all()
+
+
+def test_a_pattern_needs_no_quotes(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "passes: [{prune: {pattern: 2:4}}, {gptq: {bits: 4, damp: 0.02}}]\n"
+    )
+    assert read_recipe(tmp_path / "r.yaml").passes == (Prune(pattern="2:4"), GPTQ(4, damp=0.02))
 
 
 @pytest.mark.parametrize("later", [
