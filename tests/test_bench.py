@@ -18,6 +18,9 @@ from onecard.bench import CALL, LEAD, Case, Sizes, Timed, bench, serve
 from onecard.core.device import Device
 from onecard.core.errors import BadRequest
 from onecard.kernels import cpu
+from onecard.passes import Hash, RoundToNearest
+from onecard.passes.base import Recipe
+from onecard.passes.job import Settings, compress, prepare
 from onecard.runtime.cpu import CpuSettings, CpuStepper
 from onecard.runtime.steps import Fed, Feed, Ids
 
@@ -150,6 +153,18 @@ def test_the_report(tiny: Path) -> None:
     assert "would allow" in said and "2.0 GB/s" in said and "fit into" not in said
     with pytest.raises(KeyError):
         found.value("time_to_first_token", "prompt 40 x 2")
+
+
+def test_bytes_that_are_no_time_are_told(tiny: Path, tmp_path: Path) -> None:
+    """By what made them, and by what measures them; of formats that are read as they are, nothing."""
+    for passes, name in ((Hash(4, weigh=False), "hashed4"), (RoundToNearest(4), None)):
+        out = tmp_path / passes.key
+        made = compress(prepare(tiny, out, Recipe("r", (passes,)), Settings()))
+        sizes = Sizes(prompt=(), decode=(8,), batch=(1,), repeat=1)
+        found = bench([str(out)], sizes, CpuSettings(threads=2), roofs=lambda: ROOF)
+        for report in (made, found):
+            told = [title for title, _ in report.notes if title.startswith("not all of it is time")]
+            assert told == ([f"not all of it is time: {name}"] if name else [])
 
 
 def test_two_models_take_turns(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,3 +217,15 @@ def test_more_weights_than_slots() -> None:
     short = layout.sparse(dense.matrix, sparse.matrix.slots // 2)
     with pytest.raises(BadRequest, match="laid out"):
         filled(short, lambda out: layout.fill_sparse(short, dense.data, out, 1))
+
+
+@pytest.mark.parametrize("name, said", [
+    ("codebook8x4", "not vectors"), ("codebook4x2", "not vectors"), ("codebook5-row", "16 of each row"),
+    ("codebook7", ""), ("codebook6", ""), ("codebook4-row", ""), ("hashed8", "all over the memory"),
+    ("nvfp4", "32 weights"),
+    ("mxfp4", ""), ("nf4-g64", ""), ("ternary-g128", ""), ("binary-g128", ""), ("int5-g128", "2, 3, 4 or 8"),
+    ("int4-g128", ""), ("int8-row", ""), ("fp8-row", ""), ("sparse0.5(int4-g32)", ""),
+])  # fmt: skip
+def test_what_is_saved_and_is_no_time_is_told(name: str, said: str) -> None:
+    told = forms.widened(parse_format(name))
+    assert said in told and bool(told) is bool(said)

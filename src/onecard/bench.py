@@ -35,7 +35,7 @@ from onecard.core.device import Device, resident, resident_peak
 from onecard.core.errors import BadRequest, FailedWork, Problem
 from onecard.core.report import Report, Row, environment
 from onecard.core.settings import format_size
-from onecard.kernels import cpu
+from onecard.kernels import cpu, forms
 from onecard.runtime.cpu import CpuSettings, CpuStepper
 from onecard.runtime.sample import GREEDY
 from onecard.runtime.score import steps
@@ -266,7 +266,8 @@ def bench(
     answer = " ".join(_limit(variants[0], case, device) for case in _telling(cases))
     return Report(
         tuple(rows), environment(threads=first.threads, repeat=sizes.repeat),
-        f"{models[0]} on {device.name}", (("answer", answer), *_conventions(sizes)),
+        f"{models[0]} on {device.name}",
+        (("answer", answer), *forms.not_time(Source(models[0]).format_names()), *_conventions(sizes)),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ Sparse integers of 2 and 3 bits are stored with their zeros, which is no longer 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,12 @@ from onecard.core.format import (
     Codebook,
     Dense,
     Format,
+    Hashed,
     Integers,
     Levels,
     Shape,
     Sparse,
+    parse_format,
     words,
 )
 from onecard.kernels import cpu, layout
@@ -58,6 +61,37 @@ def form(format: Format, shape: Shape, stored: Shape) -> Matrix:
             smaller = layout.sparse(dense, slots) if dense.bits in (4, 8) else dense
             return min(dense, smaller, key=layout.size)
     return layout.rounded(shape, ROUNDED_BLOCK)
+
+
+def widened(format: Format) -> str:
+    """What a format saves in the file and not in time, and why; nothing where it is read as it is stored."""
+    shape = (4096, 4096)
+    match format:
+        case Integers(bits) if bits > 4:
+            laid, why = layout.integers(shape, format), "integers are read with 2, 3, 4 or 8 bits"
+        case Levels():
+            laid, why = form(format, shape, shape), "a table has a scale for 32 weights or more"
+        case Codebook(vector=1):
+            laid, why = (
+                form(format, shape, shape),
+                "a shuffle looks up 64 entries, or 16 of each row",
+            )
+        case Codebook():
+            laid, why = form(format, shape, shape), "a shuffle looks up single bytes, not vectors"
+        case Hashed():
+            laid, why = form(format, shape, shape), "shared numbers lie all over the memory"
+        case _:
+            return ""
+    stored, read = (8 * size / (4096 * 4096) for size in (format.bytes(shape), layout.size(laid)))
+    if read < 1.25 * stored:
+        return ""
+    return f"{stored:.2f} bits per weight in the file, {read:.2f} where it is multiplied: {why}"
+
+
+def not_time(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Notes for a report on the formats whose bytes saved are not all time."""
+    told = ((name, widened(parse_format(name))) for name in names)
+    return tuple((f"not all of it is time: {name}", said) for name, said in told if said)
 
 
 def fill(

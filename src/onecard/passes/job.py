@@ -32,6 +32,7 @@ from onecard.core.errors import BadRequest
 from onecard.core.report import BITS_PER_WEIGHT, Report, Row, environment, write_text
 from onecard.core.settings import format_size
 from onecard.core.spec import parameter_count
+from onecard.kernels import cpu, forms
 from onecard.passes import rounding, to_yaml
 from onecard.passes.base import Recipe
 from onecard.passes.plan import Plan, Prepared, Settings
@@ -142,10 +143,13 @@ def summary(job: Prepared, rows: list[Row], folder: Path, seconds: float) -> Rep
     """The report of a finished job, whose result lies in `folder`."""
     source, made = job.source, Checkpoint(folder)
     before, after = file_bytes(source.checkpoint), file_bytes(made)
-    count, left = parameter_count(source.spec), parameter_count(Source(folder).spec)
+    result = Source(folder)
+    count, left = parameter_count(source.spec), parameter_count(result.spec)
     notes = [(f"reference: {p.title}", p.paper) for p in job.recipe.passes]
     notes.append(("convention: bits per weight", BITS_PER_WEIGHT))
     notes += calibrated_on(job)
+    if cpu.available():
+        notes += forms.not_time(result.format_names())
     notes.append(("run", f'onecard run {shlex.quote(str(job.out))} "The"'))
     if source.extra:
         notes.append(
