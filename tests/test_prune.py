@@ -18,7 +18,16 @@ from onecard.checkpoint.save import save_model
 from onecard.core.errors import BadRequest
 from onecard.core.report import Report
 from onecard.nn.model import Model
-from onecard.passes import GPTQ, DropLayers, Mixed, Prune, SparseGPT, recipe_of
+from onecard.passes import (
+    GPTQ,
+    AutoRound,
+    DropLayers,
+    Mixed,
+    Prune,
+    SparseGPT,
+    read_recipe,
+    recipe_of,
+)
 from onecard.passes.base import Pass, Recipe
 from onecard.passes.budget import (
     allocate,
@@ -391,6 +400,13 @@ def test_a_later_stage_keeps_zeros_out(tiny: Path, tmp_path: Path, text_file: Pa
         assert ((linear.matrix() != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all()
 
 
+def test_a_pattern_needs_no_quotes(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "passes: [{prune: {pattern: 2:4}}, {gptq: {bits: 4, damp: 0.02}}]\n"
+    )
+    assert read_recipe(tmp_path / "r.yaml").passes == (Prune(pattern="2:4"), GPTQ(4, damp=0.02))
+
+
 @pytest.mark.parametrize("later", [
     Prune("taylor", 0.6, budget="global"), Prune("wanda", 0.6, budget="sensitivity"),
     Mixed(group=32, mean=3.5, tried=64),
@@ -400,5 +416,17 @@ def test_what_is_stored_without_zeros_is_looked_at_whole(
 ) -> None:
     """Gradients and sensitivities behind a pruning: its zeros stay zero, and out of the file."""
     source = made(tiny, tmp_path / "out", text_file, Prune("wanda", 0.5, scope="row"), later)
+    assert all(name.startswith("sparse") for name in source.format_names())
+    assert min(zeros(load_model(tmp_path / "out")).values()) >= 0.49
+
+
+@pytest.mark.parametrize("rounding", [
+    GPTQ(4, 32, correct=1.0), Mixed(group=32, mean=3.5, tried=64, correct=1.0),
+    AutoRound(4, 32, steps=5), AutoRound(4, 32, steps=5, start="rtn", correct=0.0),
+], ids=["gptq", "mixed", "autoround", "from rtn"])  # fmt: skip
+def test_rounding_that_aims_elsewhere_keeps_what_was_pruned(
+    tiny: Path, tmp_path: Path, text_file: Path, rounding: Pass
+) -> None:
+    source = made(tiny, tmp_path / "out", text_file, Prune("wanda", 0.5, scope="row"), rounding)
     assert all(name.startswith("sparse") for name in source.format_names())
     assert min(zeros(load_model(tmp_path / "out")).values()) >= 0.49

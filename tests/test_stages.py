@@ -12,6 +12,7 @@ from conftest import call
 from safetensors.torch import load_file
 
 from onecard.calibrate.data import Calibration
+from onecard.calibrate.train import Training
 from onecard.checkpoint.journal import partial_of
 from onecard.checkpoint.load import Source, load_model
 from onecard.checkpoint.save import save_model
@@ -20,7 +21,7 @@ from onecard.core.errors import BadRequest
 from onecard.core.report import Row
 from onecard.core.spec import Spec
 from onecard.nn.model import Model
-from onecard.passes import GPTQ, DropLayers, Prune, RoundToNearest, recipe_of
+from onecard.passes import GPTQ, QAT, DropLayers, Prune, RoundToNearest, Tables, recipe_of
 from onecard.passes.base import Data, ModelPass, Recipe
 from onecard.passes.job import Settings, compress, prepare
 from onecard.passes.layers import Influence, dropped
@@ -223,3 +224,20 @@ def test_from_a_recipe_file(tiny: Path, text_file: Path, tmp_path: Path) -> None
     assert config["num_hidden_layers"] == 2
     with pytest.raises(BadRequest, match="share"):
         recipe_of({"passes": [{"drop_layers": {"share": 1.0}}]}, "here")
+
+
+SHORT = Training(1, batch=2, length=16)
+
+
+@pytest.mark.parametrize("passes", [
+    (QAT(training=SHORT),), (QAT("ternary", training=SHORT), Tables(4, 32)), (GPTQ(4, 64), Tables(6, 32)),
+    (Prune(share=0.5), QAT(training=SHORT)),
+], ids=lambda passes: " ".join(p.key for p in passes))  # fmt: skip
+def test_the_size_that_is_planned_is_the_size_that_comes(
+    tiny: Path, tmp_path: Path, text_file: Path, passes: tuple
+) -> None:
+    """To the byte: training that quantizes and tables that are rounded are counted as what they leave."""
+    job = prepare(tiny, tmp_path / "out", Recipe("r", passes), settings(text_file))
+    planned = next(row.value for row in job.plan.rows() if row.what == "output_bytes")
+    compress(job)
+    assert Source(tmp_path / "out").checkpoint.nbytes == planned

@@ -245,7 +245,14 @@ def find_recipe(name: str) -> Recipe:
 
 
 class Plain(yaml.SafeLoader):
-    """YAML without aliases, with which a few lines can stand for gigabytes, and with every key once."""
+    """YAML without aliases, with which a few lines can stand for gigabytes, with every key once, and
+    without numbers to the base of 60, of which the pattern 2:4 would be one.
+    """
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        return self.DEFAULT_SCALAR_TAG if number and ":" in value else tag
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

@@ -39,7 +39,7 @@ from onecard.kernels import convert, reference
 from onecard.nn.layers import Linear
 from onecard.nn.transformer import Block
 from onecard.passes.base import BlockPass
-from onecard.passes.gptq import GPTQ
+from onecard.passes.gptq import GPTQ, is_pruned
 from onecard.passes.quantize import AUTO, RoundToNearest, require_finite_scale
 
 
@@ -119,6 +119,7 @@ class Learned(nn.Module):
         q = reference.grouped(codes.float(), self.format)
         self.shift = nn.Parameter(_shift(self.w / self.first, q, self.zero, self.format))
         self.stretch = nn.Parameter(torch.zeros_like(self.first))
+        self.keep = self.w != 0 if is_pruned(self.w) else None
 
     def scale(self) -> Tensor:
         """[out, groups, 1], as it will be stored."""
@@ -127,7 +128,8 @@ class Learned(nn.Module):
 
     def codes(self, scale: Tensor) -> Tensor:
         low, high = self.format.levels
-        t = self.w / scale + self.shift + self.zero
+        shift = self.shift if self.keep is None else self.shift * self.keep
+        t = self.w / scale + shift + self.zero
         return straight(torch.round(t), t).clamp(low, high)
 
     def forward(self, x: Tensor) -> Tensor:

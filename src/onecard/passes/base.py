@@ -100,7 +100,7 @@ class Pass(ABC):
 
     def follows(self, earlier: Sequence[Pass]) -> None:
         """Raise BadRequest where it cannot come after these passes, and say why."""
-        sparse = next((p for p in earlier if isinstance(p, BlockPass) and p.zeros), None)
+        sparse = next((p for p in earlier if p.zeros), None)
         if sparse is not None and not self.takes_sparse:
             raise BadRequest(
                 "it changes matrices that are stored without their zeros",
@@ -126,6 +126,25 @@ class Pass(ABC):
     def leaves(self, spec: Spec) -> Spec:
         """The Spec it leaves, as far as sizes go and settings tell."""
         return spec
+
+    def format_for(self, shape: Shape) -> Format | None:
+        """The format it leaves a matrix of `shape` in, the largest it can come to where its weights
+        decide; None keeps what it found."""
+        return None
+
+    def table_for(self, spec: Spec) -> Format | None:
+        """The same of the embedding and the head."""
+        return None
+
+    @property
+    def rounding(self) -> Inputs | None:
+        """How it leaves inputs rounded; None keeps what it found."""
+        return None
+
+    @property
+    def zeros(self) -> Zeros | None:
+        """The zeros it leaves, where matrices are to be stored without them."""
+        return None
 
     @property
     def surveys(self) -> bool:
@@ -158,18 +177,7 @@ class BlockPass(Pass):
         """The format it leaves a matrix of `columns` inputs in; None keeps what it found."""
 
     def format_for(self, shape: Shape) -> Format | None:
-        """The same for a matrix of `shape`; the largest it can come to, where its weights decide."""
         return self.format_of(shape[1])
-
-    @property
-    def rounding(self) -> Inputs | None:
-        """How it leaves inputs rounded; None keeps what it found."""
-        return None
-
-    @property
-    def zeros(self) -> Zeros | None:
-        """The zeros it leaves, where matrices are to be stored without them."""
-        return None
 
     def informed(self, found: Any) -> SitePass:
         """What walks when the survey has found something: the pass with its budgets."""
@@ -308,7 +316,7 @@ def needs_of(stage: Sequence[BlockPass]) -> frozenset[str]:
     return frozenset().union(*(p.needs for p in stage))
 
 
-def zeros_of(stage: Sequence[BlockPass]) -> Zeros | None:
+def zeros_of(stage: Sequence[Pass]) -> Zeros | None:
     """The zeros that a stage leaves."""
     return next((p.zeros for p in reversed(stage) if p.zeros is not None), None)
 
@@ -318,13 +326,13 @@ def splits(stage: Sequence[BlockPass]) -> bool:
     return zeros_of(stage) is not None or must_split([p.format_of(128) for p in stage])
 
 
-def output_format(stage: Sequence[BlockPass], shape: Shape) -> Format | None:
+def output_format(stage: Sequence[Pass], shape: Shape) -> Format | None:
     """The format that linears of a shape end in."""
     formats = [p.format_for(shape) for p in stage]
     return next((format for format in reversed(formats) if format), None)
 
 
-def output_bytes(stage: Sequence[BlockPass], spec: Spec, layer: LayerSpec, stored: str) -> int:
+def output_bytes(stage: Sequence[Pass], spec: Spec, layer: LayerSpec, stored: str) -> int:
     """Exact bytes of a block's linears after a walk over a model stored in the dtype `stored`."""
     shapes = linear_shapes(spec, layer)
     touched = {name for site in sites(layer) for name in site.linears}

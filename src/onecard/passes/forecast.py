@@ -19,7 +19,7 @@ from onecard.calibrate.walk import compares, peak_bytes, weight_count
 from onecard.checkpoint.load import compute_dtype
 from onecard.checkpoint.source import Source
 from onecard.core.device import resident, resident_peak
-from onecard.core.format import DTYPE_BYTES
+from onecard.core.format import DTYPE_BYTES, Dense
 from onecard.core.spec import Spec, linear_shapes, sites
 from onecard.kernels.reference import DTYPES
 from onecard.passes.base import BlockPass, ModelPass, Recipe, Stage, Survey, needs_of, output_bytes
@@ -136,7 +136,13 @@ def after_stage(before: Before, stage: Stage) -> Before:
     if isinstance(stage, ModelPass):
         share = linear_weights(spec) / max(1, linear_weights(before.spec))
         linears = round(before.linears * share)
+        if stage.format_for((128, 128)):
+            linears = sum(output_bytes(passes, spec, layer, before.stored) for layer in spec.layers)
         rest = before.rest * spec.hidden // before.spec.hidden
+        if table := stage.table_for(spec):
+            shape = (spec.vocab_size, spec.embed_size)
+            less = Dense(before.stored).bytes(shape) - table.scaled(before.stored).bytes(shape)
+            rest -= less * (1 if spec.tied else 2)
         return Before(spec, before.stored, linears, rest, before.stem, before.largest)
     linears = sum(output_bytes(stage, spec, layer, before.stored) for layer in spec.layers)
     return Before(spec, before.stored, linears, before.rest, before.stem, before.largest)

@@ -187,11 +187,20 @@ class GPTQ(BlockPass):
 
 
 def corrected(w: Tensor, hessian: Tensor, cross: Tensor, damp: float, share: float) -> Tensor:
-    """W, `share` of the way to the matrix that makes the original's outputs of the inputs there are."""
+    """W, `share` of the way to the matrix that makes the original's outputs of the inputs there are.
+
+    What is pruned stays so.
+    """
     inverse, failed = torch.linalg.cholesky_ex(damped(hessian, max(damp, 0.01)))
     if int(failed):
         return w
-    return w + share * torch.cholesky_solve((w @ (cross - hessian)).T, inverse).T
+    aim = w + share * torch.cholesky_solve((w @ (cross - hessian)).T, inverse).T
+    return torch.where(w == 0, 0.0, aim) if is_pruned(w) else aim
+
+
+def is_pruned(w: Tensor) -> bool:
+    """Whether so many weights are zero that their places are to be kept."""
+    return int(torch.count_nonzero(w)) < (1 - PRUNED_SHARE) * w.numel()
 
 
 def refined(w: Tensor, solution: Solution, hessian: Tensor, format: Integers) -> Solution:
@@ -255,7 +264,7 @@ def solve(w: Tensor, hessian: Tensor, format: Integers, rounding: Rounding) -> S
     r, _ = factor(hessian, rounding.damp, order)
     target = w.T.contiguous()[order]  # [in, rows]; every column of W is a row from here on
     keep = target != 0
-    pruned = int(torch.count_nonzero(keep)) < (1 - PRUNED_SHARE) * keep.numel()
+    pruned = is_pruned(target)
 
     rounded, searched = loops(w, hessian)
     scale, zero = torch.empty(rows, groups), torch.empty(rows, groups)

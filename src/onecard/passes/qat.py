@@ -31,7 +31,7 @@ from onecard.calibrate.latent import trainable
 from onecard.calibrate.losses import check_loss, next_token, soft_targets
 from onecard.calibrate.train import Training, computes_bf16, train
 from onecard.core.errors import BadRequest
-from onecard.core.format import Integers, Levels, Weight
+from onecard.core.format import Format, Integers, Levels, Shape, Weight
 from onecard.core.report import Row
 from onecard.core.spec import Spec
 from onecard.kernels import reference, storage
@@ -159,6 +159,9 @@ class QAT(ModelPass):
     @property
     def quantizes(self) -> bool:
         return True
+
+    def format_for(self, shape: Shape) -> Format | None:
+        return self.format_of(shape[1])
 
     def format_of(self, columns: int) -> Integers | Levels:
         group = 128 if self.group == AUTO else self.group

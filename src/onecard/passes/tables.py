@@ -29,6 +29,7 @@ from torch import Tensor
 from onecard.calibrate.stats import HESSIAN, Statistics
 from onecard.calibrate.walk import batches
 from onecard.core.errors import BadRequest
+from onecard.core.format import Format
 from onecard.core.report import Row
 from onecard.core.spec import Spec
 from onecard.kernels import convert
@@ -66,6 +67,9 @@ class Tables(ModelPass):
     @property
     def quantizes(self) -> bool:
         return True
+
+    def table_for(self, spec: Spec) -> Format | None:
+        return make_format(self.bits, self.group, False, spec.embed_size)
 
     def check(self, spec: Spec) -> None:
         check_width(make_format(self.bits, self.group, False, spec.embed_size), spec.embed_size)
