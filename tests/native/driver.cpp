@@ -140,6 +140,32 @@ Laid lay(Random &random, int64_t rows, int64_t columns, const Kind &kind, float 
   return laid;
 }
 
+// Numbers of bf16 divided by scales of every significand, as doubles divide them.
+void quotients() {
+  where = std::string(oc_isa_name(oc_isa())) + " rounding bf16";
+  constexpr int64_t rows = 128, columns = 896;
+  std::vector<uint16_t> w(rows * columns);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t k = 0; k < columns; k++) {
+      const int64_t size = k % 128 ? 121 * 128 + k : 127 * 128 + r;  // every number up to its group's largest
+      w[size_t(r * columns + k)] = uint16_t(size | (k & 1 ? 0x8000 : 0));
+    }
+  for (const int bits : {2, 4, 8}) {
+    const int per_word = 32 / bits, half = 1 << (bits - 1);
+    std::vector<int32_t> packed(rows * columns / per_word);
+    std::vector<uint16_t> scale(rows * columns / 128);
+    expect(oc_round_pack(w.data(), OC_BF16, rows, columns, bits, 128, OC_BF16, 2, packed.data(), scale.data(),
+                         nullptr) == 0, "rounding");
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < rows * columns; i++) {
+      const double q = std::nearbyint(double(from_bf16(w[size_t(i)])) / from_bf16(scale[size_t(i / 128)]));
+      const int code = int(uint32_t(packed[size_t(i / per_word)]) >> i % per_word * bits) & (2 * half - 1);
+      wrong += code - half != int(std::clamp(q, double(-half), double(half - 1)));
+    }
+    expect(!wrong, "codes", double(wrong));
+  }
+}
+
 // What the engine makes of inputs: int8 in blocks.
 Doubles rounded(const Floats &x, int64_t rows, int64_t columns, int block) {
   Doubles y(x.size());
@@ -545,6 +571,7 @@ int main(int argc, char **argv) {
     const std::string name = oc_isa_name(isa);
     if (!oc_isa_supported(isa) || (!only.empty() && only != name)) continue;
     expect(oc_isa_force(isa) == isa, "force");
+    quotients();
     products();
     rows();
     attention();
