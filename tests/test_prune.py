@@ -21,9 +21,12 @@ from onecard.nn.model import Model
 from onecard.passes import (
     GPTQ,
     AutoRound,
+    CutUnits,
     DropLayers,
+    Fuse,
     Mixed,
     Prune,
+    Rotate,
     SparseGPT,
     read_recipe,
     recipe_of,
@@ -430,3 +433,13 @@ def test_rounding_that_aims_elsewhere_keeps_what_was_pruned(
     source = made(tiny, tmp_path / "out", text_file, Prune("wanda", 0.5, scope="row"), rounding)
     assert all(name.startswith("sparse") for name in source.format_names())
     assert min(zeros(load_model(tmp_path / "out")).values()) >= 0.49
+
+
+@pytest.mark.parametrize("later", [Rotate(), Fuse(), CutUnits("neuron", "l2")], ids=lambda p: p.key)
+def test_what_needs_whole_matrices_is_refused_without_them(tiny: Path, later: Pass) -> None:
+    model = load_model(tiny)
+    apply(model, Recipe("p", (Prune(share=0.5),)), None)
+    before = zeros(model)
+    with pytest.raises(BadRequest, match="stored without its zeros"):
+        apply(model, Recipe("r", (later,)), IDS)
+    assert zeros(model) == before

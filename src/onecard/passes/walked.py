@@ -21,6 +21,7 @@ from onecard.checkpoint.load import load_model, read
 from onecard.checkpoint.save import assemble, complete, config_with
 from onecard.checkpoint.source import Source, verify
 from onecard.core.errors import BadRequest
+from onecard.core.format import Sparse
 from onecard.core.report import Report, Row, Value, environment, write_text
 from onecard.core.spec import Spec
 from onecard.nn.model import Model
@@ -50,6 +51,10 @@ def apply(model: Model, recipe: Recipe, ids: Tensor | None) -> Report:
         check_ids(ids, model.spec)
     if any(quantized(linear.format) for _, linear in model.linears()):
         raise BadRequest("the model is compressed already", do="start from the original model")
+    first = next((p for p in recipe.passes if not p.takes_sparse), None)
+    if first and any(isinstance(linear.format, Sparse) for _, linear in model.linears()):
+        raise BadRequest("the model is stored without its zeros", f"{first.title} changes whole matrices",
+                         "start from the original model")  # fmt: skip
     if recipe.calibrated and ids is None:
         raise BadRequest(f"the recipe {recipe.name} needs calibration text")
     rows: list[Row] = []
