@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from onecard.calibrate.data import Calibration
 from onecard.checkpoint.journal import mount_points, partial_of
-from onecard.core.errors import BadRequest
+from onecard.core.errors import BadRequest, nearest
 from onecard.core.settings import parse_size
 
 
@@ -726,6 +726,14 @@ def test_what_is_told_of_a_long_word_is_short(
     assert call("compress", tiny, tmp_path / "out", "--recipe", recipe) == 2
     said = capsys.readouterr().err
     assert len(said) < 1000 and "type int is needed" in said
+
+
+@pytest.mark.parametrize("word, said", [
+    ("fp8", "did you mean 'fp8-row' or 'fp8-tensor'?"), ("nf5", "did you mean 'nf4'?"),
+    ("", "known: fp8-row, fp8-tensor, nf4"), ("zzz", "known: fp8-row, fp8-tensor, nf4"),
+])  # fmt: skip
+def test_the_nearest_word(word: str, said: str) -> None:
+    assert nearest(word, ("nf4", "fp8-row", "fp8-tensor")) == said
 
 
 def test_one_recipe_is_told_whole(capsys: pytest.CaptureFixture) -> None:

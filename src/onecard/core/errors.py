@@ -48,8 +48,10 @@ def _line(text: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the closest known word, or the list of known words."""
+    """`did you mean 'x'?` for what begins so or is closest, or the list of known words."""
     words = sorted(known)
+    if word and (longer := [known for known in words if known.startswith(word)]):
+        return f"did you mean {' or '.join(map(repr, longer[:4]))}?"
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     between = "; " if any("," in word for word in words) else ", "
     return f"did you mean {close[0]!r}?" if close else "known: " + between.join(words)
