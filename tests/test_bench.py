@@ -96,16 +96,22 @@ def test_decoding_writes_every_id(tiny: Path, seen: list, count: int, batch: int
         assert written == found
 
 
-def test_what_a_step_reads(tiny: Path) -> None:
+def test_what_a_step_reads(tiny: Path, tmp_path: Path) -> None:
     """All linears once; of a tied table the head's copy, not the rows that are looked up."""
     timed = Timed(str(tiny), CpuSettings(threads=2, context=64, head="stored"))
     linears = 3 * (128 * (128 + 2 * 64 + 128) + 3 * 128 * 256)
     assert timed.step_bytes() == 2 * (linears + 304 * 128)  # rows are padded to 16
     assert timed.operations(Case("prompt", 10, 2)) == {
-        "int8": 0.0, "fp32": 2.0 * (20 * linears + 2 * 300 * 128),
+        "int8": 0.0, "int4": 0.0, "fp32": 2.0 * (20 * linears + 2 * 300 * 128),
     }  # fmt: skip
     rounded = Timed(str(tiny), CpuSettings(threads=2, context=64))
     assert rounded.operations(Case("prompt", 10, 2))["int8"] == 2.0 * 2 * 300 * 128
+    recipe = Recipe("narrow", (RoundToNearest(4, 32),))
+    compress(prepare(tiny, tmp_path / "narrow", recipe, Settings()))
+    narrow = Timed(str(tmp_path / "narrow"), CpuSettings(threads=2, context=64))
+    assert narrow.operations(Case("prompt", 10, 2)) == {
+        "int8": 2.0 * 2 * 300 * 128, "int4": 2.0 * 20 * linears, "fp32": 0.0,
+    }  # fmt: skip
 
 
 def test_experts_are_read_as_they_are_chosen(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from onecard.core.errors import BadRequest, FailedWork, Problem
 from onecard.core.report import Report, Row, environment
 from onecard.core.settings import format_size
 from onecard.kernels import cpu, forms
+from onecard.kernels.structs import PLAIN, SPARSE
 from onecard.runtime.cpu import CpuSettings, CpuStepper
 from onecard.runtime.sample import GREEDY
 from onecard.runtime.score import steps
@@ -202,12 +203,13 @@ class Timed:
 
     def operations(self, case: Case) -> dict[str, float]:
         """Operations of a prompt's products by the dtype whose unit does them; a multiply-add is two."""
-        found = {"int8": 0.0, "fp32": 0.0}
+        found = {"int8": 0.0, "int4": 0.0, "fp32": 0.0}
         for path in self.stepper.weights.linears():
             matrix = self.stepper.matrix(path)
             once = path in ("tail.head", "tail.project")  # for the last id of a context
             ids = case.batch if once else case.tokens
-            kind = "int8" if matrix.bits and not matrix.exact else "fp32"
+            codes = "int4" if matrix.bits <= 4 and matrix.kind in (PLAIN, SPARSE) else "int8"
+            kind = codes if matrix.bits and not matrix.exact else "fp32"
             found[kind] += 2.0 * matrix.rows * matrix.columns * ids * self._share(path)
         return found
 
@@ -348,7 +350,7 @@ def _needed(timed: Timed, case: Case, device: Device) -> float | None:
     share = min(1.0, timed.threads / device.cores)
     seconds = 0.0
     for dtype, count in timed.operations(case).items():
-        peak = device.peak(dtype)
+        peak = device.peak(dtype) or (device.peak("int8") if dtype == "int4" else None)
         if peak is None:
             return None
         seconds += count / (peak * share)
@@ -374,7 +376,7 @@ def _machine(variants: list[Variant], device: Device) -> Iterator[Row]:
     yield Row("machine", "native_class", ", ".join(dict.fromkeys(v.timed.isa for v in variants)))
     yield Row("machine", "read_bandwidth", device.bandwidth(timed.threads), "B/s")
     used = {dtype for dtype, n in timed.operations(Case("prompt", 1, 1)).items() if n}
-    for dtype in sorted(used):
+    for dtype in sorted(dtype for dtype in used if device.peak(dtype)):
         yield Row("machine", f"peak_{dtype}", device.peak(dtype), "1/s")
         yield Row("machine", f"unit_{dtype}", dict(device.units).get(dtype))
 

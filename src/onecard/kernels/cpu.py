@@ -33,7 +33,7 @@ from onecard.core.settings import parse_size
 
 ABI = 5
 CODES = {"fp32": 0, "fp16": 1, "bf16": 2, "int8": 3, "fp8": 4, "int4": 5}
-PEAKS = ("int8", "bf16", "fp32")
+PEAKS = ("int8", "int4", "bf16", "fp32")
 
 SECONDS = 0.3  # for each measured number
 BUFFER = 2 << 30  # bytes to read, so that no cache holds them; memory permitting

@@ -271,6 +271,21 @@ struct Int8Unit {
 };
 #endif
 
+// Codes of 4 bits by int8, where sums of pairs have room for more of them (unit_avx2.h).
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
+struct Int4Unit {
+  typedef __m256i Register;
+  static constexpr int multiplies = 32;
+  static constexpr const char *name = "avx2 vpmaddubsw, vpaddw";
+  static void step(__m256i &s, __m256i &a, __m256i &b) {
+    touch(a);
+    s = _mm256_add_epi16(s, _mm256_maddubs_epi16(a, b));
+  }
+};
+#else
+typedef Int8Unit Int4Unit;
+#endif
+
 #if defined(__AVX512BF16__)
 struct Bf16Unit {
   typedef __m512 Register;
@@ -335,16 +350,17 @@ double run_amx_bf16(int64_t turns) {
   return 2.0 * 16 * 16 * 32 * 6 * double(turns);
 }
 
-constexpr Peak bf16_peak = {"amx tdpbf16ps", run_amx_bf16}, int8_peak = {"amx tdpbssd", run_amx_int8};
+constexpr Peak bf16_peak = {"amx tdpbf16ps", run_amx_bf16}, int8_peak = {"amx tdpbssd", run_amx_int8},
+               int4_peak = int8_peak;
 #else
-constexpr Peak bf16_peak = peak_of<Bf16Unit>(), int8_peak = peak_of<Int8Unit>();
+constexpr Peak bf16_peak = peak_of<Bf16Unit>(), int8_peak = peak_of<Int8Unit>(), int4_peak = peak_of<Int4Unit>();
 #endif
 
 }  // namespace
 
 namespace oc {
 
-const Kernels OC_CLASS = {sum,        peak_of<Fp32Unit>(), bf16_peak, int8_peak,
-                          round_pack, pack,                to_dense};
+const Kernels OC_CLASS = {sum,       peak_of<Fp32Unit>(), bf16_peak, int8_peak,
+                          int4_peak, round_pack,          pack,      to_dense};
 
 }  // namespace oc

@@ -67,7 +67,7 @@ struct SearchGrid {
 // kernels.cpp. Whatever has a range works on the rows [begin, end).
 struct Kernels {
   uint64_t (*sum)(const uint64_t *words, size_t count);  // count is a multiple of 64
-  Peak fp32, bf16, int8;
+  Peak fp32, bf16, int8, int4;
   int64_t (*round_pack)(const RoundPack &job, int64_t begin, int64_t end);
   void (*pack)(const Pack &job, int64_t begin, int64_t end);
   void (*to_dense)(const ToDense &job, int64_t begin, int64_t end);

@@ -171,6 +171,7 @@ const oc::Peak *peak_of(int dtype) {
   if (dtype == OC_FP32) return &kernels().fp32;
   if (dtype == OC_BF16) return &kernels().bf16;
   if (dtype == OC_INT8) return &kernels().int8;
+  if (dtype == OC_INT4) return &kernels().int4;
   return nullptr;
 }
 

@@ -54,8 +54,8 @@ OC_API int oc_reach(int64_t near, int64_t far);
 OC_API double oc_read_bandwidth(int64_t bytes, int threads, double seconds);
 
 /* Operations per second (a multiply-add is two) of the best unit of the class in use, on registers
- * only, for OC_FP32, OC_BF16 or OC_INT8; and that unit's name (NULL for another dtype). Where bf16 has
- * no unit of its own it is widened, so its peak is that of fp32. */
+ * only, for OC_FP32, OC_BF16, OC_INT8 or OC_INT4 (codes of at most 4 bits by int8); and that unit's name (NULL for
+ * another dtype). Where bf16 has no unit of its own it is widened, so its peak is that of fp32. */
 OC_API double oc_peak(int dtype, int threads, double seconds);
 OC_API const char *oc_peak_unit(int dtype);
 
