@@ -47,26 +47,30 @@ struct Calls {
 
 // `rows` rows from `first` on, times one tile, into y[row][16]. With one or two rows, products of neighbouring
 // quads go to sums of their own, so that none waits for the one before it, and a block is one piece of code:
-// a loop's end that is guessed wrong costs as much as half a block.
+// a loop's end that is guessed wrong costs as much as half a block. Where registers are half a line, both halves
+// are multiplied as it comes from memory, or one half of the time would be spent on what lies in the cache.
 template <int bits, int block, int rows>
 void few_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const Quantized &a,
               int64_t first, float *y, int64_t stride) {
-  constexpr int chains = rows <= 2 ? 2 : 1, quads = block / 4, at_once = rows <= 2 ? quads : 4;
-  constexpr int lines = block * bits * 2 / 64;
-  for (int part = 0; part < parts; part++) {
-    Floats sum[rows];
-    for (int m = 0; m < rows; m++) sum[m] = Lanes::floats(0.0f);
+  constexpr int chains = rows <= 2 ? 2 : 1, quads = block / 4, at_once = rows > 2 ? 4 : Lanes::count == 8 ? 8 : quads;
+  constexpr int lines = block * bits * 2 / 64, wide = Lanes::count == 8 ? parts : 1;
+  for (int from = 0; from < parts; from += wide) {
+    Floats sum[wide][rows];
+    for (auto &part : sum)
+      for (auto &s : part) s = Lanes::floats(0.0f);
     const uint8_t *codes = tile + g.codes;
     Calls calls(g, tile);
     for (int64_t b = 0; b < g.blocks; b++, codes += g.block_codes, calls.next()) {
       const int8_t *const q = a.at(first, b * block);
-      Ints dots[chains][rows];
+      Ints dots[chains][wide][rows];
+#pragma GCC unroll 2
+      for (int p = 0; p < wide; p++)
 #pragma GCC unroll 8
-      for (int m = 0; m < rows; m++) {
-        const int32_t total = a.sum[(first + m) * a.blocks + b];
-        dots[0][m] = begin_of<bits>(w, g, tile, b, part, total);
-        for (int c = 1; c < chains; c++) dots[c][m] = Lanes::ints(0);
-      }
+        for (int m = 0; m < rows; m++) {
+          const int32_t total = a.sum[(first + m) * a.blocks + b];
+          dots[0][p][m] = begin_of<bits>(w, g, tile, b, from + p, total);
+          for (int c = 1; c < chains; c++) dots[c][p][m] = Lanes::ints(0);
+        }
       calls.line(lines);
 #pragma GCC unroll 1
       for (int i = 0; i < quads; i += at_once)
@@ -74,24 +78,31 @@ void few_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const 
         for (int j = 0; j < at_once; j++) {
           const int k = i + j;
           if (k * lines % quads < lines) calls.line(k * lines / quads);
-          const Bytes u = quad_of<bits>(codes, codes + 4 * block, k, part);
           const int8_t *const quad = q + k / 16 * Quantized::chunk + k % 16 * 4;
+#pragma GCC unroll 2
+          for (int p = 0; p < wide; p++) {
+            const Bytes u = quad_of<bits>(codes, codes + 4 * block, k, from + p);
 #pragma GCC unroll 8
-          for (int m = 0; m < rows; m++) {
-            Ints &dot = dots[j % chains][m];
-            dot = Lanes::template dot_code<bits>(dot, u, quad + 64 * m);
+            for (int m = 0; m < rows; m++) {
+              Ints &dot = dots[j % chains][p][m];
+              dot = Lanes::template dot_code<bits>(dot, u, quad + 64 * m);
+            }
           }
         }
-      const Floats scale = scale_of(w, g, tile, b, part);
+#pragma GCC unroll 2
+      for (int p = 0; p < wide; p++) {
+        const Floats scale = scale_of(w, g, tile, b, from + p);
 #pragma GCC unroll 8
-      for (int m = 0; m < rows; m++) {
-        Ints dot = dots[0][m];
-        for (int c = 1; c < chains; c++) dot = Lanes::add(dot, dots[c][m]);
-        const Floats factor = Lanes::mul(scale, Lanes::floats(a.scale[(first + m) * a.blocks + b]));
-        sum[m] = Lanes::fma(Lanes::floats(dot), factor, sum[m]);
+        for (int m = 0; m < rows; m++) {
+          Ints dot = dots[0][p][m];
+          for (int c = 1; c < chains; c++) dot = Lanes::add(dot, dots[c][p][m]);
+          const Floats factor = Lanes::mul(scale, Lanes::floats(a.scale[(first + m) * a.blocks + b]));
+          sum[p][m] = Lanes::fma(Lanes::floats(dot), factor, sum[p][m]);
+        }
       }
     }
-    for (int m = 0; m < rows; m++) Lanes::store(y + m * stride + part * Lanes::count, sum[m]);
+    for (int p = 0; p < wide; p++)
+      for (int m = 0; m < rows; m++) Lanes::store(y + m * stride + (from + p) * Lanes::count, sum[p][m]);
   }
 }
 
