@@ -36,10 +36,11 @@ inline void many(const oc_matrix &w, const Geometry &g, Unpack *unpack, int32_t 
   auto &own = *static_cast<Scratch *>(scratch);
   const bool zeros = w.zero_point && (w.bits == 8 || !signed_panel);
   const Unit unit(w);
-  const int32_t begin_of_one = unit.less() - zero;
+  const auto begin_of_one = uint32_t(unit.less() - zero);
   int32_t *const start = own.start(rows);
   if (!zeros && !signed_panel)
-    for (int64_t i = 0; i < Scratch::padded(rows) * g.blocks; i++) start[i] = begin_of_one * a.sum[i];
+    for (int64_t i = 0; i < Scratch::padded(rows) * g.blocks; i++)  // of a row with NaN the sum may be anything
+      start[i] = int32_t(begin_of_one * uint32_t(a.sum[i]));
   const int64_t per_chunk = chunk_columns / w.block, turns = (rows + step_rows - 1) / step_rows;
   for (int64_t at = begin; at < end; at += panel_tiles) {
     const int tiles = int(end - at < panel_tiles ? end - at : panel_tiles);
