@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,29 @@ def test_numbers_that_are_none(
         with pytest.raises(BadRequest, match=f"{name} holds {count} values that are NaN"):
             compress(prepare(tmp_path / "model", tmp_path / "out", RTN, Settings()))
         assert {p.name for p in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize("way", [rounding, walked])
+def test_source_that_changes_meanwhile(
+    way: ModuleType, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result of two versions of a model is none, and the manifest would name the later one."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny, model)
+    file = model / "model.safetensors"
+    by(way, monkeypatch)
+
+    def change(done: int, total: int, what: str) -> None:
+        if done == 1:
+            held = bytearray(file.read_bytes())
+            held[-2] ^= 1
+            file.write_bytes(held)
+
+    with pytest.raises(FailedWork, match="changed while it was compressed"):
+        compress(prepare(model, out, RTN, Settings()), change)
+    assert not out.exists()
+    compress(prepare(model, out, RTN, Settings(force=True)))
+    assert (out / "manifest.json").is_file()
 
 
 class Killed(Exception):

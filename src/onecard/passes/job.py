@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from onecard import __version__
 from onecard.calibrate.data import calibration_ids, digest
-from onecard.checkpoint.journal import Journal, check_space, check_target
+from onecard.checkpoint.journal import Journal, check_space, check_target, fingerprint
 from onecard.checkpoint.save import assemble, complete, config_with, source_hashes
 from onecard.checkpoint.shards import Checkpoint, read_json
 from onecard.checkpoint.source import MANIFEST, Source, verify
 from onecard.core.device import resident_peak
-from onecard.core.errors import BadRequest
+from onecard.core.errors import BadRequest, FailedWork
 from onecard.core.report import BITS_PER_WEIGHT, Report, Row, environment, write_text
 from onecard.core.settings import format_size
 from onecard.core.spec import parameter_count
@@ -102,10 +102,16 @@ def compress(
             if journal.fresh:
                 journal.discard()
             raise
+        about = {"source": source_hashes(source), **made(job)}
+        if fingerprint(source.checkpoint) != journal.key["source"]:
+            raise FailedWork(
+                f"{source.called} changed while it was compressed",
+                seen="a weight file has another size or time than when this began",
+                do="once it stays as it is, run this again with --force",
+            )
         folder = journal.result
         weights = assemble(folder, journal.hashes())
         write_text(folder / "recipe.yaml", to_yaml(recipe))
-        about = {"source": source_hashes(source), **made(job)}
         config = config_with(last.source, last.schemes, last.split)
         complete(folder, source, config, weights, about)
         report = summary(job, last.rows, folder, time.perf_counter() - started)

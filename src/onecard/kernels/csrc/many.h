@@ -4,7 +4,7 @@
 #include "engine.h"
 #include "tiles.h"
 
-#if defined(__AVX2__) && !defined(__AVXVNNI__)
+#if (defined(__AVX512BW__) && defined(__AVX512VNNI__)) || (defined(__AVX2__) && !defined(__AVXVNNI__))
 #define OC_PANELS
 
 #include "panel.h"
