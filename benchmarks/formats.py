@@ -116,6 +116,7 @@ class Drawn:
         self.hidden, self.vocab = source.spec.hidden, source.spec.vocab_size
         self.made: dict[Shape, list[tuple[str, Matrix, layout.Bytes]]] = {}
         self.name, self.head, self.kept, self.read = format, head, [], 0
+        self.given: dict[str, Matrix] = {}
         self.shapes = {
             (p.path if i is None else f"blocks.{i}.{p.path}"): p.module.shape
             for i in source.parts()
@@ -173,8 +174,12 @@ class Drawn:
         return self.made[shape]
 
     def matrix(self, path: str, exact: bool = False) -> Matrix:
-        if path not in self.shapes:
-            return Matrix()
+        """The same one whenever it is asked for: it is counted and held once."""
+        if path not in self.given:
+            self.given[path] = self.drawn(path) if path in self.shapes else Matrix()
+        return self.given[path]
+
+    def drawn(self, path: str) -> Matrix:
         rows, columns = self.shapes[path]
         made = Matrix()
         for end, matrix, data in self.pieces(
