@@ -57,6 +57,7 @@ def test_a_fake_survives_json() -> None:
 
 def test_a_device_can_be_typed_in() -> None:
     device = Device.from_dict({"name": "board", "memory_bytes": "8GiB", "peaks": {"int8": 1e12}})
+    assert device.peak("int4") == device.peak("int8") == 1e12 and device.peak("bf16") is None
     assert device.memory_bytes == 8 << 30 and device.peak("int8") == 1e12
 
 

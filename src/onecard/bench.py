@@ -350,7 +350,7 @@ def _needed(timed: Timed, case: Case, device: Device) -> float | None:
     share = min(1.0, timed.threads / device.cores)
     seconds = 0.0
     for dtype, count in timed.operations(case).items():
-        peak = device.peak(dtype) or (device.peak("int8") if dtype == "int4" else None)
+        peak = device.peak(dtype)
         if peak is None:
             return None
         seconds += count / (peak * share)
@@ -376,7 +376,7 @@ def _machine(variants: list[Variant], device: Device) -> Iterator[Row]:
     yield Row("machine", "native_class", ", ".join(dict.fromkeys(v.timed.isa for v in variants)))
     yield Row("machine", "read_bandwidth", device.bandwidth(timed.threads), "B/s")
     used = {dtype for dtype, n in timed.operations(Case("prompt", 1, 1)).items() if n}
-    for dtype in sorted(dtype for dtype in used if device.peak(dtype)):
+    for dtype in sorted(used):
         yield Row("machine", f"peak_{dtype}", device.peak(dtype), "1/s")
         yield Row("machine", f"unit_{dtype}", dict(device.units).get(dtype))
 

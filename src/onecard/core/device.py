@@ -66,8 +66,10 @@ class Device:
         return max(known, default=None)
 
     def peak(self, dtype: str) -> float | None:
-        """Operations/s for 'int8', 'bf16' or 'fp32'; None if not known."""
-        return dict(self.peaks).get(dtype)
+        """Operations/s for 'int8', 'int4' (that of int8 where no other is known), 'bf16' or 'fp32'; None if
+        not known."""
+        known = dict(self.peaks)
+        return known.get(dtype, known.get("int8") if dtype == "int4" else None)
 
     def cache(self, level: str) -> int | None:
         """Bytes of one 'L1d', 'L2' or 'L3' cache; None if there is none or it is not known."""
