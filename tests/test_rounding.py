@@ -154,7 +154,9 @@ def test_source_that_changes_meanwhile(
     by(way, monkeypatch)
 
     def change(done: int, total: int, what: str) -> None:
-        if done == 1:  # in place: other blocks are being read, and a file cut short is another error
+        if (
+            done == 1
+        ):  # in place: other blocks are being read, and a file cut short is another error
             with file.open("r+b") as held:
                 held.seek(-2, os.SEEK_END)
                 byte = held.read(1)[0]
