@@ -239,13 +239,7 @@ def parts(matrix: Matrix, data: Bytes) -> Parts:
         stored, data = _cut(data, blocks * TILE, "uint8")
         zero = stored.astype(np.float32).reshape(tiles, blocks, TILE)
     codes = data.reshape(tiles * blocks, -1)
-    low = codes[:, : block * TILE * min(bits, 2) // 8] if bits == 3 else codes
-    u: NDArray[Any] = _lines(low, 2 if bits == 3 else bits)
-    if bits == 3:
-        high = np.unpackbits(codes[:, block * TILE // 4 :], axis=1, bitorder="little")
-        high = high.reshape(len(codes), block // 4, TILE, 4).transpose(0, 1, 3, 2)
-        u = u + 4 * high.reshape(len(codes), block, TILE)
-    u = u.reshape(tiles, blocks * block, TILE).astype(np.float32)
+    u = _lines(codes, bits).reshape(tiles, blocks * block, TILE).astype(np.float32)
     spread = (np.repeat(x, block, axis=1) for x in (scale, zero))
     return Parts(_rows(u), *map(_rows, spread))
 
@@ -253,7 +247,12 @@ def parts(matrix: Matrix, data: Bytes) -> Parts:
 def _lines(codes: Bytes, bits: int) -> Bytes:
     """Lines of 64 bytes [n, bytes] -> u [n, columns, 16]; byte 4 r + j belongs to row r."""
     lines = codes.reshape(len(codes), -1, TILE, 4)  # [n, line, row, j]
-    pieces = [lines >> (bits * i) & (2**bits - 1) for i in range(8 // bits)]
+    if bits == 3:
+        a, b, c = (lines[:, i::3] for i in range(3))
+        pieces = [x >> shift & 7 for x in (a, b, c) for shift in (0, 3)]
+        pieces += [a >> 6 | b >> 4 & 4, b >> 7 | c >> 5 & 6]
+    else:
+        pieces = [lines >> (bits * i) & (2**bits - 1) for i in range(8 // bits)]
     u = np.stack(pieces, 2)  # [n, line, i, row, j]
     return u.transpose(0, 1, 2, 4, 3).reshape(len(codes), -1, TILE)
 

@@ -49,7 +49,7 @@ from onecard.kernels.structs import Matrix, Norm
 from onecard.runtime import weightfile
 from onecard.runtime.weightfile import About, Bytes, Header, Mapped
 
-LAYOUT = 2
+LAYOUT = 3
 """Raised whenever the kernel layout or what is laid out changes."""
 HEADS = ("int8", "stored")
 PIECES = {"left_": "", "right_": ":right", "rest_": ":rest"}

@@ -77,7 +77,7 @@ uint32_t word(const Codes &codes, int64_t row, int64_t index) {
 
 template <int bits>
 void weave(const Codes &codes, int block, uint8_t *out) {
-  constexpr int joined = 8 / bits;  // words of codes in a word of a line; of 3 bits, the low two
+  constexpr int joined = 8 / bits;  // words of codes in a word of a line
   constexpr uint32_t low = 0x01010101 * ((1u << (8 / joined)) - 1);
   for (int line = 0; line < block / 4 / joined; line++) {
     for (int r = 0; r < tile_rows; r++) {
@@ -101,11 +101,18 @@ void weave_bit(const Codes &codes, int block, int bit, uint8_t *out) {
   }
 }
 
-// The low bits, then the high ones.
+// Eight words of codes in three: two each, and what is left of those takes the seventh and eighth.
 template <>
 void weave<3>(const Codes &codes, int block, uint8_t *out) {
-  weave<2>(codes, block, out);
-  weave_bit(codes, block, 2, out + 4 * block);
+  constexpr uint32_t one = 0x01010101;
+  for (int group = 0; group < block / 32; group++, out += 192)
+    for (int r = 0; r < tile_rows; r++) {
+      const auto c = [&](int i) { return word(codes, r, 8 * group + i); };
+      const uint32_t line[] = {c(0) | c(1) << 3 | (c(6) & 3 * one) << 6,
+                               c(2) | c(3) << 3 | (c(6) & 4 * one) << 4 | (c(7) & one) << 7,
+                               c(4) | c(5) << 3 | (c(7) & 6 * one) << 5};
+      for (int l = 0; l < 3; l++) memcpy(out + 64 * l + 4 * r, &line[l], 4);
+    }
 }
 
 template <>

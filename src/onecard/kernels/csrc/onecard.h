@@ -143,8 +143,10 @@ OC_API int oc_search_grid(const float *weight, const float *importance, int64_t 
  *                 8 bits  a line has columns k .. k+3: u of column k + j
  *                 4 bits  k .. k+7: u of k + j in the low half, of k + 4 + j in the high half
  *                 2 bits  k .. k+15: u of k + 4 i + j in bits 2 i and 2 i + 1
- *                 3 bits  per block, the low two bits as with 2 bits, then for each four columns
- *                         k .. k+3 eight bytes whose bit 4 r + j is the high bit of u
+ *                 3 bits  three lines have columns k .. k+31; of the eight quads of columns k + 4 i + j, line l has
+ *                         i = 2 l in the low three bits and i = 2 l + 1 in the next three; of i = 6 the low two
+ *                         bits are the first line's highest, then its high bit and the low one of i = 7 the
+ *                         second's, and the other two of i = 7 the third's
  *             A padded column has u = zero, a padded row scale 0.
  *   dense     [columns][16] in `dtype`
  *
@@ -156,8 +158,9 @@ OC_API int oc_search_grid(const float *weight, const float *importance, int64_t 
  *                       64 entries for 5 and 6 bits. A table per row (at most 4 bits) has E = max(4, 2^bits)
  *                       entries and max(1, E / 4) lines: byte n of the 16 bytes i of line l is entry
  *                       n % E of row 4 i + l * 16 / E + n / E
- *               codes   2, 3 and 4 bits as above, 1 bit as the high bits of 3; 5 and 6 bits are per block
- *                       the low four as with 4 bits and then one or two times such high bits
+ *               codes   2, 3 and 4 bits as above; 1 bit: for each four columns k .. k+3 eight bytes whose bit
+ *                       4 r + j is the code; 5 and 6 bits are per block the low four as with 4 bits and
+ *                       then one or two times such bytes of their higher bits
  *   sparse    of 8 or 4 bits, without those that are zero. All begins with uint64 [tiles], the byte where
  *             each tile begins, padded to 64 bytes. A tile is
  *               scales  as above
