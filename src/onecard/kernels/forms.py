@@ -6,7 +6,9 @@
     codebook1 .. 6     a table of bytes, a table per row up to 4 bits: entries are rounded to 1/127 of the
                        largest
     sparse             integers of 8 or 4 bits without those that are zero; dense weights are first rounded
-                       to int8 in blocks of 32
+                       to int8 in blocks of 32. Where a processor has no instruction that expands bytes,
+                       those of 4 bits keep their zeros, as putting them in place takes four times as
+                       long as reading them; the pattern 2:4 needs no such instruction
     all others         their expansion, rounded to int8 in blocks of 32
 
 An entry of a table is rounded once, and it is rounded as finely as inputs are (127 steps to either side).
@@ -35,14 +37,15 @@ from onecard.core.format import (
     words,
 )
 from onecard.kernels import cpu, layout
-from onecard.kernels.expand import Arrays, expand, floats, group_scales, mask, unpack
-from onecard.kernels.structs import SPARSE, TABLE, Matrix
+from onecard.kernels.expand import Arrays, expand, floats, group_scales, kept_places, unpack
+from onecard.kernels.structs import PATTERN, SPARSE, TABLE, Matrix
 from onecard.kernels.structs import TABLES as OWN_TABLES
 
 ROUNDED_BLOCK = 32
 TERNARY = np.array(
     [1, 2, 3, 2], np.uint8
 )  # code to integer of 2 bits; the fourth code stands for zero
+MASKED = "this processor has no instruction that puts bytes where a mask says"
 ZERO = 128  # what a byte of a table stands above its number
 
 
@@ -57,10 +60,20 @@ def form(format: Format, shape: Shape, stored: Shape) -> Matrix:
             return layout.table(shape, bits, None, "bf16", own=per_row)
         case Sparse():
             dense = _dense(format, shape)
+            if dense.bits not in (4, 8):
+                return dense
+            if format.pattern == "2:4":
+                return layout.pattern(dense)
+            if dense.bits == 4 and not expands():
+                return dense
             slots = min(format.slots(stored), shape[0] * shape[1])
-            smaller = layout.sparse(dense, slots) if dense.bits in (4, 8) else dense
-            return min(dense, smaller, key=layout.size)
+            return min(dense, layout.sparse(dense, slots), key=layout.size)
     return layout.rounded(shape, ROUNDED_BLOCK)
+
+
+def expands() -> bool:
+    """Whether stored bytes are put where a mask says by one instruction, in the class that is in use."""
+    return cpu.isa() in ("avx512bf16", "amx")
 
 
 def widened(format: Format) -> str:
@@ -80,6 +93,10 @@ def widened(format: Format) -> str:
             laid, why = form(format, shape, shape), "a shuffle looks up single bytes, not vectors"
         case Hashed():
             laid, why = form(format, shape, shape), "shared numbers lie all over the memory"
+        case Sparse():
+            laid, why = form(format, shape, shape), MASKED
+            if laid.kind == SPARSE and not expands():
+                return f"as many bytes are read, in the time of reading the zeros as well: {why}"
         case _:
             return ""
     stored, read = (8 * size / (4096 * 4096) for size in (format.bytes(shape), layout.size(laid)))
@@ -196,13 +213,14 @@ def _fill_sparse(
 ) -> None:
     dense = _dense(format, (matrix.rows, matrix.columns))
     target = out
-    if matrix.kind == SPARSE:
+    smaller = matrix.kind in (SPARSE, PATTERN)
+    if smaller:
         memory = np.empty(layout.size(dense) + layout.LINE, np.uint8)
         begin = -memory.ctypes.data % layout.LINE
         target = memory[begin : begin + layout.size(dense)]
     if isinstance(format.inner, Integers):
         inner = format.inner
-        kept = mask(parts["weight_mask"], stored[1])
+        kept = kept_places(parts, stored, format)
         codes = np.full(stored, 2 ** (inner.bits - 1), np.uint8)
         codes[kept] = unpack(parts["weight_packed"][None], inner.bits, format.slots(stored))[0]
         scale = np.ascontiguousarray(parts["weight_scale"][rows])
@@ -214,5 +232,5 @@ def _fill_sparse(
     else:
         weight = np.ascontiguousarray(expand(parts, stored, format)[rows])
         layout.fill_dense(dense, weight, target, threads)
-    if matrix.kind == SPARSE:
+    if smaller:
         layout.fill_sparse(matrix, target, out, threads)

@@ -64,6 +64,13 @@ def sparse(dense: Matrix, slots: int) -> Matrix:
     return found
 
 
+def pattern(dense: Matrix) -> Matrix:
+    """The same where at most two of four neighbours in a row are not zero."""
+    found = Matrix.from_buffer_copy(dense)
+    found.kind = structs.PATTERN
+    return found
+
+
 def _block(columns: int, group: int | None) -> int:
     return group or next((g for g in GROUPS if columns <= g), GROUPS[-1])
 
@@ -87,7 +94,7 @@ def described(matrix: Matrix) -> str:
     dtype = NAMES.get(matrix.dtype, matrix.dtype)
     kind = f"{matrix.bits}-bit blocks of {matrix.block}, " if matrix.bits else ""
     if matrix.kind:
-        name = ("", "table", "table per row", "sparse")[matrix.kind % 4]
+        name = ("", "table", "table per row", "sparse", "2:4")[matrix.kind % 5]
         kind = f"{name}, {kind}"
     return f"[{matrix.rows}, {matrix.columns}] {kind}{dtype}"
 

@@ -175,7 +175,10 @@ void unpack_codes(const oc_matrix &w, const Geometry &g, const uint8_t *tile, in
 }
 #endif
 
-template <class Codec>
+typedef void FewRows(const oc_matrix &, const Geometry &, const uint8_t *tile, const Quantized &, int64_t rows, float *y,
+                     int64_t stride);
+
+template <class Codec, FewRows *few_of_tile = few<Codec>>
 void multiply_coded(const oc_matrix &w, const Input &in, int64_t begin, int64_t end, float *y, int64_t stride,
                     void *scratch) {
   const Geometry g(w);
@@ -189,7 +192,7 @@ void multiply_coded(const oc_matrix &w, const Input &in, int64_t begin, int64_t 
     const uint8_t *const tile = g.at(w.data, t);
     float *const out = y + t * tile_rows;
     if (!w.exact) {
-      few<Codec>(w, g, tile, *in.quantized, in.rows, out, stride);
+      few_of_tile(w, g, tile, *in.quantized, in.rows, out, stride);
       continue;
     }
     int64_t m = 0;

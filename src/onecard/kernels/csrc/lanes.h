@@ -1,7 +1,8 @@
 // Vectors of a class for the rows of a tile of a matrix (onecard.h).
 //
 // `Lanes` holds the rows of a tile, or a part of them: Bytes has four columns of each, one quad; Ints
-// and Floats one number of each. `high_bits` adds `value` where a bit is set, `flipped` adds 128 to each byte.
+// and Floats one number of each. `look` takes bytes of the same 16, `where_same` is 0 where a and b differ.
+// `high_bits` adds `value` where a bit is set, `flipped` adds 128 to each byte.
 // `signed_bytes`: codes of 8 bits are multiplied as u - 128.
 // `by_pairs`: products can be added two and two in 16 bits, `pairs_fit<bits>` quads of them, before they are widened.
 #pragma once
@@ -42,6 +43,9 @@ struct Lanes {
   }
   static Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
   static Bytes less(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
+  static Bytes filled(uint8_t x) { return _mm512_set1_epi8(int8_t(x)); }
+  static Bytes look(Bytes table, Bytes code) { return _mm512_shuffle_epi8(table, code); }
+  static Bytes where_same(Bytes a, Bytes b, Bytes v) { return _mm512_maskz_mov_epi8(_mm512_cmpeq_epi8_mask(a, b), v); }
   static Bytes flipped(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }
   static void store(void *p, Bytes x) { _mm512_store_si512(p, x); }
   static Ints dot(Ints sum, Bytes w, const int8_t *quad) {
@@ -107,6 +111,9 @@ struct Lanes {
   }
   static Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
   static Bytes less(Bytes a, Bytes b) { return _mm256_sub_epi8(a, b); }
+  static Bytes filled(uint8_t x) { return _mm256_set1_epi8(int8_t(x)); }
+  static Bytes look(Bytes table, Bytes code) { return _mm256_shuffle_epi8(table, code); }
+  static Bytes where_same(Bytes a, Bytes b, Bytes v) { return _mm256_and_si256(_mm256_cmpeq_epi8(a, b), v); }
   static Bytes flipped(Bytes v) { return _mm256_xor_si256(v, _mm256_set1_epi8(-128)); }
   static void store(void *p, Bytes x) { _mm256_store_si256((__m256i *)p, x); }
   static __m256i quad_at(const int8_t *quad) {
@@ -186,6 +193,10 @@ struct Lanes {
     return vorrq_u8(low, vandq_u8(vtstq_u8(spread, bit), vdupq_n_u8(value)));
   }
   static Bytes either(Bytes a, Bytes b) { return vorrq_u8(a, b); }
+  static Bytes less(Bytes a, Bytes b) { return vsubq_u8(a, b); }
+  static Bytes filled(uint8_t x) { return vdupq_n_u8(x); }
+  static Bytes look(Bytes table, Bytes code) { return vqtbl1q_u8(table, code); }
+  static Bytes where_same(Bytes a, Bytes b, Bytes v) { return vandq_u8(vceqq_u8(a, b), v); }
   static Bytes flipped(Bytes v) { return veorq_u8(v, vdupq_n_u8(128)); }
   static Ints dot_signed(Ints sum, Bytes s, const int8_t *quad) {
     int32_t x;
@@ -249,6 +260,18 @@ struct Lanes {
   }
   static Bytes either(Bytes a, Bytes b) {
     return each<Bytes>([&](int i) { return uint8_t(a.at[i] | b.at[i]); });
+  }
+  static Bytes less(Bytes a, Bytes b) {
+    return each<Bytes>([&](int i) { return uint8_t(a.at[i] - b.at[i]); });
+  }
+  static Bytes filled(uint8_t x) {
+    return each<Bytes>([&](int) { return x; });
+  }
+  static Bytes look(Bytes table, Bytes code) {
+    return each<Bytes>([&](int i) { return table.at[code.at[i] & 15]; });
+  }
+  static Bytes where_same(Bytes a, Bytes b, Bytes v) {
+    return each<Bytes>([&](int i) { return a.at[i] == b.at[i] ? v.at[i] : uint8_t(0); });
   }
   static Bytes flipped(Bytes v) {
     return each<Bytes>([&](int i) { return uint8_t(v.at[i] ^ 128); });

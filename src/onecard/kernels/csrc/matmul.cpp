@@ -248,6 +248,7 @@ void multiply_tile(const oc_matrix &w, const Geometry &g, const uint8_t *tile, c
 
 void multiply(const oc_matrix &w, const Input &in, int64_t begin, int64_t end, float *y, int64_t stride,
               void *scratch) {
+  if (w.kind == OC_PATTERN) return oc::pattern::OC_CLASS(w, in, begin, end, y, stride, scratch);
   if (w.kind == OC_SPARSE) return oc::sparse::OC_CLASS(w, in, begin, end, y, stride, scratch);
   if (w.kind) return oc::table::OC_CLASS(w, in, begin, end, y, stride, scratch);
   const auto *const data = static_cast<const uint8_t *>(w.data);

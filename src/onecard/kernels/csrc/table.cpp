@@ -9,15 +9,13 @@
 
 namespace {
 
-// `code` looks up a byte in the 16 of its own 128 bits; `one_of` takes from b what a mask of 16 bytes says.
+// Looks up where a mask of 16 bytes says so, elsewhere `other`.
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-inline Bytes look(Bytes table, Bytes code) { return _mm512_shuffle_epi8(table, code); }
 template <int mask>
 inline Bytes look_in(Bytes other, Bytes table, Bytes code) {
   return _mm512_mask_shuffle_epi8(other, uint64_t(mask) * 0x0001000100010001, table, code);
 }
 #elif defined(__AVX2__)
-inline Bytes look(Bytes table, Bytes code) { return _mm256_shuffle_epi8(table, code); }
 template <int mask>
 inline Bytes look_in(Bytes other, Bytes table, Bytes code) {
   alignas(32) static constexpr auto where = [] {
@@ -25,20 +23,16 @@ inline Bytes look_in(Bytes other, Bytes table, Bytes code) {
     for (int i = 0; i < 32; i++) made.at[i] = mask >> i % 16 & 1 ? 255 : 0;
     return made;
   }();
-  return _mm256_blendv_epi8(other, look(table, code), Lanes::load(where.at));
+  return _mm256_blendv_epi8(other, Lanes::look(table, code), Lanes::load(where.at));
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
-inline Bytes look(Bytes table, Bytes code) { return vqtbl1q_u8(table, code); }
 template <int mask>
 inline Bytes look_in(Bytes other, Bytes table, Bytes code) {
   uint8x16_t where;
   for (int i = 0; i < 16; i++) where[i] = mask >> i & 1 ? 255 : 0;
-  return vbslq_u8(where, look(table, code), other);
+  return vbslq_u8(where, Lanes::look(table, code), other);
 }
 #else
-inline Bytes look(const Bytes &table, const Bytes &code) {
-  return Lanes::each<Bytes>([&](int i) { return table.at[code.at[i] & 15]; });
-}
 template <int mask>
 inline Bytes look_in(const Bytes &other, const Bytes &table, const Bytes &code) {
   return Lanes::each<Bytes>([&](int i) { return mask >> i & 1 ? table.at[code.at[i] & 15] : other.at[i]; });
@@ -115,7 +109,7 @@ class Looked {
   inline Bytes looked(Bytes code, const Bytes *table) const {
     if constexpr (bits >= 5) return Lanes::signed_bytes ? Lanes::flipped(look_far(code)) : look_far(code);
     if constexpr (own && bits <= 3) code = Lanes::either(code, base_);
-    Bytes u = look(table[0], code);
+    Bytes u = Lanes::look(table[0], code);
     if constexpr (tables == 2) u = look_in<0xff00>(u, table[1], code);
     if constexpr (tables == 4) {
       u = look_in<0x00f0>(u, table[1], code);

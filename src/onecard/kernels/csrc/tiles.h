@@ -41,6 +41,7 @@ struct Geometry {
       block_codes = w.block * 2 + w.slots * w.bits / 8 / (tiles * blocks);
       begins = static_cast<const uint64_t *>(w.data);
     }
+    if (w.kind == OC_PATTERN) block_codes = int64_t(w.block) * (w.bits + 2);
     tile = codes + blocks * block_codes;
   }
   const uint8_t *at(const void *data, int64_t index) const {
