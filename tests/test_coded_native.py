@@ -246,6 +246,30 @@ def test_a_mask_that_is_not_the_formats(mask: int) -> None:
         filled(matrix, lambda out: forms.fill(matrix, parts, slice(None), shape, format, out, 1))
 
 
+def test_codes_of_six_bits_give_the_same_bits_as_their_integers(
+    isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked up in each product or once, while they are laid out."""
+    shape, format = (45, 448), parse_format("codebook6").scaled("bf16")
+    w = held(weights(3, shape), format)
+    parts = {name: array(part) for name, part in w.parts.items()}
+    products = []
+    for far, kind in ((True, structs.TABLE), (False, structs.PLAIN)):
+        monkeypatch.setattr(forms, "looks_far", lambda far=far: far)
+        matrix = forms.form(format, shape, shape)
+        assert matrix.kind == kind
+        data = filled(
+            matrix,
+            lambda out, matrix=matrix: forms.fill(
+                matrix, parts, slice(None), shape, format, out, 2
+            ),
+        )
+        case = Case(matrix, data, np.zeros(0), np.zeros(0), inputs(generator(6), 448))
+        products.append([bits_of(case.multiply(case.x[:rows])) for rows in (1, 5, 64)])
+    for one, other in zip(*products, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_zeros_stay_where_expanding_is_slow(isa: str) -> None:
     shape, quick = (64, 256), isa in ("avx512bf16", "amx")
     for name, kind in (
@@ -259,7 +283,7 @@ def test_zeros_stay_where_expanding_is_slow(isa: str) -> None:
 
 @pytest.mark.parametrize("name, said", [
     ("codebook8x4", "not vectors"), ("codebook4x2", "not vectors"), ("codebook5-row", "16 of each row"),
-    ("codebook7", ""), ("codebook6", ""), ("codebook4-row", ""), ("hashed8", "all over the memory"),
+    ("codebook7", ""), ("codebook5", ""), ("codebook4-row", ""), ("hashed8", "all over the memory"),
     ("nvfp4", "32 weights"),
     ("mxfp4", ""), ("nf4-g64", ""), ("ternary-g128", ""), ("binary-g128", ""), ("int5-g128", "2, 3, 4 or 8"),
     ("int4-g128", ""), ("int8-row", ""), ("fp8-row", ""), ("sparse2:4(int4-g32)", ""),

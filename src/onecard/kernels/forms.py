@@ -4,7 +4,8 @@
     nf4, fp4, mxfp4,   a table of bytes: fp4's levels are whole numbers of halves, so nothing is lost; NF4's
     binary             are rounded to 1/127 of the largest
     codebook1 .. 6     a table of bytes, a table per row up to 4 bits: entries are rounded to 1/127 of the
-                       largest
+                       largest. Where a processor cannot look up 64 of them at once, codes of 6 bits are
+                       looked up while they are laid out, to the same integers of 8 bits
     sparse             integers of 8 or 4 bits without those that are zero; dense weights are first rounded
                        to int8 in blocks of 32. Where a processor has no instruction that expands bytes,
                        those of 4 bits keep their zeros, as putting them in place takes four times as
@@ -39,9 +40,9 @@ from onecard.core.format import (
 from onecard.kernels import cpu, layout
 from onecard.kernels.expand import Arrays, expand, floats, group_scales, kept_places, unpack
 from onecard.kernels.structs import PATTERN, SPARSE, TABLE, Matrix
-from onecard.kernels.structs import TABLES as OWN_TABLES
 
 ROUNDED_BLOCK = 32
+LOOKED_UP = Integers(8, None, scale="bf16")
 TERNARY = np.array(
     [1, 2, 3, 2], np.uint8
 )  # code to integer of 2 bits; the fourth code stands for zero
@@ -56,7 +57,9 @@ def form(format: Format, shape: Shape, stored: Shape) -> Matrix:
             return layout.integers(shape, Integers(2, group, scale=scale))
         case Levels(group=group) if group != 16:
             return layout.table(shape, format.bits, group, _dtype(format), own=False)
-        case Codebook(bits, 1, per_row) if bits <= (4 if per_row else 6):
+        case Codebook(bits, _, per_row) if _has_table(format):
+            if bits == 6 and not looks_far():
+                return layout.integers(shape, LOOKED_UP)
             return layout.table(shape, bits, None, "bf16", own=per_row)
         case Sparse():
             dense = _dense(format, shape)
@@ -76,6 +79,11 @@ def expands() -> bool:
     return cpu.isa() in ("avx512bf16", "amx")
 
 
+def looks_far() -> bool:
+    """Whether one instruction looks up 64 entries in the class that is in use."""
+    return cpu.isa() in ("avx512bf16", "amx", "dotprod")
+
+
 def widened(format: Format) -> str:
     """What a format saves in the file and not in time, and why; nothing where it is read as it is stored."""
     shape = (4096, 4096)
@@ -85,10 +93,8 @@ def widened(format: Format) -> str:
         case Levels():
             laid, why = form(format, shape, shape), "a table has a scale for 32 weights or more"
         case Codebook(vector=1):
-            laid, why = (
-                form(format, shape, shape),
-                "a shuffle looks up 64 entries, or 16 of each row",
-            )
+            far = "64 entries" if looks_far() else "32 entries"
+            laid, why = form(format, shape, shape), f"a shuffle looks up {far}, or 16 of each row"
         case Codebook():
             laid, why = form(format, shape, shape), "a shuffle looks up single bytes, not vectors"
         case Hashed():
@@ -144,8 +150,7 @@ def fill(
         scale = _rounded_to(group_scales(parts, format)[rows] * np.float32(unit), _dtype(format))
         codes = np.ascontiguousarray(unpack(parts["weight_packed"][rows], format.bits, columns))
         layout.fill_table(matrix, codes, scale, entries, out, threads)
-    elif matrix.kind in (TABLE, OWN_TABLES):
-        assert isinstance(format, Codebook)
+    elif isinstance(format, Codebook) and _has_table(format):
         table = floats(parts["weight_table"], format.scale)[:, :, 0]
         if format.per_row:
             table = table[rows]
@@ -154,7 +159,12 @@ def fill(
         size = floats(step, "bf16")
         steps = np.rint(table / np.where(size > 0, size, np.float32(1))) + ZERO
         scale = np.ascontiguousarray(np.broadcast_to(step, (len(codes), 1)))
-        layout.fill_table(matrix, codes, scale, steps.astype(np.uint8), out, threads)
+        entries = steps.astype(np.uint8)
+        if matrix.kind:
+            layout.fill_table(matrix, codes, scale, entries, out, threads)
+        else:
+            looked = packed(entries[0][codes], 8, threads)
+            layout.fill_integers(matrix, looked, scale, None, LOOKED_UP, out, threads)
     elif isinstance(format, Sparse):
         _fill_sparse(matrix, parts, rows, stored, format, out, threads)
     else:
@@ -170,6 +180,11 @@ def packed(codes: layout.Bytes, bits: int, threads: int) -> NDArray[np.int32]:
     found = np.empty((rows, words(columns, bits)), np.int32)
     cpu.pack(q.ctypes.data, rows, columns, bits, found.ctypes.data, threads)
     return found
+
+
+def _has_table(format: Codebook) -> bool:
+    """Whether its codes are few enough to be looked up."""
+    return format.vector == 1 and format.bits <= (4 if format.per_row else 6)
 
 
 def _dtype(format: Levels) -> str:
