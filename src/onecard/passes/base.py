@@ -123,6 +123,11 @@ class Pass(ABC):
         """Raise BadRequest where it cannot learn from the model before the recipe."""
         return None
 
+    def reads(self, ids: Tensor) -> str:
+        """What is to be said of the text [samples, length] it learns from, if anything; BadRequest where
+        that will not do."""
+        return ""
+
     def leaves(self, spec: Spec) -> Spec:
         """The Spec it leaves, as far as sizes go and settings tell."""
         return spec
