@@ -157,6 +157,10 @@ class QAT(ModelPass):
         check_loss(self.soft, self.hard, temperature=self.temperature)
 
     @property
+    def keeps_zeros(self) -> bool:
+        return self.kind != "binary"
+
+    @property
     def quantizes(self) -> bool:
         return True
 
