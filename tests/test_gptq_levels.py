@@ -9,13 +9,24 @@ import torch
 from test_gptq import output_error, problem
 from test_walk import ids_of
 
-from onecard.checkpoint.load import load_model
+from onecard.checkpoint.load import Source, load_model
 from onecard.checkpoint.save import save_model
 from onecard.core.errors import BadRequest
 from onecard.core.format import TABLES, Levels, parse_format
 from onecard.kernels import storage
-from onecard.passes import GPTQLevels
-from onecard.passes.base import Recipe
+from onecard.passes import (
+    QAT,
+    Cluster,
+    Factorize,
+    GPTQLevels,
+    Hash,
+    LowRankPlus,
+    Prune,
+    RoundToLevels,
+    SparseGPT,
+)
+from onecard.passes.base import Pass, Recipe
+from onecard.passes.criteria import Shape, keep_mask
 from onecard.passes.gptq_levels import search_scales, solve
 from onecard.passes.walked import apply
 
@@ -49,6 +60,32 @@ def test_search_never_raises_the_weighted_error(name: str) -> None:
         q = levels[storage.nearest_level(blocks / scale[..., None], levels)] * scale[..., None]
         errors.append(float(((q - blocks).square().flatten(1) * h.diagonal()).sum()))
     assert errors[1] <= errors[0]
+
+
+@pytest.mark.parametrize("name", NAMES[:-1])
+def test_zeros_of_a_pruned_matrix_stay_and_are_made_good(name: str) -> None:
+    w, h = problem(columns=128)
+    gone = keep_mask(w.abs(), 0.5, Shape(None, "row", "1x1")).logical_not()
+    format = parse_format(name)
+    assert isinstance(format, Levels)
+    pruned = w.masked_fill(gone, 0.0)
+    made = storage.to_dense(solve(pruned, h, format, 0.01, 12))
+    assert not made[gone].any()
+    nearest = storage.to_dense(storage.round_to_levels(pruned, format))
+    assert output_error(pruned, made, h) < output_error(pruned, nearest, h)
+
+
+@pytest.mark.parametrize("later", [
+    GPTQLevels("binary"), RoundToLevels("binary"), Cluster(8, vector=2), Hash(8), Factorize(share=0.5),
+    LowRankPlus(8), QAT("binary"),
+], ids=lambda p: p.title)  # fmt: skip
+@pytest.mark.parametrize("first", [Prune(stored="dense"), SparseGPT()], ids=lambda p: p.key)
+def test_what_has_no_zeros_does_not_follow_pruning(tiny: Path, first: Pass, later: Pass) -> None:
+    with pytest.raises(BadRequest, match="set to zero would not stay so") as failure:
+        Recipe("r", (first, later)).check(Source(tiny).spec)
+    assert failure.value.do
+    for stays in (GPTQLevels("ternary"), RoundToLevels("fp8-row"), Cluster(4), QAT("ternary")):
+        Recipe("r", (first, stays)).check(Source(tiny).spec)
 
 
 @pytest.mark.parametrize("settings", [{"table": "nf4"}, {"table": "mxfp4", "correct": 1.0}])

@@ -23,7 +23,7 @@ from onecard.nn.model import Model
 from onecard.passes import Distil, DropLayers, Prune, Recover, recipe_of, to_yaml
 from onecard.passes.base import Data, Recipe
 from onecard.passes.distill import Targets, counterpart
-from onecard.passes.job import Settings, compress, prepare
+from onecard.passes.job import Settings, calibrated_on, compress, prepare
 from onecard.passes.walked import apply
 
 GENTLE = Training(40, batch=4, length=32, rate=3e-4, dtype="fp32")
@@ -242,6 +242,18 @@ def test_too_little_text_is_told_before_the_work(tiny: Path, text_file: Path) ->
     with pytest.raises(BadRequest, match="one step needs 64"):
         apply(model, Recipe("r", (Recover(training=replace(SHORT, batch=64)),)),
               ids_of(model, text_file)[:8])  # fmt: skip
+    recipe = Recipe("r", (DropLayers(count=1, most=None), Recover(training=SHORT)))
+    with pytest.raises(BadRequest, match="one step needs 4"):
+        prepare(tiny, tiny.with_name("out"), recipe, Settings(Calibration(2, 32), text_file))
+
+
+@pytest.mark.parametrize("length", [16, 32])
+def test_windows_shorter_than_asked_for_are_told(tiny: Path, text_file: Path, length: int) -> None:
+    passes = (Recover(training=SHORT), Recover(training=SHORT), Distil(training=SHORT))
+    job = prepare(tiny, tiny.with_name("out"), Recipe("r", passes),
+                  Settings(Calibration(8, length), text_file))  # fmt: skip
+    told = [title for title, text in calibrated_on(job) if "windows of 16 tokens, as long" in text]
+    assert told == (["convention: recovery", "convention: distillation"] if length == 16 else [])
 
 
 def test_layers_dropped_then_distilled(tiny: Path, text_file: Path) -> None:

@@ -91,9 +91,11 @@ def test_streamed_equals_in_memory(
     assert any(row.where.startswith("stage 2: ") for row in report.rows)
 
 
-@pytest.mark.parametrize("share, said", [(0.1, "0 of 3"), (0.3, "1 of 3")])
-def test_how_many_layers_went_is_told(tiny: Path, share: float, said: str) -> None:
-    found = apply(load_model(tiny), Recipe("d", (DropLayers(share=share, most=None),)),
+@pytest.mark.parametrize("settings, said", [
+    (DropLayers(count=0, most=None), "0 of 3"), (DropLayers(share=0.3, most=None), "1 of 3"),
+])  # fmt: skip
+def test_how_many_layers_went_is_told(tiny: Path, settings: DropLayers, said: str) -> None:
+    found = apply(load_model(tiny), Recipe("d", (settings,)),
                   torch.arange(40).view(2, 20))  # fmt: skip
     assert found.value("dropped", "layers") == said
 

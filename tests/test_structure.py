@@ -24,6 +24,7 @@ from onecard.passes import (
     Prune,
     Recover,
     Rotate,
+    find_recipe,
     recipe_of,
 )
 from onecard.passes.base import Recipe
@@ -117,6 +118,44 @@ def test_global_budgets_differ_by_layer(tiny: Path, tmp_path: Path, text_file: P
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.parametrize("budget", ["global", "sensitivity"])
+def test_heads_that_go_many_at_a_time_are_taken_from_some_layers(tiny: Path, budget: str) -> None:
+    settings = CutUnits("head", "l2", 0.2, budget=budget, most=None)  # type: ignore[arg-type]
+    planned = settings.leaves(
+        Source(tiny).spec
+    )  # of 3 layers with 4 heads, of which 2 go at a time
+    model = load_model(tiny, "fp32")
+    rows = apply(model, Recipe("r", (settings,)), IDS).rows
+    for spec in (planned, model.spec):
+        assert sorted(layer.attention.num_heads for layer in spec.layers) == [2, 4, 4]
+    assert [r.value for r in rows if (r.where, r.what) == ("heads", "dropped")] == ["2 of 12"]
+
+
+@pytest.mark.parametrize("multiple, share", [(1, 0.3), (7, 0.3), (100, 0.5), (100, 0.9)])
+def test_a_global_budget_is_met_as_nearly_as_pieces_allow(
+    tiny: Path, multiple: int, share: float
+) -> None:
+    spec, width = Source(tiny).spec, 256
+    settings = CutUnits("neuron", "random", share, budget="global", multiple=multiple)
+    draw = torch.Generator().manual_seed(0)
+    found = [{"feed_forward": torch.rand(width, generator=draw).tolist()} for _ in range(3)]
+    left = [row["feed_forward"] for row in settings.counts(spec, found)]
+    wanted = min(share * 3 * width, 3 * (width - multiple))  # a layer keeps what goes at a time
+    assert abs(3 * width - sum(left) - wanted) <= multiple / 2
+    assert all(n % multiple == 0 or n == width for n in left) and min(left) >= multiple
+
+
+@pytest.mark.parametrize("name", ["heads-20", "heads-neurons-gptq-int4"])
+def test_named_cuts_of_heads_suit_the_shipped_model(name: str) -> None:
+    recipe, spec = find_recipe(name), Source("demo").spec
+    recipe.check(spec)
+    heads = recipe.passes[0]
+    assert isinstance(heads, CutUnits)
+    counts = [sum(layer.attention.num_heads for layer in s.layers)
+              for s in (spec, heads.leaves(spec))]  # fmt: skip
+    assert abs(counts[0] - counts[1] - heads.share * counts[0]) <= 2  # 4 go at a time
+
+
 @pytest.mark.parametrize("by", ["l2", "wanda"])
 def test_streamed_width(tiny: Path, tmp_path: Path, text_file: Path, by: str) -> None:
     recipe = Recipe("r", (CutUnits("hidden", by, 0.25, most=None, multiple=32),))  # type: ignore[arg-type]
@@ -200,7 +239,12 @@ def test_bad_settings(item: dict, said: str) -> None:
     ((DropLayers(count=1), Recover("blocks")), "2 blocks 128 wide, 3 of 128"),
     ((Rotate(), Recover("blocks")), "residual: never"),
     ((CutUnits("kv_group", "l2", share=0.5), Distil(Targets(attention=1.0))), "use relations"),
-    ((CutUnits("head", "l2", share=0.1),), "takes none of the heads\nthere are 4, and 2 go at a time"),
+    ((CutUnits("head", "l2", share=0.1),), "takes none of the heads\nthere are 4, and 2 go at a time\n"
+     "share: 0.5 is the nearest"),
+    ((CutUnits("head", "l2", share=0.05, budget="global"),), "there are 12 in all, and 2 go at a time\n"
+     "share: 0.167 is the nearest"),
+    ((CutUnits("head", "l2", multiple=4),), "lower multiple"),
+    ((DropLayers(share=0.1),), "takes none of 3 layers\ncount: 1"),
     ((CutUnits(multiple=10**9, budget="global"),), "takes none of the neurons"),
 ])  # fmt: skip
 def test_what_does_not_suit_the_model(tiny: Path, passes: tuple, said: str) -> None:

@@ -183,11 +183,13 @@ def test_minutes_end_it() -> None:
 
 @pytest.mark.parametrize("wrong", [
     {"steps": 0}, {"minutes": 0.0}, {"batch": 0}, {"rate": 0.0}, {"accumulate": 9}, {"warmup": 1.0},
-    {"length": 1}, {"clip": 0.0},
+    {"length": 1}, {"clip": 0.0}, {"minutes": float("nan")}, {"minutes": float("inf")}, {"minutes": 1e300},
+    {"steps": 10**12},
 ], ids=str)  # fmt: skip
 def test_impossible_settings(wrong: dict) -> None:
-    with pytest.raises(BadRequest):
+    with pytest.raises(BadRequest) as failure:
         Training(**wrong)
+    assert failure.value.do
 
 
 def test_text_too_short(tiny: Path, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ from onecard.kernels.reference import DTYPES
 
 STATE = "training.safetensors"
 BETAS = (0.9, 0.95)
+MOST_STEPS, MOST_MINUTES = 10**9, 365 * 24 * 60
 SMALLEST_BF16 = 1 << 21
 """Parameters below which converting to bfloat16 costs more than multiplying in it saves."""
 
@@ -73,9 +74,11 @@ class Training:
     save_minutes: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.steps <= 10**9 or (self.minutes is not None and not self.minutes > 0):
-            raise BadRequest(f"{self.steps} steps, {self.minutes} minutes of training",
-                             do="at least one step, or some minutes")  # fmt: skip
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise BadRequest(f"{self.steps} steps of training", do=f"1 to {MOST_STEPS} steps")
+        if self.minutes is not None and not 0 < self.minutes <= MOST_MINUTES:
+            raise BadRequest(f"{self.minutes:g} minutes of training",
+                             do=f"above 0, up to {MOST_MINUTES} (a year)")  # fmt: skip
         if not (1 <= self.batch <= 1 << 16 and 2 <= self.length <= 1 << 20):
             raise BadRequest(f"batches of {self.batch} windows of {self.length} tokens",
                              do="1 to 65536 windows of 2 to 1048576 tokens")  # fmt: skip

@@ -157,10 +157,11 @@ SHIPPED: tuple[tuple[str, list[Any], str], ...] = (
                              "multiple": 32}}],
      "the feed-forward neurons that the loss feels least, layers differ: plain dense matrices, faster "
      "everywhere; needs the whole model in memory"),
-    ("heads-20", [{"cut": {"unit": "head", "by": "taylor", "share": 0.2}}],
-     "a fifth of the attention heads: less work at long context; needs the whole model in memory"),
+    ("heads-20", [{"cut": {"unit": "head", "by": "taylor", "share": 0.2, "budget": "global"}}],
+     "a fifth of the attention heads, as near as groups that share keys allow, layers differ: less work "
+     "at long context; needs the whole model in memory"),
     ("heads-neurons-gptq-int4",
-     [{"cut": {"unit": "head", "by": "taylor", "share": 0.1}},
+     [{"cut": {"unit": "head", "by": "taylor", "share": 0.1, "budget": "global"}},
       {"cut": {"unit": "neuron", "by": "taylor", "share": 0.2, "multiple": 128}},
       {"gptq": {"bits": 4}}],
      "a chain: a tenth of the heads and a fifth of the neurons out, the rest by GPTQ in int4"),

@@ -83,11 +83,18 @@ class Pass(ABC):
     """It may follow a pass that quantizes."""
     takes_sparse: ClassVar[bool] = True
     """It may follow a pass whose zeros are left out."""
+    prunes: ClassVar[bool] = False
+    """It sets single weights to zero."""
 
     @property
     def quantizes(self) -> bool:
         """It leaves matrices packed, which few passes can follow."""
         return False
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Weights that are zero stay so: what it leaves matrices in has a zero for each."""
+        return True
 
     @property
     @abstractmethod
@@ -106,6 +113,13 @@ class Pass(ABC):
                 "it changes matrices that are stored without their zeros",
                 f"{self.title} follows {sparse.title}", f"put {self.title} first",
             )  # fmt: skip
+        pruned = next((p for p in earlier if p.prunes), None)
+        if pruned is not None and not self.keeps_zeros:
+            raise BadRequest(
+                "weights that were set to zero would not stay so",
+                f"{self.title} follows {pruned.title}, and leaves no zero for each of them",
+                "leave out one of them, or round to integers or to levels with a zero",
+            )
         packed = next((p for p in earlier if p.quantizes), None)
         if packed is None or self.takes_packed:
             return
@@ -122,6 +136,11 @@ class Pass(ABC):
     def beside(self, spec: Spec, original: Spec) -> None:
         """Raise BadRequest where it cannot learn from the model before the recipe."""
         return None
+
+    def reads(self, ids: Tensor) -> str:
+        """What is to be said of the text [samples, length] it learns from, if anything; BadRequest where
+        that will not do."""
+        return ""
 
     def leaves(self, spec: Spec) -> Spec:
         """The Spec it leaves, as far as sizes go and settings tell."""

@@ -87,6 +87,10 @@ class Cluster(BlockPass):
                              do="0 to 20 rounds, a damp from 0 to 1")  # fmt: skip
 
     @property
+    def keeps_zeros(self) -> bool:
+        return self.vector == 1
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset({HESSIAN}) if self.weigh else frozenset()
 

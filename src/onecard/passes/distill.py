@@ -34,7 +34,7 @@ from onecard.core.spec import Spec
 from onecard.kernels.reference import causal_mask
 from onecard.nn.model import Model
 from onecard.passes.base import Data, ModelPass
-from onecard.passes.recover import check_length, learned_from, training_bytes
+from onecard.passes.recover import check_length, check_windows, learned_from, training_bytes
 
 SAMPLES = 24
 """Positions of a batch that relational losses compare with each other."""
@@ -200,6 +200,9 @@ class Distil(ModelPass):
 
     def beside(self, spec: Spec, original: Spec) -> None:
         check_pair(spec, original, self.targets)
+
+    def reads(self, ids: Tensor) -> str:
+        return check_windows(self.training, ids)
 
     def model_bytes(self, spec: Spec, ids: Tensor | None) -> int:
         return training_bytes(spec, self.training, self.rank, teacher=True)

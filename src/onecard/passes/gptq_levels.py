@@ -6,7 +6,8 @@ order of falling diag(H), and d = w - q for those already rounded, column j goes
     t_j = w_j + sum_{k<j} R_kj d_k / R_jj
 
 Scales are chosen beforehand, group by group: of `search` sizes of what the top level stands for, the one
-with the least diag(H)-weighted error of rounding. `correct` is that of gptq.py.
+with the least diag(H)-weighted error of rounding. `correct` is that of gptq.py, and so is that the zeros of
+a pruned matrix stay.
 
 In plain PyTorch, a vector operation per column: rows * in^2 operations and in^3 / 3 for the factor.
 
@@ -27,7 +28,7 @@ from onecard.core.errors import BadRequest
 from onecard.core.format import TABLES, Levels, Weight
 from onecard.core.report import Row
 from onecard.kernels import storage
-from onecard.passes.gptq import corrected, factor, output_power
+from onecard.passes.gptq import corrected, factor, is_pruned, output_power
 from onecard.passes.levels import RoundToLevels
 
 BLOCK = 128
@@ -90,6 +91,8 @@ def solve(w: Tensor, hessian: Tensor, format: Levels, damp: float, search: int) 
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     r, _ = factor(hessian, damp, order)
     target = w.T.contiguous()[order]
+    zero = (levels == 0).nonzero().flatten()[:1]  # the code of what is pruned, if there is one
+    gone = target == 0 if len(zero) and is_pruned(w) else None
     errors, codes = torch.zeros(columns, rows), torch.empty(columns, rows, dtype=torch.int64)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
@@ -98,6 +101,8 @@ def solve(w: Tensor, hessian: Tensor, format: Levels, damp: float, search: int) 
             pull = torch.addmv(carried[j - start], errors[start:j].T, r[start:j, j])
             step = steps[int(order[j]) // size]
             codes[j] = storage.nearest_level((target[j] + pull / r[j, j]) / step, levels)
+            if gone is not None:
+                codes[j] = torch.where(gone[j], zero, codes[j])
             errors[j] = target[j] - levels[codes[j]] * step
     back = torch.empty_like(order)
     back[order] = torch.arange(columns)

@@ -48,6 +48,10 @@ class Hash(BlockPass):
             raise BadRequest(f"hash.steps is {self.steps}", do="1 to 1000 steps")
 
     @property
+    def keeps_zeros(self) -> bool:
+        return False
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset({HESSIAN}) if self.weigh else frozenset()
 

@@ -76,6 +76,8 @@ def prepare(model: str | Path, out: str | Path, recipe: Recipe, settings: Settin
                 f"samples of {ids.shape[1]} tokens, the model's context is {source.spec.max_context}",
                 do="lower --length",
             )
+        for p in recipe.passes:
+            p.reads(ids)
     elif (source.folder / "tokenizer.json").is_file():
         source.tokenizer()  # it is carried over: a broken one is told of now
     plan = way_of(recipe).make_plan(source, recipe, settings, ids)
@@ -134,7 +136,7 @@ def made(job: Prepared) -> Mapping[str, Any]:
 
 
 def calibrated_on(job: Prepared) -> tuple[tuple[str, str], ...]:
-    """The note on what a job learns from; of a short text there are fewer windows than were asked for."""
+    """Notes on what a job learns from; of a short text there are fewer windows than were asked for."""
     if job.ids is None:
         return ()
     (samples, length), asked = job.ids.shape, job.settings.calibration.samples
@@ -142,7 +144,11 @@ def calibrated_on(job: Prepared) -> tuple[tuple[str, str], ...]:
     text = f"{samples} windows of {length} tokens from {data.name if data else 'the shipped text'}"
     if samples < asked and not (data and data.suffix == ".json"):
         text += f", which is too short for the {asked} asked for"
-    return (("convention: calibration", text),)
+    notes = [("convention: calibration", text)]
+    for p in job.recipe.passes:
+        if told := p.reads(job.ids):
+            notes.append((f"convention: {p.title}", told))
+    return tuple(dict.fromkeys(notes))  # several passes may say the same
 
 
 def summary(job: Prepared, rows: list[Row], folder: Path, seconds: float) -> Report:

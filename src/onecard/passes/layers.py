@@ -72,6 +72,11 @@ class DropLayers(Cut):
                 f"it would drop {self.number(spec)} of {spec.num_layers} layers",
                 do="leave at least one",
             )
+        if not self.number(spec) and self.count is None and self.share:
+            raise BadRequest(
+                f"drop_layers: a share of {self.share:g} takes none of {spec.num_layers} layers",
+                do="count: 1 drops the least that can go",
+            )
         for layer in self.layers:
             if not 0 <= layer < spec.num_layers:
                 raise BadRequest(f"there is no layer {layer} among {spec.num_layers}")

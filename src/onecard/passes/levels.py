@@ -45,6 +45,10 @@ class RoundToLevels(BlockPass):
         self.format_of(128)
 
     @property
+    def keeps_zeros(self) -> bool:
+        return self.table in FP8 or 0.0 in TABLES[self.table].levels
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset()
 

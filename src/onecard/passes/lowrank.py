@@ -80,6 +80,10 @@ class Factorize(BlockPass):
         factor_format(self.factor_bits, "bf16")
 
     @property
+    def keeps_zeros(self) -> bool:
+        return False
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset() if self.metric == "plain" else frozenset({HESSIAN})
 

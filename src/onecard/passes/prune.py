@@ -50,6 +50,7 @@ class Prune(BlockPass):
         "Han et al., arXiv 1506.02626; Sun et al., Wanda, arXiv 2306.11695; "
         "Molchanov et al., arXiv 1906.10771; Hassibi and Stork, NeurIPS 1993"
     )
+    prunes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:

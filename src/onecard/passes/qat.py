@@ -40,7 +40,7 @@ from onecard.nn.layers import Linear
 from onecard.nn.model import Model
 from onecard.passes.base import Data, ModelPass, check_groups
 from onecard.passes.quantize import AUTO
-from onecard.passes.recover import check_length, learned_from, training_bytes
+from onecard.passes.recover import check_length, check_windows, learned_from, training_bytes
 
 Kind = Literal["lsq", "straight", "ternary", "binary"]
 
@@ -157,6 +157,10 @@ class QAT(ModelPass):
         check_loss(self.soft, self.hard, temperature=self.temperature)
 
     @property
+    def keeps_zeros(self) -> bool:
+        return self.kind != "binary"
+
+    @property
     def quantizes(self) -> bool:
         return True
 
@@ -173,6 +177,9 @@ class QAT(ModelPass):
     def check(self, spec: Spec) -> None:
         check_length(self.training, spec)
         check_groups(self.format_of(128), spec, self.group != AUTO)
+
+    def reads(self, ids: Tensor) -> str:
+        return check_windows(self.training, ids)
 
     def model_bytes(self, spec: Spec, ids: Tensor | None) -> int:
         return training_bytes(spec, self.training, teacher=self.soft > 0)

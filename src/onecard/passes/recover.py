@@ -76,6 +76,9 @@ class Recover(ModelPass):
                 f"{self.title} follows {turned.title}", "residual: never in rotate, or how: full",
             )  # fmt: skip
 
+    def reads(self, ids: Tensor) -> str:
+        return check_windows(self.training, ids)
+
     def model_bytes(self, spec: Spec, ids: Tensor | None) -> int:
         return training_bytes(spec, self.training, self.rank if self.how == "lora" else 0)
 
@@ -114,6 +117,20 @@ def check_length(training: Training, spec: Spec) -> None:
     if training.length > spec.max_context:
         raise BadRequest(f"windows of {training.length} tokens, the context is {spec.max_context}",
                          do="lower training.length")  # fmt: skip
+
+
+def check_windows(training: Training, ids: Tensor) -> str:
+    """What is to be said where windows [samples, length] are shorter than the training asks for.
+
+    BadRequest where they do not fill one batch.
+    """
+    checked_ids(ids, training)
+    if ids.shape[1] >= training.length:
+        return ""
+    return (
+        f"on windows of {ids.shape[1]} tokens, as long as the text is cut; training.length is "
+        f"{training.length}"
+    )
 
 
 def check_counterparts(spec: Spec, original: Spec) -> None:

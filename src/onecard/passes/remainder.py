@@ -98,6 +98,10 @@ class LowRankPlus(BlockPass):
         self.format_of(128)
 
     @property
+    def keeps_zeros(self) -> bool:
+        return False
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset() if self.metric == "plain" else frozenset({HESSIAN})
 

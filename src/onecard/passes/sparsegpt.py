@@ -57,6 +57,7 @@ class SparseGPT(BlockPass):
     key: ClassVar[str] = "sparsegpt"
     title: ClassVar[str] = "SparseGPT"
     paper: ClassVar[str] = "Frantar and Alistarh, SparseGPT, arXiv 2301.00774"
+    prunes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:

@@ -12,7 +12,8 @@ A unit is scored by what is summed over its entries on the sides where it lives 
 Every layer loses the same number (`uniform`); or all units of the model are ranked together (`global`), or
 one layer at a time is cut at a few shares and what that does to the answers decides (`sensitivity`, see
 budget.py), and layers end up different. No layer loses its last one. Heads that share a key/value head
-are taken evenly from all groups. The experts of a layer stay equally wide.
+are taken evenly from all groups, so of few heads a layer loses many or none: where layers may differ, some
+of them lose theirs until the share of the whole is met. The experts of a layer stay equally wide.
 
 A cut is exact (the masked model is the cut one) and may still wreck the model: magnitude says little
 about units of language models. So perplexity on calibration text is measured before and after, reported,
@@ -25,6 +26,7 @@ arXiv 2305.11627.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -110,13 +112,25 @@ class CutUnits(Cut):
                 f"cut: apoz counts zeros, and {', '.join(sorted(kinds))} gives none",
                 do="by: taylor",
             )
-        if self.leaves(spec) == spec and self.takes_none(spec):
-            count, step = min(self.steps(spec), key=lambda size: size[1] / size[0])
-            raise BadRequest(
-                f"cut: a share of {self.share:g} takes none of the {NAMES[self.unit]}",
-                f"there are {count}, and {step} go at a time",
-                "raise share, or lower multiple",
-            )
+        if self.share and self.keep is None and self.leaves(spec) == spec:
+            raise self.takes_none(spec)
+
+    def takes_none(self, spec: Spec) -> BadRequest:
+        """The error about a share that is too small: how many go at a time, and the nearest that will do."""
+        count, step = min(self.steps(spec), key=lambda size: size[1] / size[0])
+        alone = self.budget == "uniform"
+        total = count if alone else sum(count for count, _ in self.steps(spec))
+        if least := fewest(count, step):
+            do = f"share: {math.ceil(1000 * least / total) / 1000:g} is the nearest that takes any"
+            if alone and self.unit != "hidden" and spec.num_layers > 1:
+                do += "; with budget: global layers may differ, and less will do"
+        else:
+            do = "lower multiple" if self.multiple > 1 else "none can go: cut another unit"
+        return BadRequest(
+            f"cut: a share of {self.share:g} takes none of the {NAMES[self.unit]}",
+            f"there are {total}{'' if alone else ' in all'}, and {step} go at a time",
+            do,
+        )
 
     def steps(self, spec: Spec) -> list[tuple[int, int]]:
         """How many units there are, of every group, and how many of them go at a time."""
@@ -125,19 +139,15 @@ class CutUnits(Cut):
         every = [g for layer in spec.layers for g in groups(layer, self.unit)]
         return [(g.count, _common(self.multiple, g.runs)) for g in every]
 
-    def takes_none(self, spec: Spec) -> bool:
-        """Whether a share that is to go is less than what goes at a time; budgets may deal it out."""
-        if self.keep is not None or not self.share:
-            return False
-        return self.budget == "uniform" or all(step >= count for count, step in self.steps(spec))
-
     def leaves(self, spec: Spec) -> Spec:
         if self.unit == "hidden":
             return replace(spec, hidden=self.left(spec.hidden))
-        rows = [
-            {g.name: torch.arange(self.left(g.count, g.runs)) for g in groups(layer, self.unit)}
-            for layer in spec.layers
-        ]
+        every = [groups(layer, self.unit) for layer in spec.layers]
+        if self.budget == "uniform":
+            counts = [{g.name: self.left(g.count, g.runs) for g in own} for own in every]
+        else:  # which layers lose them is not known, how many of all is
+            counts = self.dealt(every, [{g.name: [0.0] * g.count for g in own} for own in every])
+        rows = [{name: torch.arange(left) for name, left in row.items()} for row in counts]
         return surgery(spec, range(spec.num_layers), rows, self.unit).spec
 
     def left(self, count: int, runs: int = 1, share: float | None = None) -> int:
@@ -173,6 +183,9 @@ class CutUnits(Cut):
                 where = f"blocks.{index}.{group.name}"
                 rows.append(Row(where, NAMES[self.unit], len(row[group.name]), "", group.count))
             kept.append(row)
+        total = sum(group.count for layer in spec.layers for group in groups(layer, self.unit))
+        gone = total - sum(len(stay) for row in kept for stay in row.values())
+        rows.append(Row(NAMES[self.unit], "dropped", f"{gone} of {total}"))
         return surgery(spec, range(spec.num_layers), kept, self.unit), rows
 
     def counts(self, spec: Spec, found: Sequence[Scores]) -> list[dict[str, int]]:
@@ -184,26 +197,42 @@ class CutUnits(Cut):
                 {g.name: self.left(g.count, g.runs, share) for g in own}
                 for own, share in zip(every, shares, strict=True)
             ]
-        scores = torch.tensor([v for row in found for name in row for v in row[name]])
-        wanted = len(scores) - round(self.share * len(scores))
-        stay = highest(scores, wanted)
-        rows, at = [], 0
-        for own in every:
-            shared: dict[bool, list[Group]] = {}
-            for group in own:
-                shared.setdefault("shared" in group.name, []).append(group)
-            row: dict[str, int] = {}
-            for alike in shared.values():  # experts of a layer stay equally wide
-                total = 0
-                for group in alike:
-                    total += int(stay[at : at + group.count].sum())
-                    at += group.count
-                first = alike[0]
-                step = _common(self.multiple, first.runs)
-                left = round(total / len(alike) / step) * step
-                row |= {g.name: min(first.count, max(step, left)) for g in alike}
-            rows.append(row)
+        return self.dealt(every, found)
+
+    def dealt(
+        self, every: Sequence[Sequence[Group]], found: Sequence[Scores]
+    ) -> list[dict[str, int]]:
+        """The same where all units of the model are ranked together. They go in pieces, of as many as go
+        at a time: the worst of a layer, then its next worst, until the share is met as nearly as it can be.
+        """
+        rows = [{g.name: g.count for g in own} for own in every]
+        wanted = self.share * sum(sum(row.values()) for row in rows)
+        pieces: list[tuple[float, int, int, tuple[Group, ...], int]] = []
+        for index, own in enumerate(every):
+            for alike in alike_of(own):
+                runs = alike[0].runs
+                step = _common(self.multiple, runs) // runs  # of every run
+                scores = torch.tensor([found[index][g.name] for g in alike], dtype=torch.float64)
+                worth = scores.view(len(alike) * runs, -1).sort(1).values.mean(0)
+                room = max(0, len(worth) - step)  # the last piece stays
+                first = min(room, room % step or step)
+                for depth, start in enumerate((0, *range(first, room, step))):
+                    piece = worth[start : start + step if start else first]
+                    if len(piece):
+                        pieces.append((float(piece.mean()), depth, index, alike, len(piece) * runs))
+        for _, _, index, alike, size in sorted(pieces, key=lambda piece: piece[:3]):
+            if size * len(alike) > 2 * wanted:
+                break
+            wanted -= size * len(alike)
+            for group in alike:
+                rows[index][group.name] -= size
         return rows
+
+
+def alike_of(own: Sequence[Group]) -> list[tuple[Group, ...]]:
+    """The groups of a layer that stay equally wide: its experts. The one that all share is its own."""
+    kinds = [tuple(g for g in own if ("shared" in g.name) is shared) for shared in (False, True)]
+    return [kind for kind in kinds if kind]
 
 
 NAMES: dict[Kind, str] = {
@@ -213,6 +242,11 @@ NAMES: dict[Kind, str] = {
 
 def _common(a: int, b: int) -> int:
     return int(torch.lcm(torch.tensor(a), torch.tensor(b)))
+
+
+def fewest(count: int, step: int) -> int:
+    """The fewest units that can go where a multiple of `step` stays; 0 where none can."""
+    return (count % step or step) if step < count else 0
 
 
 def best(scores: Sequence[float], count: int, runs: int = 1) -> Tensor:
@@ -340,15 +374,25 @@ class Sensitivity(Survey):
             progress(index, spec.num_layers, f"sensitivity of block {index}")
             own = groups(layer, self.settings.unit)
             curves.append(
-                [
-                    (share, self.tried(judge, index, own, share))
-                    for share in probes(self.settings.share)
-                ]
+                [(gone, self.tried(judge, index, own, share)) for gone, share in self.tries(own)]
+                or [(self.settings.share, math.inf)]
             )
             sizes.append(sum(group.count for group in own))
         shares = allocate(curves, sizes, self.settings.share)
         for row, share in zip(self.found, shares, strict=True):
             row[SHARE] = [share]
+
+    def tries(self, own: Sequence[Group]) -> list[tuple[float, float]]:
+        """(share of a layer that goes, share that is asked for) of those tried, rising. Where so many units
+        go at a time that the shares probed take none, the least that takes any is tried instead."""
+        total, step = sum(group.count for group in own), self.settings.multiple
+        least = max(fewest(g.count, _common(step, g.runs)) / g.count for g in own)
+        found = dict[float, float]()
+        for share in (*probes(self.settings.share), least):
+            left = sum(self.settings.left(g.count, g.runs, share) for g in own)
+            if left < total and (share != least or not found):
+                found[1 - left / total] = share
+        return sorted(found.items())
 
     def tried(self, judge: Judge, index: int, own: Sequence[Group], share: float) -> float:
         """Nats that the answers move by without the worst units of a layer."""

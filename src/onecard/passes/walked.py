@@ -57,6 +57,9 @@ def apply(model: Model, recipe: Recipe, ids: Tensor | None) -> Report:
                          "start from the original model")  # fmt: skip
     if recipe.calibrated and ids is None:
         raise BadRequest(f"the recipe {recipe.name} needs calibration text")
+    if ids is not None:
+        for p in recipe.passes:
+            p.reads(ids)
     rows: list[Row] = []
     stages, original = recipe.stages(), kept_original(model, recipe)
     for number, stage in enumerate(stages):
