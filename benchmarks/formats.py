@@ -7,7 +7,7 @@ matrix of each shape are drawn at random (codes, scales, tables, masks with as m
 laid out as a model's would be (kernels/forms.py), and copied for every layer, so that each product reads
 memory of its own. The head is int8 in blocks of 32 as usual, with --head the model's format.
 
-Every format is measured beside dense int8 in turns, three of each, and the best of each counts: what a token
+Every format is measured beside dense int8 in turns, three of each unless said otherwise, and the best of each counts: what a token
 takes in decoding (16 tokens behind 32), and a prompt of 256 tokens. `share` is what is read per token
 over that time, as part of the speed of reading the same memory.
 """
@@ -35,7 +35,7 @@ from onecard.core.format import (
     parse_format,
 )
 from onecard.kernels import cpu, forms, layout
-from onecard.kernels.structs import RMS, Matrix, Norm
+from onecard.kernels.structs import RMS, SPARSE, Matrix, Norm
 from onecard.runtime import cpu as runtime
 from onecard.runtime import weights as laid_out
 from onecard.runtime.sample import Sampling
@@ -199,7 +199,7 @@ class Drawn:
 
 def used(matrix: Matrix, data: layout.Bytes) -> int:
     """Bytes that a product reads: of a sparse layout, which has room for more, what is there."""
-    if matrix.kind != 3:
+    if matrix.kind != SPARSE:
         return data.size
     begins = data[: 8 * -(-matrix.rows // 16)].view(np.uint64).astype(np.int64)
     return int((begins[-1] - begins[0]) * len(begins) / max(1, len(begins) - 1))
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--only", nargs="+", default=FORMATS)
     parser.add_argument("--head", action="store_true")
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     source, threads = Source(asked.model), asked.threads
@@ -254,7 +255,7 @@ def main() -> None:
     for name in asked.only:
         model = Model(source, name, asked.head, threads)
         reference.token = reference.prompt = 9e9
-        for turn in range(3):
+        for turn in range(asked.turns):
             reference.decode()
             model.decode()
             if turn < 2:

@@ -169,10 +169,8 @@ class Paired {
  public:
   static constexpr int width = bits;
 
-  Paired(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int part)
-      : start_(tile + g.codes), next_(start_), step_(g.block_codes), part_(part) {
-    (void)w;
-  }
+  Paired(const oc_matrix &, const Geometry &g, const uint8_t *tile, int part)
+      : start_(tile + g.codes), next_(start_), step_(g.block_codes), part_(part) {}
   void seek(int64_t first) { next_ = start_ + first * step_; }
   inline void block() {
     block_ = next_;
