@@ -1,15 +1,15 @@
 """How fast the native engine runs a model in each format, beside its own dense int8. No torch.
 
-    python benchmarks/formats.py MODEL [--threads 2] [--only NAME ...] [--out results/formats.json]
+    python benchmarks/formats.py MODEL [--threads 2] [--turns 3] [--only NAME ...] [--out results/F.json]
 
 MODEL gives the shape (make_llama.py --shape 1.1b); its weights are not read. Instead the stored parts of one
 matrix of each shape are drawn at random (codes, scales, tables, masks with as many bits as the format says),
 laid out as a model's would be (kernels/forms.py), and copied for every layer, so that each product reads
 memory of its own. The head is int8 in blocks of 32 as usual, with --head the model's format.
 
-Every format is measured beside dense int8 in turns, three of each unless said otherwise, and the best of each counts: what a token
-takes in decoding (16 tokens behind 32), and a prompt of 256 tokens. `share` is what is read per token
-over that time, as part of the speed of reading the same memory.
+Every format is measured beside dense int8 in turns, three of each unless --turns says otherwise, and the best
+of each counts: what a token takes in decoding (16 tokens behind 32), and a prompt of 256 tokens. `share` is
+what is read per token over that time, as part of the speed of reading the same memory.
 """
 
 from __future__ import annotations
@@ -268,6 +268,8 @@ def main() -> None:
             "int8_decode": 1 / reference.token,
         }  # fmt: skip
         why = next((w for prefix, w in WHY.items() if name.startswith(prefix)), "")
+        if not why and not name.startswith("lowrank"):
+            why = forms.widened(parse_format(name))
         rows.append(row | {"why": why})
         print(
             f"{name:28} {model.read / 1e6:8.0f} {row['decode']:8.1f} {row['ratio']:6.2f} "
