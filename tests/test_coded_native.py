@@ -246,16 +246,17 @@ def test_a_mask_that_is_not_the_formats(mask: int) -> None:
         filled(matrix, lambda out: forms.fill(matrix, parts, slice(None), shape, format, out, 1))
 
 
-def test_codes_of_six_bits_give_the_same_bits_as_their_integers(
-    isa: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name, able", [("codebook6", "looks_far"), ("binary-g64", "masks")])
+def test_tables_give_the_same_bits_as_their_integers(
+    isa: str, name: str, able: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Looked up in each product or once, while they are laid out."""
-    shape, format = (45, 448), parse_format("codebook6").scaled("bf16")
+    shape, format = (45, 448), parse_format(name).scaled("bf16")
     w = held(weights(3, shape), format)
     parts = {name: array(part) for name, part in w.parts.items()}
     products = []
-    for far, kind in ((True, structs.TABLE), (False, structs.PLAIN)):
-        monkeypatch.setattr(forms, "looks_far", lambda far=far: far)
+    for can, kind in ((True, structs.TABLE), (False, structs.PLAIN)):
+        monkeypatch.setattr(forms, able, lambda can=can: can)
         matrix = forms.form(format, shape, shape)
         assert matrix.kind == kind
         data = filled(
@@ -285,7 +286,7 @@ def test_zeros_stay_where_expanding_is_slow(isa: str) -> None:
     ("codebook8x4", "not vectors"), ("codebook4x2", "not vectors"), ("codebook5-row", "16 of each row"),
     ("codebook7", ""), ("codebook5", ""), ("codebook4-row", ""), ("hashed8", "all over the memory"),
     ("nvfp4", "32 weights"),
-    ("mxfp4", ""), ("nf4-g64", ""), ("ternary-g128", ""), ("binary-g128", ""), ("int5-g128", "2, 3, 4 or 8"),
+    ("mxfp4", ""), ("nf4-g64", ""), ("ternary-g128", ""), ("int5-g128", "2, 3, 4 or 8"),
     ("int4-g128", ""), ("int8-row", ""), ("fp8-row", ""), ("sparse2:4(int4-g32)", ""),
 ])  # fmt: skip
 def test_what_is_saved_and_is_no_time_is_told(name: str, said: str) -> None:

@@ -1,8 +1,10 @@
 """What the engine multiplies for each format that is not integers: which kernel layout, and how it is filled.
 
     ternary            integers of 2 bits: -1, 0, 1 are three of their four levels
-    nf4, fp4, mxfp4,   a table of bytes: fp4's levels are whole numbers of halves, so nothing is lost; NF4's
-    binary             are rounded to 1/127 of the largest
+    binary             a table of two bytes where a processor has masks of bits; elsewhere integers of
+                       2 bits, which take twice the memory and half the time
+    nf4, fp4, mxfp4    a table of bytes: fp4's levels are whole numbers of halves, so nothing is lost; NF4's
+                       are rounded to 1/127 of the largest
     codebook1 .. 6     a table of bytes, a table per row up to 4 bits: entries are rounded to 1/127 of the
                        largest. Where a processor cannot look up 64 of them at once, codes of 6 bits are
                        looked up while they are laid out, to the same integers of 8 bits
@@ -43,9 +45,11 @@ from onecard.kernels.structs import PATTERN, SPARSE, TABLE, Matrix
 
 ROUNDED_BLOCK = 32
 LOOKED_UP = Integers(8, None, scale="bf16")
-TERNARY = np.array(
-    [1, 2, 3, 2], np.uint8
-)  # code to integer of 2 bits; the fourth code stands for zero
+TWO_BITS = {
+    "ternary": np.array([1, 2, 3, 2], np.uint8),  # the fourth code stands for zero
+    "binary": np.array([1, 3], np.uint8),
+}
+"""Code to integer of 2 bits, 2 above its number."""
 MASKED = "this processor has no instruction that puts bytes where a mask says"
 ZERO = 128  # what a byte of a table stands above its number
 
@@ -53,7 +57,9 @@ ZERO = 128  # what a byte of a table stands above its number
 def form(format: Format, shape: Shape, stored: Shape) -> Matrix:
     """The kernel layout of a matrix of `shape`, rows of a stored one in `format`."""
     match format:
-        case Levels("ternary", group, scale):
+        case Levels(table, group, scale) if table in TWO_BITS and (
+            table == "ternary" or not masks()
+        ):
             return layout.integers(shape, Integers(2, group, scale=scale))
         case Levels(group=group) if group != 16:
             return layout.table(shape, format.bits, group, _dtype(format), own=False)
@@ -84,12 +90,22 @@ def looks_far() -> bool:
     return cpu.isa() in ("avx512bf16", "amx", "dotprod")
 
 
+def masks() -> bool:
+    """Whether a bit for each byte is a register of its own in the class that is in use."""
+    return cpu.isa() in ("avx512", "avx512bf16", "amx")
+
+
 def widened(format: Format) -> str:
     """What a format saves in the file and not in time, and why; nothing where it is read as it is stored."""
     shape = (4096, 4096)
     match format:
         case Integers(bits) if bits > 4:
             laid, why = layout.integers(shape, format), "integers are read with 2, 3, 4 or 8 bits"
+        case Levels("binary"):
+            laid, why = (
+                form(format, shape, shape),
+                "this processor has no masks of bits, two are quicker",
+            )
         case Levels():
             laid, why = form(format, shape, shape), "a table has a scale for 32 weights or more"
         case Codebook(vector=1):
@@ -140,8 +156,8 @@ def fill(
         layout.fill_integers(matrix, words_, scale, zero, format, out, threads)
     elif isinstance(format, Dense):
         layout.fill_dense(matrix, np.ascontiguousarray(parts["weight"][rows]), out, threads)
-    elif isinstance(format, Levels) and format.table == "ternary":
-        codes = TERNARY[unpack(parts["weight_packed"][rows], 2, columns)]
+    elif isinstance(format, Levels) and format.table in TWO_BITS and not matrix.kind:
+        codes = TWO_BITS[format.table][unpack(parts["weight_packed"][rows], format.bits, columns)]
         inner = Integers(2, format.group, scale=format.scale)
         scale = np.ascontiguousarray(parts["weight_scale"][rows])
         layout.fill_integers(matrix, packed(codes, 2, threads), scale, None, inner, out, threads)

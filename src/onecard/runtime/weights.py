@@ -510,7 +510,7 @@ def _model_hash(source: Source, homes: Sequence[Path], threads: int) -> tuple[st
         __version__,
         hashes[source.folder / "config.json"],
         tensors,
-        *((forms.expands(), forms.looks_far()) if source.format_names() else ()),
+        *((forms.expands(), forms.looks_far(), forms.masks()) if source.format_names() else ()),
     ]
     return _digest(made_of), rows
 
