@@ -11,7 +11,7 @@ only done, so that such a job is streamed, journaled and resumed like any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -92,6 +92,17 @@ class Planned(BlockPass):
         fitting = [f for f in self.formats if _fits(f, shape)]
         largest = max(fitting, key=lambda f: f.bytes(shape), default=None)
         return None if largest is None or largest.dense else largest
+
+    def foretold(self, spec: Spec) -> Sequence[Mapping[str, Format | None]]:
+        index = _index(self.choices)
+        return [
+            {
+                name: parse_format(index[f"blocks.{number}.{site.name}"])
+                for site in sites(layer)
+                for name in site.linears
+            }
+            for number, layer in enumerate(spec.layers)
+        ]
 
     def check(self, spec: Spec) -> None:
         known = {
