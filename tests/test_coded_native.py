@@ -1,9 +1,9 @@
 """Kernels of weights that are no plain integers, through oc_multiply, in every class: tables and sparse.
 
 Codes, tables and masks are drawn at random, so that what a product should be is known to the bit
-(`recipe`); a sparse matrix has the very bits of the same integers stored with their zeros. Every format
-is then laid out from its stored parts, and multiplied with inputs that are not rounded, against
-kernels/expand.py in float64.
+(`recipe`); a sparse matrix, or one of the pattern 2:4, has the very bits of the same integers stored with
+their zeros. Every format is then laid out from its stored parts, and multiplied with inputs that are not
+rounded, against kernels/expand.py in float64.
 """
 
 from __future__ import annotations
@@ -65,14 +65,18 @@ def table_case(shape: tuple[int, int], bits: int, own: bool, block: int, scale: 
 
 
 def sparse_cases(
-    shape: tuple[int, int], bits: int, block: int, share: float, exact: bool = False
-) -> tuple[Case, Case]:
+    shape: tuple[int, int], bits: int, block: int, share: float, exact: bool = False,
+    pattern: bool = False,
+) -> tuple[Case, Case]:  # fmt: skip
     """The same integers stored with and without their zeros."""
     rows, columns = shape
     dense = integer_case(shape, bits, block, False, "bf16", exact)
     rng = generator(shape, bits, block, share)
     padded = dense.codes.shape[1]
     codes = np.where(rng.random((rows, padded)) < share, 0, dense.codes)
+    if pattern:  # the two of four that come first in a random order, if they are not zero anyway
+        order = rng.random((rows, padded // 4, 4)).argsort(2).reshape(rows, padded)
+        codes[order >= 2] = 0
     codes[:, columns:] = 0
     format = Integers(bits, block, scale="bf16")
     weight = reference.hold(torch.tensor(codes), torch.tensor(dense.scale), None, format)
@@ -81,7 +85,7 @@ def sparse_cases(
     matrix, data = laid(weight)
     matrix.columns, matrix.exact = columns, int(exact)
     slots = int((codes != 0).sum())
-    smaller = layout.sparse(matrix, slots)
+    smaller = layout.pattern(matrix) if pattern else layout.sparse(matrix, slots)
     packed = filled(smaller, lambda out: layout.fill_sparse(smaller, data, out, 2))
     case = Case(matrix, data, codes, dense.scale, dense.x)
     return case, Case(smaller, packed, codes, dense.scale, dense.x)
@@ -110,15 +114,16 @@ def test_tables(isa: str, bits: int, own: bool) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_sparse(isa: str, bits: int) -> None:
+@pytest.mark.parametrize("pattern", [False, True])
+def test_sparse(isa: str, bits: int, pattern: bool) -> None:
     """The same bits as with the zeros, alone and in company."""
     for i, shape in enumerate(SHAPES):
         share, exact = (0.0, 0.5, 0.7, 0.97, 1.0)[i % 5], i % 4 == 3
-        dense, sparse = sparse_cases(shape, bits, BLOCKS[(i + bits) % 3], share, exact)
+        dense, sparse = sparse_cases(shape, bits, BLOCKS[(i + bits) % 3], share, exact, pattern)
         whole = dense.multiply(dense.x)
         np.testing.assert_array_equal(bits_of(sparse.multiply(sparse.x)), bits_of(whole))
         check_company(sparse, whole)
-        if share >= 0.5 and shape[1] > 500:
+        if (share >= 0.5 or pattern) and shape[1] > 500:
             assert layout.size(sparse.matrix) < layout.size(dense.matrix)
 
 
@@ -128,6 +133,7 @@ def kinds() -> Iterator[Case]:
         yield table_case(shape, bits, own, BLOCKS[i % 3], "bf16")
     for bits in (4, 8):
         yield sparse_cases(shape, bits, 64, 0.5)[1]
+        yield sparse_cases(shape, bits, 128, 0.1, pattern=True)[1]
 
 
 def test_threads(isa: str) -> None:
@@ -192,10 +198,12 @@ def test_nonsense_is_refused() -> None:
     table = layout.table((32, 64), 3, 32, "bf16", own=False)
     sparse = layout.sparse(layout.rounded((32, 64), 32), 100)
     for good, wrongs in (
-        (table, ({"bits": 0}, {"bits": 7}, {"bits": 8}, {"zero_point": 1}, {"slots": 3}, {"kind": 4},
-                 {"kind": -1}, {"kind": structs.SPARSE}, {"block": 0})),
+        (table, ({"bits": 0}, {"bits": 7}, {"bits": 8}, {"zero_point": 1}, {"slots": 3}, {"kind": 5},
+                 {"kind": structs.PATTERN}, {"kind": -1}, {"kind": structs.SPARSE}, {"block": 0})),
         (sparse, ({"bits": 2}, {"bits": 3}, {"slots": -1}, {"slots": 1 << 40}, {"zero_point": 1},
-                  {"kind": structs.PLAIN})),
+                  {"kind": structs.PLAIN}, {"kind": structs.PATTERN})),
+        (layout.pattern(layout.rounded((32, 64), 32)),
+         ({"bits": 2}, {"bits": 3}, {"slots": 1}, {"zero_point": 1}, {"block": 16})),
     ):  # fmt: skip
         assert layout.size(good) > 0
         for changed in wrongs:
@@ -217,14 +225,68 @@ def test_more_weights_than_slots() -> None:
     short = layout.sparse(dense.matrix, sparse.matrix.slots // 2)
     with pytest.raises(BadRequest, match="laid out"):
         filled(short, lambda out: layout.fill_sparse(short, dense.data, out, 1))
+    three = layout.pattern(dense.matrix)
+    with pytest.raises(BadRequest, match="laid out"):
+        filled(three, lambda out: layout.fill_sparse(three, dense.data, out, 1))
+
+
+@pytest.mark.parametrize("mask", [0b0111, 0b0001], ids=["three of four", "one of four"])
+def test_a_mask_that_is_not_the_formats(mask: int) -> None:
+    shape, format = (16, 64), parse_format("sparse2:4(int8-g32)").scaled("bf16")
+    w = held(weights(3, shape), format)
+    parts = {name: array(part) for name, part in w.parts.items()}
+    matrix = forms.form(format, shape, shape)
+    assert matrix.kind == structs.PATTERN
+    places = parts["weight_mask"]
+    places[2, 3] = mask * 17
+    places[2, 4] = (
+        0b1000_1000 if mask == 0b0111 else 0b0011_0011
+    )  # as many bits as values, or fewer
+    with pytest.raises(BadRequest, match=r"sparse2:4.* keeps"):
+        filled(matrix, lambda out: forms.fill(matrix, parts, slice(None), shape, format, out, 1))
+
+
+def test_codes_of_six_bits_give_the_same_bits_as_their_integers(
+    isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked up in each product or once, while they are laid out."""
+    shape, format = (45, 448), parse_format("codebook6").scaled("bf16")
+    w = held(weights(3, shape), format)
+    parts = {name: array(part) for name, part in w.parts.items()}
+    products = []
+    for far, kind in ((True, structs.TABLE), (False, structs.PLAIN)):
+        monkeypatch.setattr(forms, "looks_far", lambda far=far: far)
+        matrix = forms.form(format, shape, shape)
+        assert matrix.kind == kind
+        data = filled(
+            matrix,
+            lambda out, matrix=matrix: forms.fill(
+                matrix, parts, slice(None), shape, format, out, 2
+            ),
+        )
+        case = Case(matrix, data, np.zeros(0), np.zeros(0), inputs(generator(6), 448))
+        products.append([bits_of(case.multiply(case.x[:rows])) for rows in (1, 5, 64)])
+    for one, other in zip(*products, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_zeros_stay_where_expanding_is_slow(isa: str) -> None:
+    shape, quick = (64, 256), isa in ("avx512bf16", "amx")
+    for name, kind in (
+        ("sparse0.5(int4-g64)", structs.SPARSE if quick else structs.PLAIN),
+        ("sparse0.5(int8-g64)", structs.SPARSE), ("sparse2:4(int4-g64)", structs.PATTERN),
+    ):  # fmt: skip
+        assert forms.form(parse_format(name), shape, shape).kind == kind, name
+        told = forms.widened(parse_format(name))
+        assert ("puts bytes where a mask says" in told) is (not quick and "2:4" not in name), name
 
 
 @pytest.mark.parametrize("name, said", [
     ("codebook8x4", "not vectors"), ("codebook4x2", "not vectors"), ("codebook5-row", "16 of each row"),
-    ("codebook7", ""), ("codebook6", ""), ("codebook4-row", ""), ("hashed8", "all over the memory"),
+    ("codebook7", ""), ("codebook5", ""), ("codebook4-row", ""), ("hashed8", "all over the memory"),
     ("nvfp4", "32 weights"),
     ("mxfp4", ""), ("nf4-g64", ""), ("ternary-g128", ""), ("binary-g128", ""), ("int5-g128", "2, 3, 4 or 8"),
-    ("int4-g128", ""), ("int8-row", ""), ("fp8-row", ""), ("sparse0.5(int4-g32)", ""),
+    ("int4-g128", ""), ("int8-row", ""), ("fp8-row", ""), ("sparse2:4(int4-g32)", ""),
 ])  # fmt: skip
 def test_what_is_saved_and_is_no_time_is_told(name: str, said: str) -> None:
     told = forms.widened(parse_format(name))

@@ -84,14 +84,14 @@ struct Laid {
 
 struct Kind {
   int bits, block, dtype;
-  bool zero, exact, sparse = false;
+  bool zero, exact, sparse = false, pairs = false;
 };
 
 // The same integers without those that are zero.
-void without_zeros(Laid &laid) {
+void without_zeros(Laid &laid, bool pairs) {
   const void *const dense = laid.m.data;
-  laid.m.kind = OC_SPARSE;
-  laid.m.slots = std::count_if(laid.w.begin(), laid.w.end(), [](double w) { return w != 0; });
+  laid.m.kind = pairs ? OC_PATTERN : OC_SPARSE;
+  laid.m.slots = pairs ? 0 : std::count_if(laid.w.begin(), laid.w.end(), [](double w) { return w != 0; });
   laid.memory.emplace_back(oc_layout_bytes(&laid.m));
   laid.m.data = laid.memory.back().at;
   expect(oc_layout_sparse(&laid.m, dense, 2, laid.memory.back().at) == 0, "layout without zeros");
@@ -114,6 +114,11 @@ Laid lay(Random &random, int64_t rows, int64_t columns, const Kind &kind, float 
   Floats w = random.normals(rows * columns, size);
   if (kind.sparse)
     for (float &v : w) v = random.below(5) < 3 ? 0 : v;
+  if (kind.pairs)
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t k = 0; k < columns; k += 4)
+        for (int64_t gone = 0, first = random.below(4); gone < 2; gone++)
+          if (const int64_t column = k + (first + 3 * gone) % 4; column < columns) w[size_t(r * columns + column)] = 0;
   laid.w.resize(w.size());
   if (!kind.bits) {
     expect(oc_layout_dense(&m, w.data(), OC_FP32, 2, laid.memory[0].at) == 0, "dense layout");
@@ -136,7 +141,7 @@ Laid lay(Random &random, int64_t rows, int64_t columns, const Kind &kind, float 
   expect(oc_to_dense(packed.data(), scale.data(), kind.dtype, zeros, rows, columns, kind.bits, group, OC_FP32, 2,
                      dense.data()) == 0, "dense values");
   laid.w.assign(dense.begin(), dense.end());
-  if (kind.sparse) without_zeros(laid);
+  if (kind.sparse || kind.pairs) without_zeros(laid, kind.pairs);
   return laid;
 }
 
@@ -231,10 +236,12 @@ void products() {
         }
   for (const int bits : {4, 8})
     for (const bool exact : {false, true})
-      for (const auto &shape : shapes) {
-        where = std::string(oc_isa_name(oc_isa())) + " product without zeros, int" + std::to_string(bits);
-        product(random, shape[0], shape[1], {bits, 32, OC_BF16, false, exact, true});
-      }
+      for (const bool pairs : {false, true})
+        for (const auto &shape : shapes) {
+          where = std::string(oc_isa_name(oc_isa())) + (pairs ? " two of four, int" : " without zeros, int") +
+                  std::to_string(bits);
+          product(random, shape[0], shape[1], {bits, 32, OC_BF16, false, exact, !pairs, pairs});
+        }
   for (const int dtype : {OC_FP32, OC_BF16})
     for (const auto &shape : shapes) {
       where = std::string(oc_isa_name(oc_isa())) + " dense product";

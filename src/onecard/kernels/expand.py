@@ -31,6 +31,7 @@ from onecard.core.format import (
     LowRank,
     Shape,
     Sparse,
+    parse_pattern,
     words,
 )
 
@@ -86,20 +87,31 @@ def expand(parts: Arrays, shape: Shape, format: Format) -> Floats:
     raise NotImplementedError(format.name)
 
 
-def _sparse(parts: Arrays, shape: Shape, format: Sparse) -> Floats:
+def kept_places(parts: Arrays, shape: Shape, format: Sparse) -> NDArray[np.bool_]:
+    """The mask [rows, columns] of a sparse matrix, which keeps as many as there are values, where it may."""
     rows, columns = shape
     kept = mask(parts["weight_mask"], columns)
-    slots = format.slots(shape)
-    if int(kept.sum()) != slots:
+    count, slots = int(kept.sum()), format.slots(shape)
+    seen = f"{count} weights in its mask and {slots} values" if count != slots else ""
+    if format.pattern and not seen:
+        most, of = parse_pattern(format.pattern)
+        found = int(kept.reshape(rows, columns // of, of).sum(2).max())
+        seen = f"{found} of {of} neighbours" if found > most else ""
+    if seen:
         raise BadRequest(
-            f"a sparse matrix [{rows}, {columns}] keeps {int(kept.sum())} weights in its mask and "
-            f"{slots} values",
+            f"a matrix [{rows}, {columns}] stored as {format.name} keeps {seen}",
             do="the file is damaged: fetch it again",
         )
+    return kept
+
+
+def _sparse(parts: Arrays, shape: Shape, format: Sparse) -> Floats:
+    columns = shape[1]
+    kept = kept_places(parts, shape, format)
     out = np.zeros(shape, np.float32)
     if isinstance(format.inner, Integers):
         bits, groups = format.inner.bits, format.inner.groups(shape)
-        u = unpack(parts["weight_packed"][None], bits, slots)[0].astype(np.float32)
+        u = unpack(parts["weight_packed"][None], bits, format.slots(shape))[0].astype(np.float32)
         scale = floats(parts["weight_scale"], format.inner.scale)
         row, column = np.nonzero(kept)
         out[row, column] = (u - np.float32(2 ** (bits - 1))) * scale[

@@ -4,9 +4,12 @@
     nf4, fp4, mxfp4,   a table of bytes: fp4's levels are whole numbers of halves, so nothing is lost; NF4's
     binary             are rounded to 1/127 of the largest
     codebook1 .. 6     a table of bytes, a table per row up to 4 bits: entries are rounded to 1/127 of the
-                       largest
+                       largest. Where a processor cannot look up 64 of them at once, codes of 6 bits are
+                       looked up while they are laid out, to the same integers of 8 bits
     sparse             integers of 8 or 4 bits without those that are zero; dense weights are first rounded
-                       to int8 in blocks of 32
+                       to int8 in blocks of 32. Where a processor has no instruction that expands bytes,
+                       those of 4 bits keep their zeros, as putting them in place takes four times as
+                       long as reading them; the pattern 2:4 needs no such instruction
     all others         their expansion, rounded to int8 in blocks of 32
 
 An entry of a table is rounded once, and it is rounded as finely as inputs are (127 steps to either side).
@@ -35,14 +38,15 @@ from onecard.core.format import (
     words,
 )
 from onecard.kernels import cpu, layout
-from onecard.kernels.expand import Arrays, expand, floats, group_scales, mask, unpack
-from onecard.kernels.structs import SPARSE, TABLE, Matrix
-from onecard.kernels.structs import TABLES as OWN_TABLES
+from onecard.kernels.expand import Arrays, expand, floats, group_scales, kept_places, unpack
+from onecard.kernels.structs import PATTERN, SPARSE, TABLE, Matrix
 
 ROUNDED_BLOCK = 32
+LOOKED_UP = Integers(8, None, scale="bf16")
 TERNARY = np.array(
     [1, 2, 3, 2], np.uint8
 )  # code to integer of 2 bits; the fourth code stands for zero
+MASKED = "this processor has no instruction that puts bytes where a mask says"
 ZERO = 128  # what a byte of a table stands above its number
 
 
@@ -53,14 +57,31 @@ def form(format: Format, shape: Shape, stored: Shape) -> Matrix:
             return layout.integers(shape, Integers(2, group, scale=scale))
         case Levels(group=group) if group != 16:
             return layout.table(shape, format.bits, group, _dtype(format), own=False)
-        case Codebook(bits, 1, per_row) if bits <= (4 if per_row else 6):
+        case Codebook(bits, _, per_row) if _has_table(format):
+            if bits == 6 and not looks_far():
+                return layout.integers(shape, LOOKED_UP)
             return layout.table(shape, bits, None, "bf16", own=per_row)
         case Sparse():
             dense = _dense(format, shape)
+            if dense.bits not in (4, 8):
+                return dense
+            if format.pattern == "2:4":
+                return layout.pattern(dense)
+            if dense.bits == 4 and not expands():
+                return dense
             slots = min(format.slots(stored), shape[0] * shape[1])
-            smaller = layout.sparse(dense, slots) if dense.bits in (4, 8) else dense
-            return min(dense, smaller, key=layout.size)
+            return min(dense, layout.sparse(dense, slots), key=layout.size)
     return layout.rounded(shape, ROUNDED_BLOCK)
+
+
+def expands() -> bool:
+    """Whether stored bytes are put where a mask says by one instruction, in the class that is in use."""
+    return cpu.isa() in ("avx512bf16", "amx")
+
+
+def looks_far() -> bool:
+    """Whether one instruction looks up 64 entries in the class that is in use."""
+    return cpu.isa() in ("avx512bf16", "amx", "dotprod")
 
 
 def widened(format: Format) -> str:
@@ -72,14 +93,16 @@ def widened(format: Format) -> str:
         case Levels():
             laid, why = form(format, shape, shape), "a table has a scale for 32 weights or more"
         case Codebook(vector=1):
-            laid, why = (
-                form(format, shape, shape),
-                "a shuffle looks up 64 entries, or 16 of each row",
-            )
+            far = "64 entries" if looks_far() else "32 entries"
+            laid, why = form(format, shape, shape), f"a shuffle looks up {far}, or 16 of each row"
         case Codebook():
             laid, why = form(format, shape, shape), "a shuffle looks up single bytes, not vectors"
         case Hashed():
             laid, why = form(format, shape, shape), "shared numbers lie all over the memory"
+        case Sparse():
+            laid, why = form(format, shape, shape), MASKED
+            if laid.kind == SPARSE and not expands():
+                return f"as many bytes are read, in the time of reading the zeros as well: {why}"
         case _:
             return ""
     stored, read = (8 * size / (4096 * 4096) for size in (format.bytes(shape), layout.size(laid)))
@@ -127,8 +150,7 @@ def fill(
         scale = _rounded_to(group_scales(parts, format)[rows] * np.float32(unit), _dtype(format))
         codes = np.ascontiguousarray(unpack(parts["weight_packed"][rows], format.bits, columns))
         layout.fill_table(matrix, codes, scale, entries, out, threads)
-    elif matrix.kind in (TABLE, OWN_TABLES):
-        assert isinstance(format, Codebook)
+    elif isinstance(format, Codebook) and _has_table(format):
         table = floats(parts["weight_table"], format.scale)[:, :, 0]
         if format.per_row:
             table = table[rows]
@@ -137,7 +159,12 @@ def fill(
         size = floats(step, "bf16")
         steps = np.rint(table / np.where(size > 0, size, np.float32(1))) + ZERO
         scale = np.ascontiguousarray(np.broadcast_to(step, (len(codes), 1)))
-        layout.fill_table(matrix, codes, scale, steps.astype(np.uint8), out, threads)
+        entries = steps.astype(np.uint8)
+        if matrix.kind:
+            layout.fill_table(matrix, codes, scale, entries, out, threads)
+        else:
+            looked = packed(entries[0][codes], 8, threads)
+            layout.fill_integers(matrix, looked, scale, None, LOOKED_UP, out, threads)
     elif isinstance(format, Sparse):
         _fill_sparse(matrix, parts, rows, stored, format, out, threads)
     else:
@@ -153,6 +180,11 @@ def packed(codes: layout.Bytes, bits: int, threads: int) -> NDArray[np.int32]:
     found = np.empty((rows, words(columns, bits)), np.int32)
     cpu.pack(q.ctypes.data, rows, columns, bits, found.ctypes.data, threads)
     return found
+
+
+def _has_table(format: Codebook) -> bool:
+    """Whether its codes are few enough to be looked up."""
+    return format.vector == 1 and format.bits <= (4 if format.per_row else 6)
 
 
 def _dtype(format: Levels) -> str:
@@ -196,13 +228,14 @@ def _fill_sparse(
 ) -> None:
     dense = _dense(format, (matrix.rows, matrix.columns))
     target = out
-    if matrix.kind == SPARSE:
+    smaller = matrix.kind in (SPARSE, PATTERN)
+    if smaller:
         memory = np.empty(layout.size(dense) + layout.LINE, np.uint8)
         begin = -memory.ctypes.data % layout.LINE
         target = memory[begin : begin + layout.size(dense)]
     if isinstance(format.inner, Integers):
         inner = format.inner
-        kept = mask(parts["weight_mask"], stored[1])
+        kept = kept_places(parts, stored, format)
         codes = np.full(stored, 2 ** (inner.bits - 1), np.uint8)
         codes[kept] = unpack(parts["weight_packed"][None], inner.bits, format.slots(stored))[0]
         scale = np.ascontiguousarray(parts["weight_scale"][rows])
@@ -214,5 +247,5 @@ def _fill_sparse(
     else:
         weight = np.ascontiguousarray(expand(parts, stored, format)[rows])
         layout.fill_dense(dense, weight, target, threads)
-    if matrix.kind == SPARSE:
+    if smaller:
         layout.fill_sparse(matrix, target, out, threads)

@@ -64,6 +64,13 @@ def sparse(dense: Matrix, slots: int) -> Matrix:
     return found
 
 
+def pattern(dense: Matrix) -> Matrix:
+    """The same where at most two of four neighbours in a row are not zero."""
+    found = Matrix.from_buffer_copy(dense)
+    found.kind = structs.PATTERN
+    return found
+
+
 def _block(columns: int, group: int | None) -> int:
     return group or next((g for g in GROUPS if columns <= g), GROUPS[-1])
 
@@ -87,7 +94,7 @@ def described(matrix: Matrix) -> str:
     dtype = NAMES.get(matrix.dtype, matrix.dtype)
     kind = f"{matrix.bits}-bit blocks of {matrix.block}, " if matrix.bits else ""
     if matrix.kind:
-        name = ("", "table", "table per row", "sparse")[matrix.kind % 4]
+        name = ("", "table", "table per row", "sparse", "2:4")[matrix.kind % 5]
         kind = f"{name}, {kind}"
     return f"[{matrix.rows}, {matrix.columns}] {kind}{dtype}"
 
@@ -239,13 +246,7 @@ def parts(matrix: Matrix, data: Bytes) -> Parts:
         stored, data = _cut(data, blocks * TILE, "uint8")
         zero = stored.astype(np.float32).reshape(tiles, blocks, TILE)
     codes = data.reshape(tiles * blocks, -1)
-    low = codes[:, : block * TILE * min(bits, 2) // 8] if bits == 3 else codes
-    u: NDArray[Any] = _lines(low, 2 if bits == 3 else bits)
-    if bits == 3:
-        high = np.unpackbits(codes[:, block * TILE // 4 :], axis=1, bitorder="little")
-        high = high.reshape(len(codes), block // 4, TILE, 4).transpose(0, 1, 3, 2)
-        u = u + 4 * high.reshape(len(codes), block, TILE)
-    u = u.reshape(tiles, blocks * block, TILE).astype(np.float32)
+    u = _lines(codes, bits).reshape(tiles, blocks * block, TILE).astype(np.float32)
     spread = (np.repeat(x, block, axis=1) for x in (scale, zero))
     return Parts(_rows(u), *map(_rows, spread))
 
@@ -253,7 +254,12 @@ def parts(matrix: Matrix, data: Bytes) -> Parts:
 def _lines(codes: Bytes, bits: int) -> Bytes:
     """Lines of 64 bytes [n, bytes] -> u [n, columns, 16]; byte 4 r + j belongs to row r."""
     lines = codes.reshape(len(codes), -1, TILE, 4)  # [n, line, row, j]
-    pieces = [lines >> (bits * i) & (2**bits - 1) for i in range(8 // bits)]
+    if bits == 3:
+        a, b, c = (lines[:, i::3] for i in range(3))
+        pieces = [x >> shift & 7 for x in (a, b, c) for shift in (0, 3)]
+        pieces += [a >> 6 | b >> 4 & 4, b >> 7 | c >> 5 & 6]
+    else:
+        pieces = [lines >> (bits * i) & (2**bits - 1) for i in range(8 // bits)]
     u = np.stack(pieces, 2)  # [n, line, i, row, j]
     return u.transpose(0, 1, 2, 4, 3).reshape(len(codes), -1, TILE)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 
-PLAIN, TABLE, TABLES, SPARSE = 0, 1, 2, 3
+PLAIN, TABLE, TABLES, SPARSE, PATTERN = 0, 1, 2, 3, 4
 BY_BLOCK, BY_ROW, BY_SCALE = 0, 1, 2
 RMS, LAYER = 0, 1
 SILU, RELU, GELU, GELU_TANH = 0, 1, 2, 3

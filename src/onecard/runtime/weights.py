@@ -9,7 +9,8 @@ model is stored in it, else to float32.
 The file is `MODEL/.onecard/KEY.weights`, or lies in `$XDG_CACHE_HOME/onecard/weights` where the model's
 folder cannot be written (or is the package's own); where neither has room it is memory of this
 process. KEY is a hash of the config, of every tensor file, of the choice of head and of the layout's
-version. The layout is the same for every instruction-set class, so the class is no part of it.
+version. A layout is the same for every instruction-set class; but a format may take one or another by what
+the processor can do, so that is part of KEY where there are formats.
 
 Hashing gigabytes at each start would be slow: `hashes.json` beside the file remembers the sha256 of files
 by path, size, inode, and times of the last change. A result of ours is checked against its manifest.
@@ -49,7 +50,7 @@ from onecard.kernels.structs import Matrix, Norm
 from onecard.runtime import weightfile
 from onecard.runtime.weightfile import About, Bytes, Header, Mapped
 
-LAYOUT = 2
+LAYOUT = 3
 """Raised whenever the kernel layout or what is laid out changes."""
 HEADS = ("int8", "stored")
 PIECES = {"left_": "", "right_": ":right", "rest_": ":rest"}
@@ -509,6 +510,7 @@ def _model_hash(source: Source, homes: Sequence[Path], threads: int) -> tuple[st
         __version__,
         hashes[source.folder / "config.json"],
         tensors,
+        *((forms.expands(), forms.looks_far()) if source.format_names() else ()),
     ]
     return _digest(made_of), rows
 

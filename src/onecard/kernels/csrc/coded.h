@@ -1,11 +1,12 @@
 // Rows times tiles whose weights are held as something else than integers of a block: the two loops of
 // matmul.cpp over a `Codec`, which knows how to read a tile.
 //
-//   Codec(w, g, tile, part)   stands before the first block of a part of a tile
+//   Codec(w, g, tile, part)   stands before the first block of `wide` parts of a tile from `part` on
 //   seek(first)               stands before another block, one that begins at a multiple of 256 columns
 //   block()                   goes on to the next block
 //   group(k)                  goes on to the columns k .. k + 31 of the block, k rising
-//   quad(j)                   u of the columns 4 j .. 4 j + 3 of the group, j rising
+//   quad(j)                   u of the columns 4 j .. 4 j + 3 of the group, j rising; of 8 bits u - 128 where
+//                             Lanes::signed_bytes
 //
 // u - zero times the block's scale is the weight, zero = 2^(width - 1). The order of sums, and with it every bit,
 // is that of integers of `width` bits without a zero point (matmul.cpp).
@@ -23,23 +24,37 @@ using oc::Quantized;
 template <class Codec>
 constexpr int32_t zero_of_codec = 1 << (Codec::width - 1);
 
+template <class Codec>
+constexpr bool is_signed = Codec::width == 8 && Lanes::signed_bytes;
+
+template <class Codec, class L = Lanes>
+inline Ints dot_of(Ints sum, Bytes u, const int8_t *quad) {
+  if constexpr (is_signed<Codec>)
+    return L::dot_signed(sum, u, quad);
+  else
+    return L::template dot_code<Codec::width>(sum, u, quad);
+}
+
 template <class Codec, int rows>
 void few_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const Quantized &a, int64_t first, float *y,
               int64_t stride) {
   constexpr int chains = rows <= 2 ? 2 : 1;
-  constexpr int32_t left = (Codec::width == 8 && Lanes::signed_bytes ? 128 : 0) - zero_of_codec<Codec>;
-  for (int part = 0; part < parts; part++) {
-    Floats sum[rows];
-    for (int m = 0; m < rows; m++) sum[m] = Lanes::floats(0.0f);
-    Codec codec(w, g, tile, part);
+  constexpr int32_t left = (is_signed<Codec> ? 128 : 0) - zero_of_codec<Codec>;
+  for (int from = 0; from < parts; from += wide) {
+    Floats sum[wide][rows];
+    for (auto &part : sum)
+      for (auto &s : part) s = Lanes::floats(0.0f);
+    Codec codec(w, g, tile, from);
     for (int64_t b = 0; b < g.blocks; b++) {
       const int8_t *const q = a.at(first, b * w.block);
-      Ints dots[chains][rows];
+      Ints dots[chains][wide][rows];
+#pragma GCC unroll 2
+      for (int p = 0; p < wide; p++)
 #pragma GCC unroll 8
-      for (int m = 0; m < rows; m++) {
-        dots[0][m] = Lanes::ints(int32_t(uint32_t(left) * uint32_t(a.sum[(first + m) * a.blocks + b])));
-        for (int c = 1; c < chains; c++) dots[c][m] = Lanes::ints(0);
-      }
+        for (int m = 0; m < rows; m++) {
+          dots[0][p][m] = Lanes::ints(int32_t(uint32_t(left) * uint32_t(a.sum[(first + m) * a.blocks + b])));
+          for (int c = 1; c < chains; c++) dots[c][p][m] = Lanes::ints(0);
+        }
       codec.block();
       for (int k = 0; k < w.block; k += 32) {
         codec.group(k);
@@ -47,24 +62,30 @@ void few_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const 
         const int8_t *const group = q + k / 64 * Quantized::chunk + k % 64;
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) {
-          const Bytes u = codec.quad(j);
+          const Line u = codec.quad(j);
+#pragma GCC unroll 2
+          for (int p = 0; p < wide; p++)
 #pragma GCC unroll 8
-          for (int m = 0; m < rows; m++) {
-            Ints &dot = dots[j % chains][m];
-            dot = Lanes::template dot_code<Codec::width>(dot, u, group + 4 * j + 64 * m);
-          }
+            for (int m = 0; m < rows; m++) {
+              Ints &dot = dots[j % chains][p][m];
+              dot = dot_of<Codec>(dot, u.part[p], group + 4 * j + 64 * m);
+            }
         }
       }
-      const Floats scale = scale_of(w, g, tile, b, part);
+#pragma GCC unroll 2
+      for (int p = 0; p < wide; p++) {
+        const Floats scale = scale_of(w, g, tile, b, from + p);
 #pragma GCC unroll 8
-      for (int m = 0; m < rows; m++) {
-        Ints dot = dots[0][m];
-        for (int c = 1; c < chains; c++) dot = Lanes::add(dot, dots[c][m]);
-        const Floats factor = Lanes::mul(scale, Lanes::floats(a.scale[(first + m) * a.blocks + b]));
-        sum[m] = Lanes::fma(Lanes::floats(dot), factor, sum[m]);
+        for (int m = 0; m < rows; m++) {
+          Ints dot = dots[0][p][m];
+          for (int c = 1; c < chains; c++) dot = Lanes::add(dot, dots[c][p][m]);
+          const Floats factor = Lanes::mul(scale, Lanes::floats(a.scale[(first + m) * a.blocks + b]));
+          sum[p][m] = Lanes::fma(Lanes::floats(dot), factor, sum[p][m]);
+        }
       }
     }
-    for (int m = 0; m < rows; m++) Lanes::store(y + m * stride + part * Lanes::count, sum[m]);
+    for (int p = 0; p < wide; p++)
+      for (int m = 0; m < rows; m++) Lanes::store(y + m * stride + (from + p) * Lanes::count, sum[p][m]);
   }
 }
 
@@ -85,33 +106,41 @@ template <class Codec, int rows>
 void exact_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const float *x, int64_t x_stride, float *y,
                 int64_t stride) {
   const Ints zero = Lanes::ints(zero_of_codec<Codec>);
-  for (int part = 0; part < parts; part++) {
-    Floats sum[rows];
-    for (auto &s : sum) s = Lanes::floats(0.0f);
-    Codec codec(w, g, tile, part);
+  for (int from = 0; from < parts; from += wide) {
+    Floats sum[wide][rows];
+    for (auto &part : sum)
+      for (auto &s : part) s = Lanes::floats(0.0f);
+    Codec codec(w, g, tile, from);
     for (int64_t b = 0; b < g.blocks; b++) {
       const int64_t left = w.columns - b * w.block;
-      Floats dots[rows];
-      for (auto &dot : dots) dot = Lanes::floats(0.0f);
-      const auto column = [&](int64_t k, Ints u) {
+      Floats dots[wide][rows];
+      for (auto &part : dots)
+        for (auto &dot : part) dot = Lanes::floats(0.0f);
+      const auto column = [&](int p, int64_t k, Ints u) {
         if (k >= left) return;
         const Floats weight = Lanes::floats(Lanes::sub(u, zero));
         for (int m = 0; m < rows; m++)
-          dots[m] = Lanes::fma(weight, Lanes::floats(x[m * x_stride + b * w.block + k]), dots[m]);
+          dots[p][m] = Lanes::fma(weight, Lanes::floats(x[m * x_stride + b * w.block + k]), dots[p][m]);
       };
       codec.block();
       for (int i = 0; i < w.block / 4; i++) {
         if (i % 8 == 0) codec.group(4 * i);
-        const Bytes u = codec.quad(i % 8);
-        column(4 * i, Lanes::template column_of<0>(u));
-        column(4 * i + 1, Lanes::template column_of<1>(u));
-        column(4 * i + 2, Lanes::template column_of<2>(u));
-        column(4 * i + 3, Lanes::template column_of<3>(u));
+        const Line line = codec.quad(i % 8);
+        for (int p = 0; p < wide; p++) {
+          const Bytes u = is_signed<Codec> ? Lanes::flipped(line.part[p]) : line.part[p];
+          column(p, 4 * i, Lanes::template column_of<0>(u));
+          column(p, 4 * i + 1, Lanes::template column_of<1>(u));
+          column(p, 4 * i + 2, Lanes::template column_of<2>(u));
+          column(p, 4 * i + 3, Lanes::template column_of<3>(u));
+        }
       }
-      const Floats scale = scale_of(w, g, tile, b, part);
-      for (int m = 0; m < rows; m++) sum[m] = Lanes::fma(dots[m], scale, sum[m]);
+      for (int p = 0; p < wide; p++) {
+        const Floats scale = scale_of(w, g, tile, b, from + p);
+        for (int m = 0; m < rows; m++) sum[p][m] = Lanes::fma(dots[p][m], scale, sum[p][m]);
+      }
     }
-    for (int m = 0; m < rows; m++) Lanes::store(y + m * stride + part * Lanes::count, sum[m]);
+    for (int p = 0; p < wide; p++)
+      for (int m = 0; m < rows; m++) Lanes::store(y + m * stride + (from + p) * Lanes::count, sum[p][m]);
   }
 }
 
@@ -119,29 +148,37 @@ void exact_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, cons
 template <class Codec>
 void unpack_codes(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int place, int64_t first, int blocks,
                   Panel &panel) {
-  const Bytes shift = Lanes::ints(signed_panel ? int32_t(uint32_t(zero_of_codec<Codec>) * 0x01010101) : 0);
+  constexpr int32_t more = (signed_panel ? zero_of_codec<Codec> : 0) - (is_signed<Codec> ? 128 : 0);
+  const Bytes shift = Lanes::ints(int32_t(uint32_t(more & 255) * 0x01010101));
   const int quads = w.block / 4;
-  for (int part = 0; part < parts; part++) {
-    const int row = place * tile_rows + part * Lanes::count;
-    Codec codec(w, g, tile, part);
+  for (int from = 0; from < parts; from += wide) {
+    const int row = place * tile_rows + from * Lanes::count;
+    Codec codec(w, g, tile, from);
     codec.seek(first);
     for (int b = 0; b < blocks; b++) {
-      Lanes::store(&panel.zero[b][row], Lanes::ints(0));
-      Lanes::store(&panel.scale[b][row], scale_of(w, g, tile, first + b, part));
+      for (int p = 0; p < wide; p++) {
+        Lanes::store(&panel.zero[b][row + p * Lanes::count], Lanes::ints(0));
+        Lanes::store(&panel.scale[b][row + p * Lanes::count], scale_of(w, g, tile, first + b, from + p));
+      }
       codec.block();
       for (int i = 0; i < quads; i += 8) {
         codec.group(4 * i);
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; j++)
-          Lanes::store(panel.bytes + place_of(int64_t(b) * quads + i + j, place) + 4 * Lanes::count * part,
-                       Lanes::less(codec.quad(j), shift));
+        for (int j = 0; j < 8; j++) {
+          uint8_t *const out = panel.bytes + place_of(int64_t(b) * quads + i + j, place) + 4 * Lanes::count * from;
+          const Line u = codec.quad(j);
+          for (int p = 0; p < wide; p++) Lanes::store(out + 4 * Lanes::count * p, Lanes::less(u.part[p], shift));
+        }
       }
     }
   }
 }
 #endif
 
-template <class Codec>
+typedef void FewRows(const oc_matrix &, const Geometry &, const uint8_t *tile, const Quantized &, int64_t rows, float *y,
+                     int64_t stride);
+
+template <class Codec, FewRows *few_of_tile = few<Codec>>
 void multiply_coded(const oc_matrix &w, const Input &in, int64_t begin, int64_t end, float *y, int64_t stride,
                     void *scratch) {
   const Geometry g(w);
@@ -155,7 +192,7 @@ void multiply_coded(const oc_matrix &w, const Input &in, int64_t begin, int64_t 
     const uint8_t *const tile = g.at(w.data, t);
     float *const out = y + t * tile_rows;
     if (!w.exact) {
-      few<Codec>(w, g, tile, *in.quantized, in.rows, out, stride);
+      few_of_tile(w, g, tile, *in.quantized, in.rows, out, stride);
       continue;
     }
     int64_t m = 0;

@@ -179,6 +179,9 @@ extern Multiply plain, avx2, avxvnni, avx512, avx512bf16, amx, dotprod;
 namespace sparse {
 extern Multiply plain, avx2, avxvnni, avx512, avx512bf16, amx, dotprod;
 }
+namespace pattern {
+extern Multiply plain, avx2, avxvnni, avx512, avx512bf16, amx, dotprod;
+}
 namespace rows {
 extern const Rows plain, avx2, avxvnni, avx512, avx512bf16, amx, dotprod;
 }

@@ -1,7 +1,10 @@
 // Vectors of a class for the rows of a tile of a matrix (onecard.h).
 //
 // `Lanes` holds the rows of a tile, or a part of them: Bytes has four columns of each, one quad; Ints
-// and Floats one number of each. `high_bits` adds `value` where a bit is set. `signed_bytes`: codes of 8 bits are read as u - 128.
+// and Floats one number of each. `look` takes bytes of the same 16, `where_same` is 0 where a and b differ.
+// `high_bits` adds `value` where a bit is set, `flipped` adds 128 to each byte.
+// `signed_bytes`: codes of 8 bits are multiplied as u - 128.
+// `by_pairs`: products can be added two and two in 16 bits, `pairs_fit<bits>` quads of them, before they are widened.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +25,7 @@ namespace {
 
 struct Lanes {
   static constexpr int count = 16;
-  static constexpr bool signed_bytes = false;
+  static constexpr bool signed_bytes = false, by_pairs = false;
   typedef __m512i Bytes;
   typedef __m512i Ints;
   typedef __m512 Floats;
@@ -32,13 +35,18 @@ struct Lanes {
   static Bytes field(Bytes v) {
     return _mm512_and_si512(shift ? _mm512_srli_epi16(v, shift) : v, _mm512_set1_epi8(mask));
   }
-  template <int value = 4>
+  template <int value>
   static Bytes high_bits(Bytes low, const uint8_t *bits) {
     uint64_t mask;
     memcpy(&mask, bits, 8);
     return _mm512_mask_add_epi8(low, mask, low, _mm512_set1_epi8(value));
   }
+  static Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
   static Bytes less(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
+  static Bytes filled(uint8_t x) { return _mm512_set1_epi8(int8_t(x)); }
+  static Bytes look(Bytes table, Bytes code) { return _mm512_shuffle_epi8(table, code); }
+  static Bytes where_same(Bytes a, Bytes b, Bytes v) { return _mm512_maskz_mov_epi8(_mm512_cmpeq_epi8_mask(a, b), v); }
+  static Bytes flipped(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }
   static void store(void *p, Bytes x) { _mm512_store_si512(p, x); }
   static Ints dot(Ints sum, Bytes w, const int8_t *quad) {
     int32_t x;
@@ -90,7 +98,7 @@ struct Lanes {
   static Bytes field(Bytes v) {
     return _mm256_and_si256(shift ? _mm256_srli_epi16(v, shift) : v, _mm256_set1_epi8(mask));
   }
-  template <int value = 4>
+  template <int value>
   static Bytes high_bits(Bytes low, const uint8_t *bits) {
     int32_t mask;
     memcpy(&mask, bits, 4);
@@ -101,28 +109,44 @@ struct Lanes {
     const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
     return _mm256_or_si256(low, _mm256_and_si256(set, _mm256_set1_epi8(value)));
   }
+  static Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
   static Bytes less(Bytes a, Bytes b) { return _mm256_sub_epi8(a, b); }
+  static Bytes filled(uint8_t x) { return _mm256_set1_epi8(int8_t(x)); }
+  static Bytes look(Bytes table, Bytes code) { return _mm256_shuffle_epi8(table, code); }
+  static Bytes where_same(Bytes a, Bytes b, Bytes v) { return _mm256_and_si256(_mm256_cmpeq_epi8(a, b), v); }
+  static Bytes flipped(Bytes v) { return _mm256_xor_si256(v, _mm256_set1_epi8(-128)); }
   static void store(void *p, Bytes x) { _mm256_store_si256((__m256i *)p, x); }
-  template <int bits>
-  static Ints dot_code(Ints sum, Bytes w, const int8_t *quad) {
+  static __m256i quad_at(const int8_t *quad) {
     int32_t x;
     memcpy(&x, quad, 4);
-    const __m256i q = _mm256_set1_epi32(x);
-#if defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(sum, w, q);
-#else
-    // Pairs are added in 16 bits: codes below 16 cannot overflow, those of 8 bits could, so these
-    // are taken as u - 128 and their sign is moved to the input: 128 * 127 * 2 fits.
-    __m256i pairs;
-    if constexpr (bits < 8) {
-      pairs = _mm256_maddubs_epi16(w, q);
-    } else {
-      const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-      pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(q, s));
-    }
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-#endif
+    return _mm256_set1_epi32(x);
   }
+#if defined(__AVXVNNI__)
+  static constexpr bool by_pairs = false;
+  template <int bits>
+  static Ints dot_code(Ints sum, Bytes w, const int8_t *quad) {
+    return _mm256_dpbusd_avx_epi32(sum, w, quad_at(quad));
+  }
+#else
+  // Codes below 16 cannot overflow in 16 bits, those of 8 bits could, so these are taken as u - 128 and their sign
+  // is moved to the input: 128 * 127 * 2 fits.
+  static constexpr bool by_pairs = true;
+  template <int bits>
+  static constexpr int pairs_fit = 32767 / (((1 << bits) - 1) * 127 * 2);
+  static Ints pairs(Bytes w, const int8_t *quad) { return _mm256_maddubs_epi16(w, quad_at(quad)); }
+  static Ints add_pairs(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
+  static Ints widened(Ints sum, Ints pairs) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static Ints dot_signed(Ints sum, Bytes s, const int8_t *quad) {
+    return widened(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(quad_at(quad), s)));
+  }
+  template <int bits>
+  static Ints dot_code(Ints sum, Bytes w, const int8_t *quad) {
+    if constexpr (bits == 8) return dot_signed(sum, flipped(w), quad);
+    return widened(sum, pairs(w, quad));
+  }
+#endif
   static Ints ints(int32_t x) { return _mm256_set1_epi32(x); }
   static Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
   static Ints sub(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
@@ -151,7 +175,7 @@ struct Lanes {
 
 struct Lanes {
   static constexpr int count = 4;
-  static constexpr bool signed_bytes = true;
+  static constexpr bool signed_bytes = true, by_pairs = false;
   typedef uint8x16_t Bytes;
   typedef int32x4_t Ints;
   typedef float32x4_t Floats;
@@ -162,18 +186,26 @@ struct Lanes {
     if constexpr (shift) v = vshrq_n_u8(v, shift);
     return vandq_u8(v, vdupq_n_u8(mask));
   }
-  template <int value = 4>
+  template <int value>
   static Bytes high_bits(Bytes low, const uint8_t *bits) {
     const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
     const uint8x16_t spread = vcombine_u8(vdup_n_u8(bits[0]), vdup_n_u8(bits[1]));
     return vorrq_u8(low, vandq_u8(vtstq_u8(spread, bit), vdupq_n_u8(value)));
   }
-  template <int bits>
-  static Ints dot_code(Ints sum, Bytes w, const int8_t *quad) {
+  static Bytes either(Bytes a, Bytes b) { return vorrq_u8(a, b); }
+  static Bytes less(Bytes a, Bytes b) { return vsubq_u8(a, b); }
+  static Bytes filled(uint8_t x) { return vdupq_n_u8(x); }
+  static Bytes look(Bytes table, Bytes code) { return vqtbl1q_u8(table, code); }
+  static Bytes where_same(Bytes a, Bytes b, Bytes v) { return vandq_u8(vceqq_u8(a, b), v); }
+  static Bytes flipped(Bytes v) { return veorq_u8(v, vdupq_n_u8(128)); }
+  static Ints dot_signed(Ints sum, Bytes s, const int8_t *quad) {
     int32_t x;
     memcpy(&x, quad, 4);
-    if constexpr (bits == 8) w = veorq_u8(w, vdupq_n_u8(128));
-    return vdotq_s32(sum, vreinterpretq_s8_u8(w), vreinterpretq_s8_s32(vdupq_n_s32(x)));
+    return vdotq_s32(sum, vreinterpretq_s8_u8(s), vreinterpretq_s8_s32(vdupq_n_s32(x)));
+  }
+  template <int bits>
+  static Ints dot_code(Ints sum, Bytes w, const int8_t *quad) {
+    return dot_signed(sum, bits == 8 ? flipped(w) : w, quad);
   }
   static Ints ints(int32_t x) { return vdupq_n_s32(x); }
   static Ints add(Ints a, Ints b) { return vaddq_s32(a, b); }
@@ -204,7 +236,7 @@ struct Lanes {
 
 struct Lanes {
   static constexpr int count = 4;
-  static constexpr bool signed_bytes = false;
+  static constexpr bool signed_bytes = false, by_pairs = false;
   struct Bytes { uint8_t at[16]; };
   struct Ints { int32_t at[4]; };
   struct Floats { float at[4]; };
@@ -222,9 +254,27 @@ struct Lanes {
   static Bytes field(Bytes v) {
     return each<Bytes>([&](int i) { return uint8_t(v.at[i] >> shift & mask); });
   }
-  template <int value = 4>
+  template <int value>
   static Bytes high_bits(Bytes low, const uint8_t *bits) {
     return each<Bytes>([&](int i) { return uint8_t(low.at[i] | (bits[i / 8] >> i % 8 & 1) * value); });
+  }
+  static Bytes either(Bytes a, Bytes b) {
+    return each<Bytes>([&](int i) { return uint8_t(a.at[i] | b.at[i]); });
+  }
+  static Bytes less(Bytes a, Bytes b) {
+    return each<Bytes>([&](int i) { return uint8_t(a.at[i] - b.at[i]); });
+  }
+  static Bytes filled(uint8_t x) {
+    return each<Bytes>([&](int) { return x; });
+  }
+  static Bytes look(Bytes table, Bytes code) {
+    return each<Bytes>([&](int i) { return table.at[code.at[i] & 15]; });
+  }
+  static Bytes where_same(Bytes a, Bytes b, Bytes v) {
+    return each<Bytes>([&](int i) { return a.at[i] == b.at[i] ? v.at[i] : uint8_t(0); });
+  }
+  static Bytes flipped(Bytes v) {
+    return each<Bytes>([&](int i) { return uint8_t(v.at[i] ^ 128); });
   }
   template <int bits>
   static Ints dot_code(Ints sum, Bytes w, const int8_t *q) {

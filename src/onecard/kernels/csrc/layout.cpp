@@ -39,7 +39,7 @@ int64_t table_bytes(const oc_matrix &m) {
   return m.kind == OC_TABLE ? 64 : 0;
 }
 
-// Of a sparse matrix, the tile of the same integers stored densely.
+// Of a sparse matrix or a pattern, the tile of the same integers stored densely.
 Tile tile_of(const oc_matrix &m) {
   if (m.bits == 0) return {0, 0, 0, whole_lines(m.columns * tile_rows * bytes_of(m.dtype))};
   const int64_t blocks = (m.columns + m.block - 1) / m.block;
@@ -52,13 +52,13 @@ bool sound(const oc_matrix *m) {
   constexpr int64_t most = int64_t(1) << 30;
   if (!m || m->rows < 1 || m->rows > most || m->columns < 1 || m->columns > most) return false;
   if (!is_float(m->dtype)) return false;
-  if (m->kind < OC_PLAIN || m->kind > OC_SPARSE || (m->kind && m->zero_point)) return false;
+  if (m->kind < OC_PLAIN || m->kind > OC_PATTERN || (m->kind && m->zero_point)) return false;
   if (m->slots < 0 || m->slots > m->rows * m->columns || (m->slots && m->kind != OC_SPARSE)) return false;
   if (m->bits == 0) return m->block == 0 && m->zero_point == 0 && m->kind == OC_PLAIN;
   bool known = m->bits == 2 || m->bits == 3 || m->bits == 4 || m->bits == 8;
   if (m->kind == OC_TABLE) known = m->bits >= 1 && m->bits <= 6;
   if (m->kind == OC_TABLES) known = m->bits >= 1 && m->bits <= 4;
-  if (m->kind == OC_SPARSE) known = m->bits == 4 || m->bits == 8;
+  if (m->kind == OC_SPARSE || m->kind == OC_PATTERN) known = m->bits == 4 || m->bits == 8;
   const bool fits = m->block == 32 || m->block == 64 || m->block == 128;
   return known && fits && (m->zero_point == 0 || m->zero_point == 1);
 }
@@ -77,7 +77,7 @@ uint32_t word(const Codes &codes, int64_t row, int64_t index) {
 
 template <int bits>
 void weave(const Codes &codes, int block, uint8_t *out) {
-  constexpr int joined = 8 / bits;  // words of codes in a word of a line; of 3 bits, the low two
+  constexpr int joined = 8 / bits;  // words of codes in a word of a line
   constexpr uint32_t low = 0x01010101 * ((1u << (8 / joined)) - 1);
   for (int line = 0; line < block / 4 / joined; line++) {
     for (int r = 0; r < tile_rows; r++) {
@@ -101,11 +101,18 @@ void weave_bit(const Codes &codes, int block, int bit, uint8_t *out) {
   }
 }
 
-// The low bits, then the high ones.
+// Eight words of codes in three: two each, and what is left of those takes the seventh and eighth.
 template <>
 void weave<3>(const Codes &codes, int block, uint8_t *out) {
-  weave<2>(codes, block, out);
-  weave_bit(codes, block, 2, out + 4 * block);
+  constexpr uint32_t one = 0x01010101;
+  for (int group = 0; group < block / 32; group++, out += 192)
+    for (int r = 0; r < tile_rows; r++) {
+      const auto c = [&](int i) { return word(codes, r, 8 * group + i); };
+      const uint32_t line[] = {c(0) | c(1) << 3 | (c(6) & 3 * one) << 6,
+                               c(2) | c(3) << 3 | (c(6) & 4 * one) << 4 | (c(7) & one) << 7,
+                               c(4) | c(5) << 3 | (c(7) & 6 * one) << 5};
+      for (int l = 0; l < 3; l++) memcpy(out + 64 * l + 4 * r, &line[l], 4);
+    }
 }
 
 template <>
@@ -387,6 +394,40 @@ int64_t sparse_bytes(const oc_matrix &m) {
   return whole_lines(s.first + s.tiles * (s.codes + 63) + 8 * lines + values + 64);
 }
 
+// ------------------------------------------------------------------------------------------- pattern
+
+Tile pattern_tile(const oc_matrix &m) {
+  const Tile dense = tile_of(m);
+  return {dense.blocks, dense.zeros, dense.zeros, dense.zeros + dense.blocks * m.block * (m.bits + 2)};
+}
+
+// The groups of a tile; false if more than two of four are not zero.
+bool lay_pairs(const oc_matrix &m, const uint8_t *codes, int64_t rows, uint8_t *out) {
+  const uint8_t zero = uint8_t(1 << (m.bits - 1));
+  const int64_t columns = (m.columns + m.block - 1) / m.block * m.block;
+  for (int64_t k = 0; k < columns; k += 32, out += 64 * (1 + m.bits / 2)) {
+    memset(out, 0, size_t(64 * (1 + m.bits / 2)));
+    for (int i = 0; i < 8; i++) {
+      uint8_t line[64];
+      line_of(m, codes, rows, k / 4 + i, line);
+      uint8_t *const values = out + 64 + (m.bits == 8 ? 64 * (i / 2) : 64 * (i / 4));
+      const int shift = m.bits == 8 ? 0 : 4 * (i / 2 % 2);
+      for (int r = 0; r < tile_rows; r++) {
+        int found = 0;
+        for (int j = 0; j < 4; j++) {
+          if (line[4 * r + j] == zero) continue;
+          if (found == 2) return false;
+          const int slot = 4 * r + 2 * (i % 2) + found++;
+          out[slot] |= uint8_t(j << i / 2 * 2);
+          values[slot] |= uint8_t(line[4 * r + j] << shift);
+        }
+        for (; found < 2; found++) values[4 * r + 2 * (i % 2) + found] |= uint8_t(zero << shift);
+      }
+    }
+  }
+  return true;
+}
+
 // ------------------------------------------------------------------------------------------ checksum
 
 constexpr int64_t chunk_bytes = int64_t(1) << 20;
@@ -425,7 +466,8 @@ uint64_t sum_of_chunk(const uint8_t *data, int64_t bytes, uint64_t index) {
 int64_t oc_layout_bytes(const oc_matrix *matrix) {
   if (!sound(matrix)) return OC_BAD_ARGUMENT;
   if (matrix->kind == OC_SPARSE) return sparse_bytes(*matrix);
-  return (matrix->rows + tile_rows - 1) / tile_rows * tile_of(*matrix).bytes;  // at most 2^62
+  const Tile tile = matrix->kind == OC_PATTERN ? pattern_tile(*matrix) : tile_of(*matrix);
+  return (matrix->rows + tile_rows - 1) / tile_rows * tile.bytes;  // at most 2^62
 }
 
 int64_t oc_layout_table(const oc_matrix *matrix, const uint8_t *codes, const void *scale, int64_t group,
@@ -441,12 +483,26 @@ int64_t oc_layout_table(const oc_matrix *matrix, const uint8_t *codes, const voi
 }
 
 int64_t oc_layout_sparse(const oc_matrix *matrix, const void *integers, int threads, void *out) {
-  if (!sound(matrix) || matrix->kind != OC_SPARSE || !runs(threads, integers, out)) return OC_BAD_ARGUMENT;
+  const bool pairs = matrix && matrix->kind == OC_PATTERN;
+  if (!sound(matrix) || !(pairs || matrix->kind == OC_SPARSE) || !runs(threads, integers, out)) return OC_BAD_ARGUMENT;
   const oc_matrix &m = *matrix;
   const Tile dense = tile_of(m);
-  const Stream s = stream_of(m);
   const auto *const from = static_cast<const uint8_t *>(integers);
   auto *const to = static_cast<uint8_t *>(out);
+  if (pairs) {
+    const Tile own = pattern_tile(m);
+    const int64_t wrong = in_tiles(m, threads, [&](int64_t begin, int64_t end) {
+      int64_t count = 0;
+      for (int64_t t = begin / tile_rows; t * tile_rows < end; t++) {
+        const uint8_t *const tile = from + t * dense.bytes;
+        memcpy(to + t * own.bytes, tile, size_t(dense.zeros));
+        count += !lay_pairs(m, tile + dense.codes, m.rows - t * tile_rows, to + t * own.bytes + own.codes);
+      }
+      return count;
+    });
+    return wrong ? int64_t(OC_BAD_ARGUMENT) : 0;
+  }
+  const Stream s = stream_of(m);
   std::vector<uint64_t> begins(static_cast<size_t>(s.tiles) + 1);
   in_tiles(m, threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin / tile_rows; t * tile_rows < end; t++)

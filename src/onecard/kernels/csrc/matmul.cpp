@@ -47,13 +47,14 @@ struct Calls {
 
 // `rows` rows from `first` on, times one tile, into y[row][16]. With one or two rows, products of neighbouring
 // quads go to sums of their own, so that none waits for the one before it, and a block is one piece of code:
-// a loop's end that is guessed wrong costs as much as half a block. Where registers are half a line, both halves
-// are multiplied as it comes from memory, or one half of the time would be spent on what lies in the cache.
-template <int bits, int block, int rows>
+// a loop's end that is guessed wrong costs as much as half a block.
+template <int bits, int block, int rows, class L = Lanes>
 void few_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const Quantized &a,
               int64_t first, float *y, int64_t stride) {
-  constexpr int chains = rows <= 2 ? 2 : 1, quads = block / 4, at_once = rows > 2 ? 4 : Lanes::count == 8 ? 8 : quads;
-  constexpr int lines = block * bits * 2 / 64, wide = Lanes::count == 8 ? parts : 1;
+  constexpr bool by_pairs = L::by_pairs && bits <= 4;
+  constexpr int chains = rows <= 2 ? 2 : 1, quads = block / 4;
+  constexpr int at_once = rows > 2 && bits != 3 && !by_pairs ? 4 : Lanes::count == 8 ? 8 : quads;
+  constexpr int lines = block * bits * 2 / 64;
   for (int from = 0; from < parts; from += wide) {
     Floats sum[wide][rows];
     for (auto &part : sum)
@@ -73,22 +74,39 @@ void few_rows(const oc_matrix &w, const Geometry &g, const uint8_t *tile, const 
         }
       calls.line(lines);
 #pragma GCC unroll 1
-      for (int i = 0; i < quads; i += at_once)
+      for (int i = 0; i < quads; i += at_once) {
+        const uint8_t *const own = codes + 8 * bits * i;
+        const int8_t *const begin = q + i / 16 * Quantized::chunk + i % 16 * 4;
+        Ints pairs[wide][rows];
 #pragma GCC unroll 32
         for (int j = 0; j < at_once; j++) {
-          const int k = i + j;
-          if (k * lines % quads < lines) calls.line(k * lines / quads);
-          const int8_t *const quad = q + k / 16 * Quantized::chunk + k % 16 * 4;
+          if (j * lines % quads < lines) calls.line((i * lines + j * lines) / quads);
+          const int8_t *const quad = begin + j / 16 * Quantized::chunk + j % 16 * 4;
 #pragma GCC unroll 2
           for (int p = 0; p < wide; p++) {
-            const Bytes u = quad_of<bits>(codes, codes + 4 * block, k, from + p);
+            const Bytes u = quad_of<bits>(own, j, from + p);
 #pragma GCC unroll 8
             for (int m = 0; m < rows; m++) {
-              Ints &dot = dots[j % chains][p][m];
-              dot = Lanes::template dot_code<bits>(dot, u, quad + 64 * m);
+              if constexpr (by_pairs) {
+                static_assert(at_once <= L::template pairs_fit<bits>);
+                const Ints both = L::pairs(u, quad + 64 * m);
+                pairs[p][m] = j ? L::add_pairs(pairs[p][m], both) : both;
+              } else {
+                Ints &dot = dots[j % chains][p][m];
+                dot = L::template dot_code<bits>(dot, u, quad + 64 * m);
+              }
             }
           }
         }
+        if constexpr (by_pairs)
+#pragma GCC unroll 2
+          for (int p = 0; p < wide; p++)
+#pragma GCC unroll 8
+            for (int m = 0; m < rows; m++) {
+              Ints &dot = dots[i / at_once % chains][p][m];
+              dot = L::widened(dot, pairs[p][m]);
+            }
+      }
 #pragma GCC unroll 2
       for (int p = 0; p < wide; p++) {
         const Floats scale = scale_of(w, g, tile, b, from + p);
@@ -139,10 +157,10 @@ constexpr int float_rows = 4;
 // Calls each(column, weights of a part of the tile), a block at a time: block(b) begins it, end(b) ends it.
 template <int bits, class Each>
 void columns_of_block(const oc_matrix &w, const uint8_t *codes, int part, Ints zero, const Each &each) {
-  for (int i = 0; i < w.block / 4; i += 4)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      const Bytes u = quad_of<bits>(codes, codes + 4 * w.block, i + j, part);
+  for (int i = 0; i < w.block / 4; i += 8)
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+      const Bytes u = quad_of<bits>(codes, i + j, part);
       const int k = 4 * (i + j);
       each(k, Lanes::floats(Lanes::sub(Lanes::template column_of<0>(u), zero)));
       each(k + 1, Lanes::floats(Lanes::sub(Lanes::template column_of<1>(u), zero)));
@@ -230,6 +248,7 @@ void multiply_tile(const oc_matrix &w, const Geometry &g, const uint8_t *tile, c
 
 void multiply(const oc_matrix &w, const Input &in, int64_t begin, int64_t end, float *y, int64_t stride,
               void *scratch) {
+  if (w.kind == OC_PATTERN) return oc::pattern::OC_CLASS(w, in, begin, end, y, stride, scratch);
   if (w.kind == OC_SPARSE) return oc::sparse::OC_CLASS(w, in, begin, end, y, stride, scratch);
   if (w.kind) return oc::table::OC_CLASS(w, in, begin, end, y, stride, scratch);
   const auto *const data = static_cast<const uint8_t *>(w.data);

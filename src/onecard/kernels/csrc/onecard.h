@@ -143,12 +143,14 @@ OC_API int oc_search_grid(const float *weight, const float *importance, int64_t 
  *                 8 bits  a line has columns k .. k+3: u of column k + j
  *                 4 bits  k .. k+7: u of k + j in the low half, of k + 4 + j in the high half
  *                 2 bits  k .. k+15: u of k + 4 i + j in bits 2 i and 2 i + 1
- *                 3 bits  per block, the low two bits as with 2 bits, then for each four columns
- *                         k .. k+3 eight bytes whose bit 4 r + j is the high bit of u
+ *                 3 bits  three lines have columns k .. k+31; of the eight quads of columns k + 4 i + j, line l has
+ *                         i = 2 l in the low three bits and i = 2 l + 1 in the next three; of i = 6 the low two
+ *                         bits are the first line's highest, then its high bit and the low one of i = 7 the
+ *                         second's, and the other two of i = 7 the third's
  *             A padded column has u = zero, a padded row scale 0.
  *   dense     [columns][16] in `dtype`
  *
- * Two kinds more are blocks of integers without a zero point, held in fewer bytes:
+ * Three kinds more are blocks of integers without a zero point, held in fewer bytes:
  *
  *   table     w = (table[code] - 128) * scale, codes of 1 to 6 bits, `table` of bytes; a tile is
  *               scales  as above
@@ -156,8 +158,9 @@ OC_API int oc_search_grid(const float *weight, const float *importance, int64_t 
  *                       64 entries for 5 and 6 bits. A table per row (at most 4 bits) has E = max(4, 2^bits)
  *                       entries and max(1, E / 4) lines: byte n of the 16 bytes i of line l is entry
  *                       n % E of row 4 i + l * 16 / E + n / E
- *               codes   2, 3 and 4 bits as above, 1 bit as the high bits of 3; 5 and 6 bits are per block
- *                       the low four as with 4 bits and then one or two times such high bits
+ *               codes   2, 3 and 4 bits as above; 1 bit: for each four columns k .. k+3 eight bytes whose bit
+ *                       4 r + j is the code; 5 and 6 bits are per block the low four as with 4 bits and
+ *                       then one or two times such bytes of their higher bits
  *   sparse    of 8 or 4 bits, without those that are zero. All begins with uint64 [tiles], the byte where
  *             each tile begins, padded to 64 bytes. A tile is
  *               scales  as above
@@ -165,8 +168,16 @@ OC_API int oc_search_grid(const float *weight, const float *importance, int64_t 
  *               stream  per block, uint64 [block / 4]: bit 4 r + j says that row r has something in
  *                       column k + j; then, four columns after four columns, these u in the order of
  *                       the bits, as bytes or two in a byte, the first one low
+ *   pattern   of 8 or 4 bits, of which in each row at most two of four columns 4 i .. 4 i + 3 are not zero.
+ *             They and, where there are fewer, zeros are two slots. A tile is
+ *               scales  as above
+ *               groups  of columns k .. k+31: a line of places, then the u of the slots. Byte 4 r + s belongs to
+ *                       row r and slot s, those of columns k + 8 i .. k + 8 i + 3 being slots 0 and 1, those of the
+ *                       next four columns slots 2 and 3; bits 2 i and 2 i + 1 of its place say which of the four
+ *                       it is. With 8 bits a line has u of one i, with 4 bits of an even one in the low half
+ *                       and of the next in the high half
  */
-enum { OC_PLAIN = 0, OC_TABLE = 1, OC_TABLES = 2, OC_SPARSE = 3 };
+enum { OC_PLAIN = 0, OC_TABLE = 1, OC_TABLES = 2, OC_SPARSE = 3, OC_PATTERN = 4 };
 
 /* Inputs x become q * scale with q from -127 to 127: a block's scale is its own max|x| / 127, or that of the
  * whole row, or given. Matrices that read one input round it alike. */
@@ -175,12 +186,12 @@ enum { OC_BY_BLOCK = 0, OC_BY_ROW = 1, OC_BY_SCALE = 2 };
 typedef struct oc_matrix {
   const void *data;   /* NULL: there is no such matrix */
   int64_t rows, columns;
-  int32_t bits;       /* 2, 3, 4 or 8; 0 for dense; 1 to 6 for a table, 1 to 4 for tables, 4 or 8 for sparse */
+  int32_t bits;       /* 2, 3, 4 or 8; 0 for dense; 1 to 6 for a table, 1 to 4 for tables, 4 or 8 for sparse and pattern */
   int32_t block;      /* 32, 64 or 128; 0 for dense */
   int32_t dtype;      /* of the scales, or of the dense weights: OC_FP32, OC_FP16 or OC_BF16 */
   int32_t zero_point; /* 1 if there are zeros */
   int32_t exact;      /* 1: inputs stay float32; 0: integers multiply inputs rounded to int8 */
-  int32_t kind;       /* OC_PLAIN (integers, dense), OC_TABLE, OC_TABLES (one per row) or OC_SPARSE */
+  int32_t kind;       /* OC_PLAIN (integers, dense), OC_TABLE, OC_TABLES (one per row), OC_SPARSE or OC_PATTERN */
   int64_t slots;      /* sparse: that many weights are not zero, at most; else 0 */
   int32_t rounding;   /* of inputs: OC_BY_BLOCK, OC_BY_ROW or OC_BY_SCALE */
   float input_scale;  /* OC_BY_SCALE: above 0; else 0 */
@@ -222,8 +233,8 @@ OC_API int64_t oc_layout_quantize(const oc_matrix *matrix, const void *weight, i
 OC_API int64_t oc_layout_table(const oc_matrix *matrix, const uint8_t *codes, const void *scale, int64_t group,
                                const uint8_t *table, int threads, void *out);
 
-/* From the layout of the same integers that are not sparse, of 4 or 8 bits without a zero point. `slots`
- * says how many are not zero at most; more of them are an error. */
+/* Sparse or a pattern, from the layout of the same integers stored with their zeros, of 4 or 8 bits without a zero
+ * point. `slots` says how many are not zero at most; more of them, or than the pattern has, are an error. */
 OC_API int64_t oc_layout_sparse(const oc_matrix *matrix, const void *integers, int threads, void *out);
 
 /* A 64-bit sum that says whether bytes are those that were written: any change within eight bytes is seen

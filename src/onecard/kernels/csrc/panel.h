@@ -61,10 +61,10 @@ inline void unpack(const oc_matrix &w, const Geometry &g, const uint8_t *tile, i
       }
       Lanes::store(&panel.zero[b][row], left);
       Lanes::store(&panel.scale[b][row], scale_of(w, g, tile, first + b, part));
-      for (int i = 0; i < quads; i += 4)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-          const Bytes u = quad_of<bits>(codes, codes + 4 * w.block, i + j, part);
+      for (int i = 0; i < quads; i += 8)
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) {
+          const Bytes u = quad_of<bits>(codes, i + j, part);
           uint8_t *const out = panel.bytes + place_of(int64_t(b) * quads + i + j, place) + 4 * Lanes::count * part;
           Lanes::store(out, signed_panel ? Lanes::less(u, shift) : u);
         }

@@ -1,9 +1,10 @@
 // Integers of which many are zero (onecard.h, OC_SPARSE): a bit for each, and those that are not zero.
 //
 // A line of 64 bytes, four columns of sixteen rows, is made of a mask and of as many stored bytes as it has
-// bits: one instruction where the processor expands bytes, elsewhere a shuffle for sixteen of them. What is absent becomes the zero point, so that
-// the result has the bits of the same integers stored densely. The stream is read once, from its beginning;
-// only the count of bits says where the next line is.
+// bits: one instruction where the processor expands bytes, elsewhere a shuffle for sixteen of them. What is
+// absent becomes the zero point, so that the result has the bits of the same integers stored densely: stored
+// bytes differ from the zero point by an exclusive or, and a shuffle gives 0 where nothing is. The stream is read
+// once, from its beginning; only the count of bits says where the next line is.
 
 #include "coded.h"
 
@@ -36,19 +37,22 @@ struct Share {
 };
 
 #if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
-// For eight bits of a mask: which stored byte goes to each place, 128 to a place without one.
+// Which stored byte goes to each of sixteen places, from 128 on to one without any: the sum of an entry for the lower
+// eight bits of a mask and of one for the upper ones.
 struct Moves {
-  uint8_t at[256][8];
+  alignas(16) uint8_t lower[256][16], upper[256][16];
 };
 constexpr Moves moves = [] {
   Moves m{};
-  for (int mask = 0; mask < 256; mask++)
-    for (int bit = 0, next = 0; bit < 8; bit++) m.at[mask][bit] = uint8_t(mask >> bit & 1 ? next++ : 128);
+  for (int mask = 0; mask < 256; mask++) {
+    int next = 0;
+    for (int bit = 0; bit < 8; bit++)
+      m.lower[mask][bit] = m.upper[mask][8 + bit] = uint8_t(mask >> bit & 1 ? next++ : 128);
+    for (int bit = 8; bit < 16; bit++) m.lower[mask][bit] = uint8_t(next);
+  }
   return m;
 }();
-#endif
 
-#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
 // Sixteen halves from number `first` on, the first of a byte in its lower half.
 inline uint64_t halves_from(const uint8_t *from, int first) {
   uint64_t now, next;
@@ -59,13 +63,6 @@ inline uint64_t halves_from(const uint8_t *from, int first) {
 #endif
 
 #if defined(__AVX2__)
-inline __m128i placed(uint32_t mask, __m128i stored, __m128i zero) {
-  const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(moves.at[mask & 255]));
-  const __m128i high = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(moves.at[mask >> 8 & 255]));
-  const __m128i behind = _mm_set1_epi8(int8_t(__builtin_popcount(mask & 255)));
-  const __m128i move = _mm_unpacklo_epi64(low, _mm_add_epi8(high, behind));
-  return _mm_blendv_epi8(_mm_shuffle_epi8(stored, move), zero, move);
-}
 inline __m128i stored_bytes(const uint8_t *from, int first) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i *>(from + first));
 }
@@ -73,22 +70,27 @@ inline __m128i stored_halves(const uint8_t *from, int first) {
   const __m128i pairs = _mm_cvtsi64_si128(int64_t(halves_from(from, first))), low = _mm_set1_epi8(15);
   return _mm_unpacklo_epi8(_mm_and_si128(pairs, low), _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
 }
+inline __m256i moves_of(const uint8_t table[256][16], uint32_t mask) {
+  const auto entry = [=](uint32_t eight) { return _mm_load_si128(reinterpret_cast<const __m128i *>(table[eight & 255])); };
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(entry(mask)), entry(mask >> 16), 1);
+}
+// u of 32 places without the zero point, by exclusive or.
 template <__m128i (*stored)(const uint8_t *, int)>
-inline __m256i thirty_two(uint32_t mask, const uint8_t *from, int first, __m128i zero) {
-  const __m128i low = placed(mask, stored(from, first), zero);
-  const int behind = first + __builtin_popcount(mask & 0xffff);
-  return _mm256_set_m128i(placed(mask >> 16, stored(from, behind), zero), low);
+inline __m256i thirty_two(uint32_t mask, const uint8_t *from, int first, int zero) {
+  const __m128i low = stored(from, first), high = stored(from, first + __builtin_popcount(mask & 0xffff));
+  const __m256i found = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  const __m256i move = _mm256_add_epi8(moves_of(moves.lower, mask), moves_of(moves.upper, mask >> 8));
+  return _mm256_shuffle_epi8(_mm256_xor_si256(found, _mm256_set1_epi8(int8_t(zero))), move);
 }
 template <__m128i (*stored)(const uint8_t *, int)>
 inline Bytes spread(uint64_t mask, const uint8_t *from, int first, int zero) {
-  const __m128i absent = _mm_set1_epi8(int8_t(zero));
-  const __m256i low = thirty_two<stored>(uint32_t(mask), from, first, absent);
+  const __m256i low = thirty_two<stored>(uint32_t(mask), from, first, zero);
 #if defined(__AVX512F__)
   const int behind = first + __builtin_popcount(uint32_t(mask));
-  const __m256i high = thirty_two<stored>(uint32_t(mask >> 32), from, behind, absent);
-  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  const __m256i high = thirty_two<stored>(uint32_t(mask >> 32), from, behind, zero);
+  return _mm512_xor_si512(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), _mm512_set1_epi8(int8_t(zero)));
 #else
-  return low;
+  return Lanes::signed_bytes && zero == 128 ? low : _mm256_xor_si256(low, _mm256_set1_epi8(int8_t(zero)));
 #endif
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
@@ -100,11 +102,9 @@ inline uint8x16_t stored_halves(const uint8_t *from, int first) {
 }
 template <uint8x16_t (*stored)(const uint8_t *, int)>
 inline Bytes spread(uint64_t mask, const uint8_t *from, int first, int zero) {
-  const uint8x8_t low = vld1_u8(moves.at[mask & 255]), high = vld1_u8(moves.at[mask >> 8 & 255]);
-  const uint8x8_t behind = vdup_n_u8(uint8_t(__builtin_popcount(uint32_t(mask & 255))));
-  const uint8x16_t move = vcombine_u8(low, vadd_u8(high, behind));
-  const uint8x16_t absent = vcgeq_u8(move, vdupq_n_u8(128));
-  return vbslq_u8(absent, vdupq_n_u8(uint8_t(zero)), vqtbl1q_u8(stored(from, first), move));
+  const uint8x16_t move = vaddq_u8(vld1q_u8(moves.lower[mask & 255]), vld1q_u8(moves.upper[mask >> 8 & 255]));
+  const uint8x16_t own = vdupq_n_u8(uint8_t(zero)), found = vqtbl1q_u8(veorq_u8(stored(from, first), own), move);
+  return zero == 128 ? found : veorq_u8(found, own);
 }
 #else
 inline uint8_t stored_bytes(const uint8_t *from, int at) { return from[at]; }
@@ -156,17 +156,19 @@ class Expanded {
       __builtin_prefetch(values_ + oc::reach.far + 64 * i);
     }
   }
-  inline Bytes quad(int j) {
+  inline Line quad(int j) {
     uint64_t mask;
     memcpy(&mask, group_ + 8 * j, 8);
     const uint8_t *const from = values_;
     const int count = __builtin_popcountll(mask);
-    if constexpr (bits == 8) {
-      values_ += count;
-      return expand(mask, from, 128, part_);
+    values_ += bits == 8 ? count : (count + 1) / 2;
+    Line u;
+#pragma GCC unroll 2
+    for (int p = 0; p < wide; p++) {
+      const int part = wide == parts ? p : part_ + p;
+      u.part[p] = bits == 8 ? expand(mask, from, 128, part) : expand_halves(mask, from, 8, part);
     }
-    values_ += (count + 1) / 2;
-    return expand_halves(mask, from, 8, part_);
+    return u;
   }
 
  private:

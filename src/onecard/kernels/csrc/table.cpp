@@ -9,16 +9,13 @@
 
 namespace {
 
-// `code` looks up a byte in the 16 of its own 128 bits; `one_of` takes from b what a mask of 16 bytes says.
+// Looks up where a mask of 16 bytes says so, elsewhere `other`.
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-inline Bytes look(Bytes table, Bytes code) { return _mm512_shuffle_epi8(table, code); }
 template <int mask>
 inline Bytes look_in(Bytes other, Bytes table, Bytes code) {
   return _mm512_mask_shuffle_epi8(other, uint64_t(mask) * 0x0001000100010001, table, code);
 }
-inline Bytes join(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 #elif defined(__AVX2__)
-inline Bytes look(Bytes table, Bytes code) { return _mm256_shuffle_epi8(table, code); }
 template <int mask>
 inline Bytes look_in(Bytes other, Bytes table, Bytes code) {
   alignas(32) static constexpr auto where = [] {
@@ -26,34 +23,25 @@ inline Bytes look_in(Bytes other, Bytes table, Bytes code) {
     for (int i = 0; i < 32; i++) made.at[i] = mask >> i % 16 & 1 ? 255 : 0;
     return made;
   }();
-  return _mm256_blendv_epi8(other, look(table, code), Lanes::load(where.at));
+  return _mm256_blendv_epi8(other, Lanes::look(table, code), Lanes::load(where.at));
 }
-inline Bytes join(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
 #elif defined(__ARM_FEATURE_DOTPROD)
-inline Bytes look(Bytes table, Bytes code) { return vqtbl1q_u8(table, code); }
 template <int mask>
 inline Bytes look_in(Bytes other, Bytes table, Bytes code) {
   uint8x16_t where;
   for (int i = 0; i < 16; i++) where[i] = mask >> i & 1 ? 255 : 0;
-  return vbslq_u8(where, look(table, code), other);
+  return vbslq_u8(where, Lanes::look(table, code), other);
 }
-inline Bytes join(Bytes a, Bytes b) { return vorrq_u8(a, b); }
 #else
-inline Bytes look(const Bytes &table, const Bytes &code) {
-  return Lanes::each<Bytes>([&](int i) { return table.at[code.at[i] & 15]; });
-}
 template <int mask>
 inline Bytes look_in(const Bytes &other, const Bytes &table, const Bytes &code) {
   return Lanes::each<Bytes>([&](int i) { return mask >> i & 1 ? table.at[code.at[i] & 15] : other.at[i]; });
-}
-inline Bytes join(const Bytes &a, const Bytes &b) {
-  return Lanes::each<Bytes>([&](int i) { return uint8_t(a.at[i] | b.at[i]); });
 }
 #endif
 
 // Bits of a code that lie together; the others follow in planes, 2 bytes per column each.
 template <int bits>
-constexpr int low_bits = bits == 1 ? 0 : bits == 3 ? 2 : bits >= 5 ? 4 : bits;
+constexpr int low_bits = bits == 1 ? 0 : bits >= 5 ? 4 : bits;
 
 // The codes of the columns 4 j .. 4 j + 3 of a group.
 template <int bits>
@@ -61,9 +49,9 @@ inline Bytes codes_of(const uint8_t *low, const uint8_t *planes, int block, int 
   constexpr int own = Lanes::count / 2;
   const uint8_t *const plane = planes + 8 * j + own * part;
   if constexpr (bits == 1) return Lanes::high_bits<1>(Lanes::field<0, 0>(Lanes::load(low)), plane);
-  if constexpr (bits >= 2 && bits <= 4) return quad_of<bits>(low, planes, j, part);
+  if constexpr (bits >= 2 && bits <= 4) return quad_of<bits>(low, j, part);
   if constexpr (bits >= 5) {
-    const Bytes codes = Lanes::high_bits<16>(quad_of<4>(low, planes, j, part), plane);
+    const Bytes codes = Lanes::high_bits<16>(quad_of<4>(low, j, part), plane);
     if constexpr (bits == 5) return codes;
     return Lanes::high_bits<32>(codes, plane + 2 * block);
   }
@@ -81,7 +69,8 @@ class Looked {
   Looked(const oc_matrix &w, const Geometry &g, const uint8_t *tile, int part)
       : start_(tile + g.codes), next_(start_), entries_(tile + g.zeros), step_(g.block_codes), block_(w.block),
         part_(part) {
-    for (int t = 0; t < tables; t++) table_[t] = Lanes::load(entries_ + 64 * t + 4 * Lanes::count * part);
+    for (int p = 0; p < wide; p++)
+      for (int t = 0; t < tables; t++) table_[p][t] = shown(entries_ + 64 * t + 4 * Lanes::count * (part + p));
     if constexpr (own && bits <= 3) {
       alignas(64) uint8_t line[64];
       for (int i = 0; i < 64; i++) line[i] = first_entry[bits == 3][i % 16];
@@ -105,21 +94,30 @@ class Looked {
       __builtin_prefetch(ahead_ + oc::reach.far + 64 * i);
     }
   }
-  inline Bytes quad(int j) const {
-    Bytes code = codes_of<bits>(low_, planes_, block_, j, part_);
-    if constexpr (bits >= 5) return look_far(code);
-    if constexpr (own && bits <= 3) code = join(code, base_);
-    Bytes u = look(table_[0], code);
-    if constexpr (tables == 2) u = look_in<0xff00>(u, table_[1], code);
-    if constexpr (tables == 4) {
-      u = look_in<0x00f0>(u, table_[1], code);
-      u = look_in<0x0f00>(u, table_[2], code);
-      u = look_in<0xf000>(u, table_[3], code);
-    }
+  inline Line quad(int j) const {
+    Line u;
+#pragma GCC unroll 2
+    for (int p = 0; p < wide; p++) u.part[p] = looked(codes_of<bits>(low_, planes_, block_, j, part_ + p), table_[p]);
     return u;
   }
 
  private:
+  static Bytes shown(const uint8_t *entries) {
+    const Bytes u = Lanes::load(entries);
+    return Lanes::signed_bytes ? Lanes::flipped(u) : u;
+  }
+  inline Bytes looked(Bytes code, const Bytes *table) const {
+    if constexpr (bits >= 5) return Lanes::signed_bytes ? Lanes::flipped(look_far(code)) : look_far(code);
+    if constexpr (own && bits <= 3) code = Lanes::either(code, base_);
+    Bytes u = Lanes::look(table[0], code);
+    if constexpr (tables == 2) u = look_in<0xff00>(u, table[1], code);
+    if constexpr (tables == 4) {
+      u = look_in<0x00f0>(u, table[1], code);
+      u = look_in<0x0f00>(u, table[2], code);
+      u = look_in<0xf000>(u, table[3], code);
+    }
+    return u;
+  }
 #if defined(__AVX512BW__)
   inline __m512i sixteen_entries(int t) const {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(entries_ + 16 * t)));
@@ -132,7 +130,7 @@ class Looked {
   // In all 64 bytes of the table.
   inline Bytes look_far(Bytes code) const {
 #if defined(__AVX512VBMI__)
-    return _mm512_permutexvar_epi8(code, table_[0]);
+    return _mm512_permutexvar_epi8(code, table_[0][0]);
 #elif defined(__AVX512BW__)
     const __m512i sixteenth = _mm512_and_si512(_mm512_srli_epi16(code, 4), _mm512_set1_epi8(3));
     __m512i u = _mm512_shuffle_epi8(sixteen_entries(0), code);
@@ -141,12 +139,12 @@ class Looked {
                                    code);
     return u;
 #elif defined(__AVX2__)
-    const __m256i sixteenth = _mm256_and_si256(_mm256_srli_epi16(code, 4), _mm256_set1_epi8(3));
-    __m256i u = _mm256_shuffle_epi8(sixteen_entries(0), code);
-    for (int t = 1; t < 1 << (bits - 4); t++)
-      u = _mm256_blendv_epi8(u, _mm256_shuffle_epi8(sixteen_entries(t), code),
-                             _mm256_cmpeq_epi8(sixteenth, _mm256_set1_epi8(int8_t(t))));
-    return u;
+    const auto either = [=](int t) {  // of two sixteenths, by the highest bit of a byte: bit 4 moved there
+      return _mm256_blendv_epi8(_mm256_shuffle_epi8(sixteen_entries(t), code),
+                                _mm256_shuffle_epi8(sixteen_entries(t + 1), code), _mm256_slli_epi16(code, 3));
+    };
+    if constexpr (bits == 5) return either(0);
+    return _mm256_blendv_epi8(either(0), either(2), _mm256_slli_epi16(code, 2));
 #elif defined(__ARM_FEATURE_DOTPROD)
     return vqtbl4q_u8(vld1q_u8_x4(entries_), code);
 #else
@@ -161,7 +159,7 @@ class Looked {
   const uint8_t *entries_;
   int64_t step_;
   int block_, part_;
-  Bytes table_[tables], base_;
+  Bytes table_[wide][tables], base_;
 };
 
 }  // namespace

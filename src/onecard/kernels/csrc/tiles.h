@@ -15,6 +15,14 @@ inline int64_t table_bytes(int kind, int bits) {
   return kind == OC_TABLE ? 64 : 0;
 }
 
+// Parts that are multiplied together: where registers are half a line, both halves as it comes from memory, or one
+// half of the time would be spent on what lies in the cache.
+constexpr int wide = Lanes::count == 8 ? parts : 1;
+
+struct Line {
+  Bytes part[wide];
+};
+
 struct Geometry {
   int64_t blocks, zeros, codes, tile;  // where the zeros (or tables) and codes of a tile begin, and its bytes
   int64_t block_codes;                 // bytes of one block's codes
@@ -33,6 +41,7 @@ struct Geometry {
       block_codes = w.block * 2 + w.slots * w.bits / 8 / (tiles * blocks);
       begins = static_cast<const uint64_t *>(w.data);
     }
+    if (w.kind == OC_PATTERN) block_codes = int64_t(w.block) * (w.bits + 2);
     tile = codes + blocks * block_codes;
   }
   const uint8_t *at(const void *data, int64_t index) const {
@@ -40,21 +49,24 @@ struct Geometry {
   }
 };
 
-// The codes of the columns 4 i .. 4 i + 3 behind those that begin at `codes`, in the rows of one part of the
-// tile; of 3 bits the high ones begin at `high`.
+// The codes of the columns 4 i .. 4 i + 3 behind those that begin at `codes`, in the rows of one part of the tile.
 template <int bits>
-inline Bytes quad_of(const uint8_t *codes, const uint8_t *high, int i, int part) {
-  constexpr int per_line = 8 / (bits == 3 ? 2 : bits);
-  const Bytes line = Lanes::load(codes + 64 * (i / per_line) + 4 * Lanes::count * part);
-  if constexpr (bits == 8) return line;
-  if constexpr (bits == 4) return i & 1 ? Lanes::field<4, 15>(line) : Lanes::field<0, 15>(line);
-  if constexpr (bits <= 3) {
-    const Bytes low = i % 4 == 0   ? Lanes::field<0, 3>(line)
-                      : i % 4 == 1 ? Lanes::field<2, 3>(line)
-                      : i % 4 == 2 ? Lanes::field<4, 3>(line)
-                                   : Lanes::field<6, 3>(line);
-    if constexpr (bits == 2) return low;
-    return Lanes::high_bits(low, high + 8 * i + Lanes::count / 2 * part);
+inline Bytes quad_of(const uint8_t *codes, int i, int part) {
+  const auto line = [=](int number) { return Lanes::load(codes + 64 * number + 4 * Lanes::count * part); };
+  if constexpr (bits == 8) return line(i);
+  if constexpr (bits == 4) return i & 1 ? Lanes::field<4, 15>(line(i / 2)) : Lanes::field<0, 15>(line(i / 2));
+  if constexpr (bits == 3) {
+    const int first = i / 8 * 3, own = first + i % 8 / 2;
+    if (i % 8 == 6) return Lanes::either(Lanes::field<6, 3>(line(first)), Lanes::field<4, 4>(line(first + 1)));
+    if (i % 8 == 7) return Lanes::either(Lanes::field<7, 1>(line(first + 1)), Lanes::field<5, 6>(line(first + 2)));
+    return i & 1 ? Lanes::field<3, 7>(line(own)) : Lanes::field<0, 7>(line(own));
+  }
+  if constexpr (bits == 2) {
+    const Bytes four = line(i / 4);
+    return i % 4 == 0   ? Lanes::field<0, 3>(four)
+           : i % 4 == 1 ? Lanes::field<2, 3>(four)
+           : i % 4 == 2 ? Lanes::field<4, 3>(four)
+                        : Lanes::field<6, 3>(four);
   }
 }
 
