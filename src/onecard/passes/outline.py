@@ -1,9 +1,10 @@
-"""What a stage leaves, before it is there: every tensor by name, dtype and shape, and so bytes, headers counted.
+"""What a stage leaves, before it is there: every tensor by name, dtype and shape, and so its bytes.
 
-Sizes follow from the Spec that the passes foretell, from the layout of the source (its names, what is fused,
-what lies transposed), and from the scheme of every linear, carried from stage to stage: what a pass packs, and
-what it finds packed and keeps. Exact but for what weights and measurements decide: how many weights rounding
-sets to zero where zeros are not stored, and which sites get how many bits where only their sum is given.
+Sizes follow from the Spec that the passes foretell, from the layout of the source (its names, what is
+fused, what lies transposed), and from the scheme of every linear, carried from stage to stage: what a pass
+packs, and what it finds packed and keeps. Headers are counted. Exact but for what weights and measurements
+decide: how many weights rounding sets to zero where zeros are not stored, and which sites get how many bits
+where only their sum is given.
 """
 
 from __future__ import annotations
