@@ -309,7 +309,9 @@ class Recipe:
     def check(self, spec: Spec) -> None:
         """Order conflicts and settings that do not suit the model, before any work."""
         if not self.passes:
-            raise BadRequest(f"the recipe {self.name} has no passes")
+            raise BadRequest(
+                f"the recipe {self.name} has no passes", do="passes: [{gptq: {bits: 4}}]"
+            )
         original = spec
         for number, p in enumerate(self.passes):
             try:

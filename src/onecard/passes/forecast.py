@@ -101,7 +101,7 @@ class Before:
 
     @property
     def stored(self) -> str:
-        return self.outline.source.dtype
+        return self.outline.stored
 
 
 def before_of(source: Source) -> Before:
@@ -115,7 +115,7 @@ def before_of(source: Source) -> Before:
 
 def before(outline: Outline, stem: int, largest: int) -> Before:
     """The same of what a stage leaves."""
-    spec, stored, nbytes = outline.source.spec, outline.source.dtype, outline.file_bytes
+    spec, stored, nbytes = outline.source.spec, outline.stored, outline.file_bytes
     linears = 0
     for layer, schemes in zip(spec.layers, outline.schemes, strict=True):
         for name, shape in linear_shapes(spec, layer).items():

@@ -24,11 +24,12 @@ from onecard.passes.base import ModelPass, Pass, output_scheme
 
 @dataclass(frozen=True)
 class Outline:
-    """A model: its layout and sizes, the schemes of the linears of every block that are packed, the format of
-    embedding and head where they are, whether what is fused lies in parts.
+    """A model: its layout and sizes, the dtype it is stored in, the schemes of those linears of every block
+    that are packed, the format of embedding and head where they are, whether what is fused lies in parts.
     """
 
     source: Source
+    stored: str
     schemes: tuple[Mapping[str, Scheme], ...]
     table: Format | None = None
     split: bool = False
@@ -62,12 +63,12 @@ class Outline:
         for tensor, own in place.module.tensors().items():
             name, shape = f"{place.stored.name}.{tensor}", (place.total, *own[1:])
             if tensor == "weight" and scheme is not None:
-                parts = scheme.parts((shape[0], shape[1]), self.source.dtype)
+                parts = scheme.parts((shape[0], shape[1]), self.stored)
                 found |= {f"{place.stored.name}.{part}": array for part, array in parts.items()}
                 continue
             entry = self.source.checkpoint.entries.get(name)
             turned = tensor == "weight" and place.stored.transposed
-            dtype = entry.dtype if entry else self.source.dtype
+            dtype = entry.dtype if entry else self.stored
             found[name] = dtype, tuple(reversed(shape)) if turned else shape
         return found
 
@@ -80,12 +81,12 @@ def written_bytes(arrays: Parts) -> int:
 
 def outline_of(source: Source) -> Outline:
     """A model as it lies in a folder that is not compressed."""
-    return Outline(source, ({},) * source.spec.num_layers, None, source.split)
+    return Outline(source, source.dtype, ({},) * source.spec.num_layers, None, source.split)
 
 
 def behind(before: Outline, passes: Sequence[Pass], split: bool) -> Outline:
     """What a stage of such passes leaves of a model."""
-    spec, stored, table = before.source.spec, before.source.dtype, before.table
+    spec, stored, table = before.source.spec, before.stored, before.table
     for p in passes:
         spec = p.leaves(spec)
     source, made = before.source.shaped(spec), [p.foretold(spec) for p in passes]
@@ -104,4 +105,4 @@ def behind(before: Outline, passes: Sequence[Pass], split: bool) -> Outline:
         blocks.append(block)
     for p in passes:
         table = p.table_for(spec) or table
-    return Outline(source, tuple(blocks), table.scaled(stored) if table else None, split)
+    return Outline(source, stored, tuple(blocks), table.scaled(stored) if table else None, split)

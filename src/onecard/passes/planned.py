@@ -121,7 +121,9 @@ class Planned(BlockPass):
                     raise BadRequest(f"{chosen.site}: {error.what}", do=error.do) from error
         if known:
             raise BadRequest(
-                f"the plan says nothing of {next(iter(known))}", f"{len(known)} such sites"
+                f"the plan says nothing of {next(iter(known))}",
+                f"{len(known)} such sites",
+                "name a format for each; bf16 leaves it as it is",
             )
 
     def site_bytes(self, rows: int, columns: int) -> int:
