@@ -315,7 +315,8 @@ def test_ordering_on_a_trained_model(stories: Path, data: Path, pattern: str | N
 @pytest.mark.parametrize("item, said", [
     ({"prune": {"share": 1.0}}, "share"), ({"prune": {"share": -0.1}}, "share"),
     ({"sparsegpt": {"share": 1.0}}, "share"), ({"prune": {"pattern": "4:2"}}, "kept:of"),
-    ({"sparsegpt": {"pattern": "4:4"}}, "kept:of"), ({"prune": {"pattern": "²:4"}}, "kept:of"), ({"prune": {"piece": "0x4"}}, "piece"),
+    ({"sparsegpt": {"pattern": "4:4"}}, "kept:of"), ({"prune": {"piece": "0x4"}}, "piece"),
+    ({"prune": {"pattern": "²:4"}}, "kept:of"), ({"prune": {"piece": "²x4"}}, "piece"),
     ({"prune": {"pattern": "2:4", "budget": "global"}}, "budget"),
     ({"prune": {"pattern": "2:4", "piece": "1x4"}}, "piece"),
     ({"prune": {"piece": "4x4", "scope": "row"}}, "scope"),
