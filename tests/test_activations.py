@@ -30,7 +30,7 @@ from onecard.kernels.reference import round_inputs
 from onecard.nn.model import Model
 from onecard.passes import find_recipe, recipe_of
 from onecard.passes.activations import search_scale, static_scale
-from onecard.passes.job import Settings, compress, prepare
+from onecard.passes.job import Settings, compress, file_bytes, prepare
 from onecard.passes.walked import apply
 
 W8 = {"rtn": {"bits": 8, "group": None}}
@@ -146,7 +146,7 @@ def made(folder: Path, out: Path, passes: list[Any], text: Path) -> Model:
     recipe = recipe_of({"passes": passes}, "r")
     job = prepare(folder, out, recipe, Settings(Calibration(4, 64), text, "fp32"))
     compress(job)
-    assert Source(out).checkpoint.nbytes == job.plan.output
+    assert file_bytes(Source(out).checkpoint) == job.plan.output
     return load_model(out, "fp32", tokenizer=False)
 
 

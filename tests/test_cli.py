@@ -725,7 +725,7 @@ def test_what_is_told_of_a_long_word_is_short(
     recipe.write_text(f"passes: [{{rtn: {{bits: {'9' * 100_000}x}}}}]\n")
     assert call("compress", tiny, tmp_path / "out", "--recipe", recipe) == 2
     said = capsys.readouterr().err
-    assert len(said) < 1000 and "type int is needed" in said
+    assert len(said) < 1000 and "a whole number is needed" in said
 
 
 @pytest.mark.parametrize("word, said", [

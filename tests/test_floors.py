@@ -61,6 +61,20 @@ def test_no_pickle_and_no_code_from_data(path: Path) -> None:
         assert not re.search(pattern, text), f"{path} contains {pattern}"
 
 
+MENDED = [
+    path for path in FILES if path.relative_to(PACKAGE).parts[0] in ("core", "calibrate", "passes")
+]
+
+
+@pytest.mark.parametrize("path", MENDED, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_people_can_mend_says_how(path: Path) -> None:
+    """A recipe or a setting that is refused: what was asked, what was seen, and what to do."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "BadRequest":
+            told = len(node.args) > 2 or any(word.arg == "do" for word in node.keywords)
+            assert told, f"{path}:{node.lineno} says nothing of what to do"
+
+
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None

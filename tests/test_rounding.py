@@ -26,7 +26,7 @@ from onecard.checkpoint.shards import Bytes, Checkpoint, sha256_of, write_file
 from onecard.core.errors import BadRequest, FailedWork
 from onecard.passes import RoundToNearest, job, rounding, walked
 from onecard.passes.base import Recipe
-from onecard.passes.job import Settings, compress, prepare
+from onecard.passes.job import Settings, compress, file_bytes, prepare
 
 SIZES = {
     "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300, "hidden_size": 64,
@@ -68,7 +68,9 @@ def both(model: Path, folder: Path, rtn: RoundToNearest, monkeypatch: pytest.Mon
     for way in (rounding, walked):
         by(way, monkeypatch)
         out = folder / way.__name__
-        report = compress(prepare(model, out, Recipe("r", (rtn,)), Settings()))
+        prepared = prepare(model, out, Recipe("r", (rtn,)), Settings())
+        report = compress(prepared)
+        assert prepared.plan.output == file_bytes(Checkpoint(out))
         made.append((result(out), [r for r in report.rows if r.what == "format"]))
     assert made[0] == made[1]
     return folder / rounding.__name__
@@ -91,9 +93,11 @@ def test_every_layout(
 def test_more_than_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sharded source, and a result of one file per part."""
     from onecard.checkpoint import save
+    from onecard.passes import outline
 
     MODELS["llama"]().to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="100KB")
-    monkeypatch.setattr(save, "SINGLE_FILE", 1)
+    for module in (save, outline):
+        monkeypatch.setattr(module, "SINGLE_FILE", 1)
     out = both(tmp_path / "model", tmp_path, RoundToNearest(4), monkeypatch)
     assert len(list(out.glob("*.safetensors"))) == 4
 

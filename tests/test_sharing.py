@@ -31,7 +31,7 @@ from onecard.passes.codebook import (
 from onecard.passes.gptq import Rounding, factor
 from onecard.passes.gptq import solve as gptq
 from onecard.passes.hashing import Buckets
-from onecard.passes.job import Settings, compress, prepare
+from onecard.passes.job import Settings, compress, file_bytes, prepare
 from onecard.passes.sharing import least_squares, output_error
 from onecard.passes.walked import apply
 
@@ -311,7 +311,7 @@ def test_streamed_equals_in_memory(
     assert same(tmp_path / "streamed", tmp_path / "memory")
     rows = {row.what for row in report.rows if row.where.startswith("blocks.")}
     assert "format" in rows and ("huffman_bytes" in rows or recipe.name == "hashed")
-    assert report.value("output_bytes", "plan") == Checkpoint(tmp_path / "streamed").nbytes
+    assert report.value("output_bytes", "plan") == file_bytes(Checkpoint(tmp_path / "streamed"))
 
 
 def test_tables_where_they_pay() -> None:

@@ -31,6 +31,8 @@ SMALL, LARGEST = 1 << 20, 1 << 30
 FEWEST = 32
 """Ids that are given as such, in all, with fewer of which nothing can be learned."""
 
+IDS = "write it as [[1, 52, ...], [1, 17, ...]]: a list for each window"
+
 ROOM, MOST_ROOM, SPARE = 8, 512, 16
 """Bytes per token wanted that a slice has at first, and that it may grow to; the ids at its end that
 are not used, as the word there may be cut."""
@@ -142,7 +144,9 @@ def _read(file: BinaryIO, begin: int, room: int, size: int) -> tuple[str, int, b
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(data[half:], begin + room >= size)
     except UnicodeDecodeError as error:
-        raise BadRequest(f"{file.name} is not UTF-8 text", seen=str(error)) from error
+        raise BadRequest(
+            f"{file.name} is not UTF-8 text", str(error), "save it as UTF-8"
+        ) from error
     skipped = ""
     if begin and not before.isspace():  # in the middle of a word; some scripts have no spaces
         word = re.match(r"\S{0,64}\s+", text)
@@ -166,14 +170,14 @@ def _given(path: Path, vocab_size: int) -> Tensor:
             raise ValueError(f"it is too large ({path.stat().st_size} bytes)")
         rows = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise BadRequest(wrong, seen=str(error)) from error
+        raise BadRequest(wrong, str(error), IDS) from error
     if not isinstance(rows, list) or not all(isinstance(row, list) and row for row in rows):
-        raise BadRequest(wrong)
+        raise BadRequest(wrong, do=IDS)
     if not rows or len({len(row) for row in rows}) > 1:
-        raise BadRequest(wrong, seen="its lists differ in length" if rows else "it is empty")
+        raise BadRequest(wrong, "its lists differ in length" if rows else "it is empty", IDS)
     for row in rows:
         if not all(type(id) is int and id >= 0 for id in row):  # a bool is an int to isinstance
-            raise BadRequest(wrong, seen="an id is not a whole number from 0 on")
+            raise BadRequest(wrong, "an id is not a whole number from 0 on", IDS)
     largest = max(max(row) for row in rows)
     if largest >= vocab_size:
         raise BadRequest(

@@ -143,7 +143,8 @@ def training_ids(
         ids = calibration_ids(tokenizer, path, Calibration(wanted, settings.length), vocab_size)
         return checked_ids(ids, settings)
     if not documents:
-        raise BadRequest("documents cannot be separated by nothing")
+        raise BadRequest("documents cannot be separated by nothing",
+                         do="give what stands between them, <|endoftext|> say")  # fmt: skip
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     row: list[int] = []
     for text in read_text(path).split(documents):

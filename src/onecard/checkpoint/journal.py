@@ -225,7 +225,8 @@ def check_target(out: Path, source: Path, force: bool, own: Collection[str] = ()
     if os.path.ismount(out) or str(out) in mount_points():
         raise BadRequest(f"{out} is where a disk is mounted", do="give a folder in it")
     if len(out.name.encode()) > LONGEST_NAME:
-        raise BadRequest(f"the name {out.name[:40]}... is too long for a folder")
+        raise BadRequest(f"the name {out.name[:40]}... is too long for a folder",
+                         do=f"at most {LONGEST_NAME} bytes")  # fmt: skip
     if out.exists() and not out.is_dir():
         raise BadRequest(f"{out} is a file", do="give a folder")
     if out.is_dir() and any(out.iterdir()) and not force:
@@ -245,7 +246,7 @@ def check_target(out: Path, source: Path, force: bool, own: Collection[str] = ()
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK) or not parent.is_dir():
-        raise BadRequest(f"{parent} cannot be written to")
+        raise BadRequest(f"{parent} cannot be written to", do="give a folder that can")
 
 
 def is_result(folder: Path) -> bool:

@@ -15,7 +15,7 @@ def read_text(path: Path | None, shipped: str = "calibration.txt") -> str:
     """The text of a file, or the shipped one. BadRequest when it is missing or not text."""
     path = path or SHIPPED / shipped
     if not path.is_file():
-        raise BadRequest(f"there is no text file {path}")
+        raise BadRequest(f"there is no text file {path}", do="check the path")
     if path.stat().st_size > 4 * LARGEST_TEXT:
         raise BadRequest(
             f"{path} is too large ({path.stat().st_size} bytes)", do="give a part of it"
@@ -23,7 +23,7 @@ def read_text(path: Path | None, shipped: str = "calibration.txt") -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise BadRequest(f"{path} is not UTF-8 text", seen=str(error)) from error
+        raise BadRequest(f"{path} is not UTF-8 text", str(error), "save it as UTF-8") from error
 
 
 def check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:

@@ -93,7 +93,7 @@ class Device:
             if key not in fields:
                 raise BadRequest(f"a device has no field {key!r}", do=nearest(str(key), fields))
         if "name" not in values:
-            raise BadRequest("a device needs a name")
+            raise BadRequest("a device needs a name", do="name: ...")
         return Device(**{key: _read(key, value) for key, value in values.items()})
 
 
@@ -285,4 +285,5 @@ def _read(key: str, value: Any) -> Any:
             return tuple((name(k), number(v)) for k, v in dict(value).items())
         return _FIELDS[key](value)
     except (TypeError, ValueError, BadRequest) as error:
-        raise BadRequest(f"a device's {key} cannot be {value!r}", seen=str(error)) from error
+        raise BadRequest(f"a device's {key} cannot be {value!r}", str(error),
+                         "write it as Device.to_dict does") from error  # fmt: skip

@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -222,7 +222,8 @@ class Levels(Grouped):
             )
         fixed = TABLES[self.table].group
         if fixed is not None and self.group != fixed:
-            raise BadRequest(f"{self.table} has groups of {fixed}, not of {self.group}")
+            raise BadRequest(f"{self.table} has groups of {fixed}, not of {self.group}",
+                             do="leave group out")  # fmt: skip
         if fixed is None:
             _check_group(self.group)
 
@@ -316,7 +317,10 @@ class Codebook(Format):
     def parts(self, shape: Shape) -> Parts:
         rows, columns = shape
         if columns % self.vector:
-            raise BadRequest(f"vectors of {self.vector} do not divide a row of {columns} weights")
+            raise BadRequest(
+                f"vectors of {self.vector} do not divide a row of {columns} weights",
+                do=f"sizes that do: {_sizes(columns, (1, 2, 4, 8))}",
+            )
         tables = rows if self.per_row else 1
         return {
             "weight_packed": ("int32", (rows, words(columns // self.vector, self.bits))),
@@ -346,7 +350,8 @@ class Sparse(Format):
         if isinstance(self.inner, Integers):
             if self.inner.zero_point:
                 raise BadRequest(
-                    "sparse integers have no zero point: a weight that is gone is zero"
+                    "sparse integers have no zero point: a weight that is gone is zero",
+                    do="leave out -zp",
                 )
         elif not isinstance(self.inner, Dense):
             raise BadRequest(
@@ -370,8 +375,7 @@ class Sparse(Format):
         if self.pattern is None:
             return rows * columns - math.floor(self.share * rows * columns)
         kept, of = parse_pattern(self.pattern)
-        if columns % of:
-            raise BadRequest(f"runs of {of} do not divide a row of {columns} weights")
+        check_runs(of, columns)
         return rows * columns // of * kept
 
     def parts(self, shape: Shape) -> Parts:
@@ -408,7 +412,10 @@ class LowRank(Format):
             raise BadRequest(f"a rank of {self.rank} was asked for", do="a rank is at least 1")
         for inner in (self.factors, self.rest):
             if isinstance(inner, LowRank):
-                raise BadRequest("a low-rank pair inside a low-rank pair")
+                raise BadRequest(
+                    "a low-rank pair inside a low-rank pair",
+                    do="keep the outer one, with a higher rank",
+                )
 
     @property
     def name(self) -> str:
@@ -553,6 +560,19 @@ def _fitting(group: int | None, columns: int) -> int | None:
     if group is None or columns % group == 0:
         return group
     return max((g for g in GROUPS if g < group and columns % g == 0), default=None)
+
+
+def check_runs(of: int, columns: int, where: str = "") -> None:
+    """BadRequest where a pattern, or a piece, of `of` columns does not divide a row."""
+    if columns % of:
+        raise BadRequest(
+            f"{where}runs of {of} do not divide a row of {columns} weights",
+            do=f"sizes that do: {_sizes(columns, range(2, 33)) or 'none'}",
+        )
+
+
+def _sizes(columns: int, sizes: Iterable[int]) -> str:
+    return ", ".join(str(size) for size in sizes if columns % size == 0)
 
 
 def _check_group(group: int | None) -> None:

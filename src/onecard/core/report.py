@@ -82,7 +82,8 @@ class Report:
             facts = {key: _value(key, fact) for key, fact in data.get("environment", {}).items()}
             return Report(rows, facts, _text(data.get("title", "")), notes)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BadRequest("this is not a report", seen=str(error)) from error
+            raise BadRequest("this is not a report", str(error),
+                             "give a report.json that onecard wrote") from error  # fmt: skip
 
 
 def _row(data: dict[str, Any]) -> Row:

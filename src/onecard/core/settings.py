@@ -18,6 +18,7 @@ from onecard.core.errors import BadRequest, nearest
 T = TypeVar("T")
 
 LARGEST = 1 << 63
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _UNITS = {
     "": 1, "b": 1,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -40,7 +41,9 @@ def parse_size(text: str | float) -> int:
         value, unit = float(match[1]), match[2].lower()
     size = value * _UNITS[unit]
     if not 1 <= size < 2**60:
-        raise BadRequest(f"the size {text!r} is not a possible number of bytes")
+        raise BadRequest(
+            f"the size {text!r} is not a possible number of bytes", do="from 1 byte to 1 EiB"
+        )
     return int(size)
 
 
@@ -72,7 +75,8 @@ def fill(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise BadRequest(f"{where} needs a value for {', '.join(missing)}")
+        raise BadRequest(f"{where} needs a value for {', '.join(missing)}",
+                         do=f"{missing[0]}: ...")  # fmt: skip
     return cls(**checked)
 
 
@@ -116,7 +120,7 @@ def _check(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?[eE]-?\d+", value):
         value = float(value)
     if isinstance(value, bool) is not (hint is bool) or not isinstance(value, hint):
-        raise BadRequest(f"{where} is {value!r}", do=f"a value of type {hint.__name__} is needed")
+        raise BadRequest(f"{where} is {value!r}", do=f"{KINDS[hint]} is needed")
     if isinstance(value, float) and not math.isfinite(value):
         raise BadRequest(f"{where} is {value!r}", do="a finite number is needed")
     return value

@@ -276,7 +276,9 @@ def read_recipe(path: Path) -> Recipe:
             raise ValueError("it is too large")
         data = yaml.load(path.read_text(encoding="utf-8"), Plain)  # a SafeLoader
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise BadRequest(f"the recipe {path} cannot be read", seen=str(error)[:300]) from error
+        raise BadRequest(
+            f"the recipe {path} cannot be read", str(error)[:300],
+            "`onecard recipes NAME` prints one to begin with" ) from error  # fmt: skip
     return recipe_of(data, str(path))
 
 
@@ -293,7 +295,7 @@ def recipe_of(data: Any, where: str) -> Recipe:
     passes = tuple(_pass(item, f"{where}: pass {i + 1}") for i, item in enumerate(data["passes"]))
     for key in ("name", "good_for"):
         if not isinstance(data.get(key, ""), str):
-            raise BadRequest(f"{where}: {key} is not text")
+            raise BadRequest(f"{where}: {key} is not text", do="write it in quotes")
     return Recipe(data.get("name", Path(where).stem), passes, data.get("good_for", ""))
 
 

@@ -19,7 +19,7 @@ passes before it left.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -150,6 +150,14 @@ class Pass(ABC):
         """The format it leaves a matrix of `shape` in, the largest it can come to where its weights
         decide; None keeps what it found."""
         return None
+
+    def foretold(self, spec: Spec) -> Sequence[Mapping[str, Format | None]]:
+        """The same of every linear of every block that a walk reaches, as far as settings tell."""
+        return [
+            {name: self.format_for(shapes[name]) for site in sites(layer) for name in site.linears}
+            for layer in spec.layers
+            for shapes in (linear_shapes(spec, layer),)
+        ]
 
     def table_for(self, spec: Spec) -> Format | None:
         """The same of the embedding and the head."""
@@ -301,7 +309,9 @@ class Recipe:
     def check(self, spec: Spec) -> None:
         """Order conflicts and settings that do not suit the model, before any work."""
         if not self.passes:
-            raise BadRequest(f"the recipe {self.name} has no passes")
+            raise BadRequest(
+                f"the recipe {self.name} has no passes", do="passes: [{gptq: {bits: 4}}]"
+            )
         original = spec
         for number, p in enumerate(self.passes):
             try:
@@ -353,19 +363,31 @@ def output_format(stage: Sequence[Pass], shape: Shape) -> Format | None:
 
 def output_bytes(stage: Sequence[Pass], spec: Spec, layer: LayerSpec, stored: str) -> int:
     """Exact bytes of a block's linears after a walk over a model stored in the dtype `stored`."""
-    shapes = linear_shapes(spec, layer)
     touched = {name for site in sites(layer) for name in site.linears}
-    total, zeros = 0, zeros_of(stage)
-    inputs = next((p.rounding for p in reversed(stage) if p.rounding), None)
-    for name, shape in shapes.items():
-        format = (output_format(stage, shape) if name in touched else None) or Dense(stored)
-        if zeros is not None and name in touched:
-            format = zeros.stored(format, shape)
-        if isinstance(format, LowRank):
-            format = format.stored_in(stored)
-        scheme = Scheme(format.scaled(stored), inputs if name in touched else None)
+    total = 0
+    for name, shape in linear_shapes(spec, layer).items():
+        scheme = Scheme(Dense(stored))
+        if name in touched:
+            scheme = output_scheme(stage, shape, stored, output_format(stage, shape), None)
         total += scheme.bytes(shape, stored)
     return total
+
+
+def output_scheme(
+    stage: Sequence[Pass], shape: Shape, stored: str, format: Format | None, before: Scheme | None
+) -> Scheme:
+    """How a linear is stored behind a stage whose passes leave it in `format`, None: as it was `before`."""
+    held = before.format if before else Dense(stored)
+    zeros = zeros_of(stage)
+    if zeros is None and isinstance(held, Sparse):
+        zeros, held = Zeros(held.share, held.pattern), held.inner
+    format = format or held
+    if zeros is not None:
+        format = zeros.stored(format, shape)
+    if isinstance(format, LowRank):
+        format = format.stored_in(stored)
+    inputs = next((p.rounding for p in reversed(stage) if p.rounding), None)
+    return Scheme(format.scaled(stored), inputs or (before.inputs if before else None))
 
 
 def check_width(format: Grouped, width: int) -> None:

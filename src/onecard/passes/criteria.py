@@ -17,6 +17,7 @@ seen (an idle expert) is scored by magnitude.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from onecard.calibrate.stats import HESSIAN, NORM, Statistics
 from onecard.core.errors import BadRequest
+from onecard.core.format import check_runs, parse_pattern
 from onecard.passes.gptq import factor
 
 
@@ -122,30 +124,23 @@ class Shape:
         rows, of = parse_piece(self.piece)
         if self.pattern is not None:
             of = parse_pattern(self.pattern)[1]
-        if shape[1] % of:
-            raise BadRequest(f"{name}: runs of {of} do not divide a row of {shape[1]} weights")
+        check_runs(of, shape[1], f"{name}: ")
         if shape[0] % rows:
-            raise BadRequest(f"{name}: pieces of {rows} rows do not divide {shape[0]} rows")
-
-
-def parse_pattern(text: str) -> tuple[int, int]:
-    """(kept, of) from `2:4`."""
-    kept, _, of = text.partition(":")
-    if not (kept.isdigit() and of.isdigit() and 0 < int(kept) < int(of) <= 1024):
-        raise BadRequest(
-            f"the pattern {text!r} is not kept:of", do="2:4 keeps 2 of every 4 weights"
-        )
-    return int(kept), int(of)
+            raise BadRequest(
+                f"{name}: pieces of {rows} rows do not divide {shape[0]} rows",
+                do=f"piece: 1x{of} goes row by row",
+            )
 
 
 def parse_piece(text: str) -> tuple[int, int]:
     """(rows, columns) from `1x8`."""
-    rows, _, columns = text.partition("x")
-    if not (rows.isdigit() and columns.isdigit() and 0 < int(rows) <= 1024 >= int(columns) > 0):
+    match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})", text)
+    rows, columns = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 0 < rows <= 1024 >= columns > 0:
         raise BadRequest(
             f"the piece {text!r} is not rows x columns", do="1x8 is 8 weights of a row"
         )
-    return int(rows), int(columns)
+    return rows, columns
 
 
 def pieces(score: Tensor, piece: str) -> Tensor:

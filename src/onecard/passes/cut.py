@@ -47,7 +47,7 @@ class Cut(ModelPass):
 
     def model(self, model: Model, data: Data) -> tuple[Model, list[Row]]:
         if data.ids is None:
-            raise BadRequest(f"{self.title} needs calibration text to be judged on")
+            raise BadRequest(f"{self.title} needs calibration text to be judged on", do="give ids")
         found = look(model, self.survey(model.spec), data.ids, data.progress)
         plan, rows = self.decide(model.spec, found)
         made = cut_model(model, plan)

@@ -209,7 +209,8 @@ class Distil(ModelPass):
 
     def model(self, model: Model, data: Data) -> tuple[Model, list[Row]]:
         if data.original is None:
-            raise BadRequest("distillation needs the original model, which is not here")
+            raise BadRequest("distillation needs the original model, which is not here",
+                             do="give it in Data, or use recover")  # fmt: skip
         course = distil(model, data.original(), learned_from(data, self.training), self, data)
         return model, course.rows(self.key)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -17,14 +17,31 @@ from torch import Tensor
 
 from onecard.calibrate.walk import compares, peak_bytes, weight_count
 from onecard.checkpoint.load import compute_dtype
+from onecard.checkpoint.packed import must_split
 from onecard.checkpoint.source import Source
 from onecard.core.device import resident, resident_peak
 from onecard.core.format import DTYPE_BYTES, Dense
+from onecard.core.scheme import Scheme
 from onecard.core.spec import Spec, linear_shapes, sites
 from onecard.kernels.reference import DTYPES
-from onecard.passes.base import BlockPass, ModelPass, Recipe, Stage, Survey, needs_of, output_bytes
+from onecard.passes.base import (
+    BlockPass,
+    ModelPass,
+    Recipe,
+    Stage,
+    Survey,
+    needs_of,
+    output_bytes,
+    splits,
+)
 from onecard.passes.cut import Cut
-from onecard.passes.plan import Plan, Settings, beyond_cap, disk_bytes
+from onecard.passes.outline import Outline, behind, outline_of
+from onecard.passes.plan import (
+    Plan,
+    Settings,
+    beyond_cap,
+    disk_bytes,
+)
 
 SLACK, LIBRARIES = 48 << 20, 64 << 20
 """Allowance for the allocator, and for what matrix libraries keep once they have run."""
@@ -67,54 +84,65 @@ def _rate(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Before:
-    """A model that a stage starts from: sizes, and what its passes have to know of them."""
+    """A model that a stage starts from, and what its passes have to know of it.
 
-    spec: Spec
-    stored: str
-    linears: int
+    Bytes of its files, of everything but the linears of its blocks, of its embedding, of its largest tensor.
+    """
+
+    outline: Outline
+    nbytes: int
     rest: int
     stem: int
     largest: int
-    """Bytes of its linears, of everything else, of its embedding, of its largest tensor."""
 
     @property
-    def nbytes(self) -> int:
-        return self.linears + self.rest
+    def spec(self) -> Spec:
+        return self.outline.source.spec
+
+    @property
+    def stored(self) -> str:
+        return self.outline.stored
 
 
 def before_of(source: Source) -> Before:
     """The model that the first stage starts from."""
-    spec, entries = source.spec, source.checkpoint.entries
-    stored = DTYPE_BYTES[source.dtype]
-    linears = sum(weight_count(spec, layer) for layer in spec.layers) * stored
+    entries = source.checkpoint.entries
     name = source.name(source.family.outer["stem.embedding"].name)
     stem = max(entries[n].nbytes for n in entries if n.startswith(name))
     largest = max(entry.nbytes for entry in entries.values())
-    return Before(spec, source.dtype, linears, source.checkpoint.nbytes - linears, stem, largest)
+    return before(outline_of(source), stem, largest)
+
+
+def before(outline: Outline, stem: int, largest: int) -> Before:
+    """The same of what a stage leaves."""
+    spec, stored, nbytes = outline.source.spec, outline.stored, outline.file_bytes
+    linears = 0
+    for layer, schemes in zip(spec.layers, outline.schemes, strict=True):
+        for name, shape in linear_shapes(spec, layer).items():
+            linears += schemes.get(name, Scheme(Dense(stored))).bytes(shape, stored)
+    return Before(outline, nbytes, nbytes - linears, stem, largest)
 
 
 def make_plan(source: Source, recipe: Recipe, settings: Settings, ids: Tensor | None) -> Plan:
     """What the job will take. BadRequest when it cannot stay under the memory cap."""
     memory = settings.memory
     dtype = compute_dtype(source, settings.dtype) if recipe.calibrated else source.dtype
-    before, base = before_of(source), resident()
+    begun, base = before_of(source), resident()
     peaks, replays, wholes, disk, seconds = [], [], [], 0, source.checkpoint.nbytes / 0.6e9
     stages = recipe.stages()
     for number, stage in enumerate(stages):
-        peak, replay, whole = stage_peak(before, stage, ids, dtype, base, memory)
-        after = after_stage(before, stage)
-        seconds += stage_seconds(before, stage, ids, dtype, replay)
-        kept = before.nbytes if number else 0
+        peak, replay, whole = stage_peak(begun, stage, ids, dtype, base, memory)
+        after = after_stage(begun, stage)
+        seconds += stage_seconds(begun, stage, ids, dtype, replay)
+        kept = begun.nbytes if number else 0
         output = after.nbytes
         streams = 2 if isinstance(stage, tuple) and stage and compares(stage) else 1
-        state = (
-            0 if ids is None else ids.numel() * before.spec.hidden * DTYPE_BYTES[dtype] * streams
-        )
+        state = 0 if ids is None else ids.numel() * begun.spec.hidden * DTYPE_BYTES[dtype] * streams
         disk = max(disk, kept + disk_bytes(output, state))
         peaks.append(peak)
         replays.append(replay)
         wholes.append(whole)
-        before = after
+        begun = after
     peak = max(resident_peak(), *peaks)
     if memory is not None and peak > memory:
         worst = peaks.index(max(peaks))
@@ -124,28 +152,20 @@ def make_plan(source: Source, recipe: Recipe, settings: Settings, ids: Tensor | 
         advice = "raise --memory" + (", or lower --samples or --length" if ids is not None else "")
         raise beyond_cap(source, recipe, memory, peak, base, advice, where)
     threads = torch.get_num_threads() if recipe.calibrated else 0
-    return Plan(peak, disk, before.nbytes, seconds, dtype, tuple(replays), tuple(wholes), threads)
+    return Plan(peak, disk, begun.nbytes, seconds, dtype, tuple(replays), tuple(wholes), threads)
 
 
-def after_stage(before: Before, stage: Stage) -> Before:
+def after_stage(begun: Before, stage: Stage) -> Before:
     """The model that a stage leaves."""
     passes = (stage,) if isinstance(stage, ModelPass) else stage
-    spec = before.spec
-    for p in passes:
-        spec = p.leaves(spec)
-    if isinstance(stage, ModelPass):
-        share = linear_weights(spec) / max(1, linear_weights(before.spec))
-        linears = round(before.linears * share)
-        if stage.format_for((128, 128)):
-            linears = sum(output_bytes(passes, spec, layer, before.stored) for layer in spec.layers)
-        rest = before.rest * spec.hidden // before.spec.hidden
-        if table := stage.table_for(spec):
-            shape = (spec.vocab_size, spec.embed_size)
-            less = Dense(before.stored).bytes(shape) - table.scaled(before.stored).bytes(shape)
-            rest -= less * (1 if spec.tied else 2)
-        return Before(spec, before.stored, linears, rest, before.stem, before.largest)
-    linears = sum(output_bytes(stage, spec, layer, before.stored) for layer in spec.layers)
-    return Before(spec, before.stored, linears, before.rest, before.stem, before.largest)
+    split = begun.outline.split
+    if isinstance(stage, tuple):
+        split = split or splits(stage)
+    left = behind(begun.outline, passes, split)
+    if isinstance(stage, ModelPass) and not isinstance(stage, Cut):
+        formats = [scheme.format for block in left.schemes for scheme in block.values()]
+        left = replace(left, split=must_split(formats))
+    return before(left, begun.stem, begun.largest)
 
 
 def linear_weights(spec: Spec) -> int:

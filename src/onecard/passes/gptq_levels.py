@@ -53,7 +53,10 @@ class GPTQLevels(RoundToLevels):
         if self.table not in TABLES:
             raise BadRequest(f"gptq-levels: {self.table} has no table", do=", ".join(TABLES))
         if not (0 <= self.damp <= 1 and 0 <= self.search <= 100 and 0 <= self.correct <= 1):
-            raise BadRequest("gptq-levels: damp and correct are shares, search is 0 to 100")
+            raise BadRequest(
+                f"gptq-levels: damp {self.damp}, correct {self.correct} or search {self.search} is out of "
+                "range", do="damp and correct are shares from 0 to 1, search is 0 to 100",
+            )  # fmt: skip
 
     @property
     def needs(self) -> frozenset[str]:

@@ -79,7 +79,10 @@ class DropLayers(Cut):
             )
         for layer in self.layers:
             if not 0 <= layer < spec.num_layers:
-                raise BadRequest(f"there is no layer {layer} among {spec.num_layers}")
+                raise BadRequest(
+                    f"there is no layer {layer} among {spec.num_layers}",
+                    do=f"they are counted from 0 to {spec.num_layers - 1}",
+                )
 
     def leaves(self, spec: Spec) -> Spec:
         if self.layers:

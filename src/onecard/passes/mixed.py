@@ -23,8 +23,9 @@ from torch import Tensor
 
 from onecard.calibrate.walk import Progress, Reached, SitePass
 from onecard.core.errors import BadRequest
+from onecard.core.format import Format
 from onecard.core.report import Row
-from onecard.core.spec import Spec, linear_shapes, sites
+from onecard.core.spec import Site, Spec, linear_shapes, sites
 from onecard.kernels import convert
 from onecard.nn.model import Model
 from onecard.passes.base import Survey
@@ -65,6 +66,22 @@ class Mixed(GPTQ):
     def survey(self, spec: Spec) -> Survey:
         return Sensitivity(self)
 
+    def foretold(self, spec: Spec) -> Sequence[Mapping[str, Format | None]]:
+        """What an even harm makes of the budget: which sites get more is not known, the sum is."""
+        names, counts = places(spec)
+        choices = range(self.least, self.most + 1)
+        chosen = allot(
+            [[n * 0.25**bits for bits in choices] for n in counts], counts, choices, self.mean
+        )
+        blocks: list[dict[str, Format | None]] = [{} for _ in spec.layers]
+        for (index, site), bits in zip(names, chosen, strict=True):
+            shapes = linear_shapes(spec, spec.layers[index])
+            for name in site.linears:
+                blocks[index][name] = make_format(
+                    bits, self.group, self.zero_point, shapes[name][1]
+                )
+        return blocks
+
     def informed(self, found: Any) -> SitePass:
         return Allotted(self, found)
 
@@ -100,12 +117,7 @@ class Sensitivity(Survey):
         return judge_bytes(spec, self.settings.tried)
 
     def model(self, model: Model, ids: Tensor, progress: Progress) -> None:
-        names, counts = [], []
-        for index, layer in enumerate(model.spec.layers):
-            shapes = linear_shapes(model.spec, layer)
-            for site in sites(layer):
-                names.append((index, site))
-                counts.append(sum(shapes[name][0] * shapes[name][1] for name in site.linears))
+        names, counts = places(model.spec)
         choices = range(self.settings.least, self.settings.most + 1)
         rows = max(1, self.settings.tried // ids.shape[1])
         judge = Judge(model, ids[:rows, : self.settings.tried])
@@ -121,6 +133,17 @@ class Sensitivity(Survey):
 
     def result(self) -> dict[str, int]:
         return self.bits
+
+
+def places(spec: Spec) -> tuple[list[tuple[int, Site]], list[int]]:
+    """Every site with the number of its block, and its weights."""
+    names, counts = [], []
+    for index, layer in enumerate(spec.layers):
+        shapes = linear_shapes(spec, layer)
+        for site in sites(layer):
+            names.append((index, site))
+            counts.append(sum(shapes[name][0] * shapes[name][1] for name in site.linears))
+    return names, counts
 
 
 def rounded(judge: Judge, index: int, names: Sequence[str], bits: int, settings: Mixed) -> float:

@@ -19,11 +19,10 @@ from onecard.checkpoint.save import SINGLE_FILE
 from onecard.checkpoint.shards import Array, Bytes
 from onecard.checkpoint.source import Source
 from onecard.core.errors import BadRequest
-from onecard.core.format import DTYPE_BYTES, Format, Sparse, parse_format
+from onecard.core.format import Format, Sparse, parse_format
 from onecard.core.report import Row
 from onecard.core.scheme import Scheme, parse_inputs
 from onecard.core.settings import format_size
-from onecard.core.spec import linear_shapes
 from onecard.passes.base import Recipe
 
 if TYPE_CHECKING:
@@ -98,16 +97,6 @@ class Prepared:
             "dtype": self.plan.dtype,
             "threads": self.plan.threads,
         }
-
-
-def output_bytes(source: Source, recipe: Recipe) -> int:
-    """Bytes of all tensors of the result of one walk."""
-    spec, stored = source.spec, DTYPE_BYTES[source.dtype]
-    total = source.checkpoint.nbytes
-    for layer in spec.layers:
-        before = sum(rows * columns for rows, columns in linear_shapes(spec, layer).values())
-        total += recipe.output_bytes(spec, layer, source.dtype) - before * stored
-    return total
 
 
 def disk_bytes(output: int, state: int = 0) -> int:

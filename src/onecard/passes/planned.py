@@ -11,7 +11,7 @@ only done, so that such a job is streamed, journaled and resumed like any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -93,6 +93,17 @@ class Planned(BlockPass):
         largest = max(fitting, key=lambda f: f.bytes(shape), default=None)
         return None if largest is None or largest.dense else largest
 
+    def foretold(self, spec: Spec) -> Sequence[Mapping[str, Format | None]]:
+        index = _index(self.choices)
+        return [
+            {
+                name: parse_format(index[f"blocks.{number}.{site.name}"])
+                for site in sites(layer)
+                for name in site.linears
+            }
+            for number, layer in enumerate(spec.layers)
+        ]
+
     def check(self, spec: Spec) -> None:
         known = {
             f"blocks.{i}.{site.name}": [linear_shapes(spec, layer)[name] for name in site.linears]
@@ -110,7 +121,9 @@ class Planned(BlockPass):
                     raise BadRequest(f"{chosen.site}: {error.what}", do=error.do) from error
         if known:
             raise BadRequest(
-                f"the plan says nothing of {next(iter(known))}", f"{len(known)} such sites"
+                f"the plan says nothing of {next(iter(known))}",
+                f"{len(known)} such sites",
+                "name a format for each; bf16 leaves it as it is",
             )
 
     def site_bytes(self, rows: int, columns: int) -> int:

@@ -90,7 +90,8 @@ class Recover(ModelPass):
         if self.how == "blocks":
             if data.original is None:
                 raise BadRequest(
-                    "blocks are recovered against the original model, which is not here"
+                    "blocks are recovered against the original model, which is not here",
+                    do="give it in Data, or how: full",
                 )
             return model, recover_blocks(model, data.original(), ids, self, data)
         rank = self.rank if self.how == "lora" else 0
@@ -108,7 +109,7 @@ class Recover(ModelPass):
 def learned_from(data: Data, training: Training) -> Tensor:
     """The windows that a pass trains on."""
     if data.ids is None:
-        raise BadRequest("training needs text")
+        raise BadRequest("training needs text", do="give ids")
     return checked_ids(data.ids, training)
 
 

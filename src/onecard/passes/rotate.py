@@ -59,7 +59,8 @@ class Rotate(ModelPass):
 
     def check(self, spec: Spec) -> None:
         if self.residual == "never" and not self.values:
-            raise BadRequest("rotate: neither the stream nor values are to be rotated")
+            raise BadRequest("rotate: neither the stream nor values are to be rotated",
+                             do="residual: always, or values: true")  # fmt: skip
         if self.residual == "always":
             check_rotatable(spec)
             if spec.tied:

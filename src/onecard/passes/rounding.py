@@ -34,6 +34,7 @@ from onecard.core.report import Row, Value
 from onecard.core.spec import linear_shapes, sites
 from onecard.kernels import cpu
 from onecard.passes.base import Recipe
+from onecard.passes.outline import behind, outline_of
 from onecard.passes.plan import (
     Made,
     Plan,
@@ -44,7 +45,6 @@ from onecard.passes.plan import (
     disk_bytes,
     made_of,
     outer_arrays,
-    output_bytes,
     part_name,
 )
 from onecard.passes.quantize import RoundToNearest, scale_overflow
@@ -63,7 +63,7 @@ def suits(recipe: Recipe) -> bool:
 
 def make_plan(source: Source, recipe: Recipe, settings: Settings, ids: None) -> Plan:
     """What the job will take. BadRequest when it cannot stay under the memory cap."""
-    base, output = resident(), output_bytes(source, recipe)
+    base, output = resident(), behind(outline_of(source), recipe.passes, source.split).file_bytes
     kept = turned = 0
     for layer in set(source.spec.layers):
         shapes = linear_shapes(source.spec, layer)

@@ -30,12 +30,12 @@ from torch import Tensor
 from onecard.calibrate.stats import HESSIAN
 from onecard.calibrate.walk import Reached
 from onecard.core.errors import BadRequest, FailedWork
-from onecard.core.format import Format
+from onecard.core.format import Format, parse_pattern
 from onecard.core.report import Row
 from onecard.core.spec import Spec, linear_shapes
 from onecard.kernels.reference import from_dense
 from onecard.passes.base import BlockPass, Zeros
-from onecard.passes.criteria import Shape, highest, parse_pattern
+from onecard.passes.criteria import Shape, highest
 from onecard.passes.gptq import factor, output_power
 
 INNER = 32

@@ -341,7 +341,9 @@ def workplace(out: Path, force: bool) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise BadRequest(f"another process is working on {out}") from error
+            raise BadRequest(
+                f"another process is working on {out}", do="wait for it, or give another folder"
+            ) from error
         if force:
             (folder / STATE).unlink(missing_ok=True)
         try:

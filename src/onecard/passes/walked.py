@@ -56,7 +56,7 @@ def apply(model: Model, recipe: Recipe, ids: Tensor | None) -> Report:
         raise BadRequest("the model is stored without its zeros", f"{first.title} changes whole matrices",
                          "start from the original model")  # fmt: skip
     if recipe.calibrated and ids is None:
-        raise BadRequest(f"the recipe {recipe.name} needs calibration text")
+        raise BadRequest(f"the recipe {recipe.name} needs calibration text", do="give ids")
     if ids is not None:
         for p in recipe.passes:
             p.reads(ids)
@@ -80,7 +80,8 @@ def check_ids(ids: Tensor, spec: Spec) -> None:
                          do="int64 [samples, length] is needed, of 2 tokens or more each")  # fmt: skip
     if ids.shape[1] > spec.max_context:
         raise BadRequest(
-            f"samples of {ids.shape[1]} tokens, the model's context is {spec.max_context}"
+            f"samples of {ids.shape[1]} tokens, the model's context is {spec.max_context}",
+            do="cut them shorter",
         )
     if int(ids.min()) < 0 or int(ids.max()) >= spec.vocab_size:
         raise BadRequest(f"ids from {int(ids.min())} to {int(ids.max())}",
