@@ -280,6 +280,18 @@ def test_bad_requests(tiny: Path, capsys: pytest.CaptureFixture, monkeypatch: py
     assert said in error and 1 <= len(error.strip().splitlines()) <= 3, error
 
 
+@pytest.mark.parametrize("sizes, said", [
+    (Sizes((8, 300), (), (1,)), "context is 256"), (Sizes((), (8, 300), (1,)), "context is 256"),
+    (Sizes((8,), (4,), (1, 513)), "512 is the most"),
+])  # fmt: skip
+def test_what_cannot_be_run_is_refused_before_anything_is_measured(
+    tiny: Path, seen: list, sizes: Sizes, said: str
+) -> None:
+    with pytest.raises(BadRequest) as refused:
+        bench([str(tiny)], sizes, CpuSettings(threads=1), roofs=lambda: ROOF)
+    assert said in str(refused.value) and not seen
+
+
 def test_sizes_refuse_nonsense() -> None:
     for bad in ({"prompt": (1 << 21,)}, {"decode": (0,)}, {"batch": ()}, {"repeat": 1001}):
         with pytest.raises(BadRequest):

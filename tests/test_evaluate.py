@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -250,7 +251,7 @@ def test_bos_is_where_the_tokenizer_puts_it(model: Model, stories: Path) -> None
 
 
 def test_bad_readings(scorer: TorchScorer) -> None:
-    for reading in (Reading(1000), Reading(20, 30), Reading(1)):
+    for reading in (Reading(1000), Reading(1000, documents="text"), Reading(20, 30), Reading(1)):
         with pytest.raises(BadRequest):
             evaluate(scorer, "some text " * 50, reading)
     with pytest.raises(BadRequest):
@@ -263,6 +264,25 @@ def test_bad_readings(scorer: TorchScorer) -> None:
         assert found.notes[0][1].startswith(said)
     with pytest.raises(BadRequest):
         evaluate(scorer, "", Reading())
+
+
+@pytest.mark.parametrize("kind", ["torch", "native"])
+@pytest.mark.parametrize(("ids", "first", "said"), [
+    ([3, 4, -1], 1, "holds the id -1"), ([3, 9999, 4], 1, "holds the id 9999"),
+    ([3, 4, 2**70], 1, "holds the id 11805"), ([3] * 258, 1, "258 ids do not fit a context of 256"),
+    ([3, 4, 5], 0, "from id 0"),
+])  # fmt: skip
+def test_what_cannot_be_scored(
+    kind: str, ids: list[int], first: int, said: str, tiny: Path, scorer: TorchScorer
+) -> None:
+    """The last id too, which is looked up and not read; nothing is computed."""
+    if kind == "native":
+        stepper = CpuStepper(tiny, CpuSettings(threads=1))
+        reader: Any = NativeScorer(stepper, scorer.tokenizer)
+    else:
+        reader = scorer
+    with pytest.raises(BadRequest, match=said):
+        list(reader.scores([[3, 4], ids], [1, first]))
 
 
 @pytest.fixture

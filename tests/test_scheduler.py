@@ -582,6 +582,13 @@ def test_impossible_requests_are_refused_at_once(prompt: list[Any], tokens: int,
     assert not engine.busy
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_ids_of_numpy_are_ids(kind: type) -> None:
+    engine = Engine(stepper(19, max_context=100), LETTERS)
+    wanted, found = engine.generate([[1, 2, 3], np.array([1, 2, 3], kind)], Sampling(max_tokens=5))
+    assert isinstance(wanted, Result) and isinstance(found, Result) and found.ids == wanted.ids
+
+
 @pytest.mark.parametrize(("prompt", "tokens"), [(60, 17), (76, 1), (1, 76)])
 def test_what_just_fits_is_run(prompt: int, tokens: int) -> None:
     engine = Engine(stepper(19, max_context=100), LETTERS, SLOW)

@@ -125,8 +125,10 @@ class Timed:
         self.threads, self.rows = self.stepper.threads, settings.rows
         self.random = np.random.default_rng(0)
 
-    def measure(self, case: Case) -> float:
-        """Seconds."""
+    def check(self, case: Case) -> None:
+        """BadRequest for a case that cannot be run."""
+        if case.kind == "decode" and case.batch > self.rows:
+            raise BadRequest(f"{case} takes {case.batch} ids in a step", f"{self.rows} is the most")
         if case.positions > self.source.spec.max_context:
             raise BadRequest(
                 f"{case} needs {case.positions} positions",
@@ -137,6 +139,10 @@ class Timed:
                 f"{case} needs {case.pages * CpuStepper.page_tokens} positions of memory",
                 f"there are {self.stepper.pages * CpuStepper.page_tokens}",
             )
+
+    def measure(self, case: Case) -> float:
+        """Seconds."""
+        self.check(case)
         if case.kind == "prompt":
             return self._prompt(case.count, case.batch)
         return self._decode(case.count, case.batch, case.behind)
@@ -250,6 +256,9 @@ def bench(
             timed = Timed(model, settings, isa)
             name = ", ".join([model] * (len(models) > 1) + [timed.isa] * (len(classes) > 1))
             variants.append(Variant(name, timed, {case: [] for case in cases}))
+    for variant in variants:
+        for case in cases:
+            variant.timed.check(case)
     device = roofs()
     for variant in variants:  # not counted: the weights are read in
         variant.timed.measure(cases[0])

@@ -64,6 +64,11 @@ class Pieces:
     def __init__(self, tokenizer: Tokenizer, text: str, reading: Reading, context: int) -> None:
         self.tokenizer, self.text, self.reading, self.context = tokenizer, text, reading, context
         self.convention = ""
+        if reading.window > context:
+            raise BadRequest(
+                f"windows of {reading.window} tokens, the model's context is {context}",
+                do=f"--window {context}",
+            )
         if reading.documents is None:
             self._check_windows()
 
@@ -84,11 +89,6 @@ class Pieces:
     def _check_windows(self) -> None:
         reading = self.reading
         window = min(reading.window or 2048, self.context)
-        if reading.window > self.context:
-            raise BadRequest(
-                f"windows of {reading.window} tokens, the model's context is {self.context}",
-                do=f"--window {self.context}",
-            )
         if window < 2:
             raise BadRequest("windows of one token predict nothing", do="--window 2 or more")
         if reading.stride > window:

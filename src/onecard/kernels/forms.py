@@ -133,6 +133,7 @@ def not_time(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
     return tuple((f"not all of it is time: {name}", said) for name, said in told if said)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def fill(
     matrix: Matrix,
     parts: Arrays,
@@ -142,7 +143,10 @@ def fill(
     out: layout.Bytes,
     threads: int,
 ) -> None:
-    """Lays out `rows` (an index) of the stored matrix as `form` says; integers and dense ones as well."""
+    """Lays out `rows` (an index) of the stored matrix as `form` says; integers and dense ones as well.
+
+    BadRequest where damaged scales or tables are no numbers.
+    """
     columns = stored[1]
     if isinstance(format, Integers):
         words_, scale = (
@@ -218,11 +222,13 @@ def _levels(format: Levels) -> tuple[layout.Bytes, float]:
 
 
 def _rounded_to(x: NDArray[np.float32], dtype: str, up: bool = False) -> NDArray[Any]:
-    """Numbers in the layout's dtype: to nearest, ties to even, or magnitudes up (bf16 alone)."""
+    """Numbers in the layout's dtype: to nearest, ties to even, or magnitudes up (bf16 alone). NaN stays NaN:
+    rounded up, the largest of its bits would become those of a zero."""
     if dtype != "bf16":
         return np.ascontiguousarray(x.astype(layout.ARRAYS[dtype]))
     bits = np.ascontiguousarray(x).view(np.uint32)
     more = np.uint32(0xFFFF) if up else np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    more = np.where(np.isnan(x), np.uint32(0), more)
     found: NDArray[Any] = ((bits + more) >> np.uint32(16)).astype(np.uint16)
     return found
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol, runtime_checkable
 
 from onecard.checkpoint.tokenizer import Tokenizer
@@ -105,7 +106,11 @@ def check(executor: Runner, request: Request) -> None:
     if not ids:
         raise BadRequest("the prompt is empty", do="give at least one token")
     for id in ids:
-        if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < executor.vocab_size:
+        if (
+            not isinstance(id, Integral)
+            or isinstance(id, bool)
+            or not 0 <= id < executor.vocab_size
+        ):
             raise BadRequest(
                 f"the prompt holds the id {str(id)[:40]}",
                 do=f"this model's ids are 0 to {executor.vocab_size - 1}",

@@ -23,7 +23,7 @@ from onecard.nn.layers import Matrix
 from onecard.nn.model import Model
 from onecard.nn.transformer import Cache, Transformer
 from onecard.runtime.sample import Logits
-from onecard.runtime.score import Scores
+from onecard.runtime.score import Scores, check
 
 COMPUTE = ("fp32", "bf16", "fp16")
 POSITIONS = 256
@@ -115,6 +115,9 @@ class TorchScorer:
         firsts: Sequence[int],
         reference: Self | None = None,
     ) -> Iterator[tuple[int, Scores]]:
+        check(self, contexts, firsts)
+        if reference is not None:
+            check(reference, contexts, firsts)
         for group in _alike(contexts):
             yield from self._scores(group, contexts, firsts, reference)
 

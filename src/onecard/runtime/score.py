@@ -57,8 +57,28 @@ class Scorer(Protocol):
         """Scores of the ids of context i from firsts[i] >= 1 on: (i, a run of them), run by run.
 
         The runs of one context come in their order. A context has at most max_context + 1 ids, as the
-        last is predicted and not read.
+        last is predicted and not read. BadRequest for any other, and for ids that the model has not.
         """
+
+
+def check(scorer: Scorer, contexts: Sequence[Sequence[int]], firsts: Sequence[int]) -> None:
+    """Raises BadRequest for what cannot be scored, before any work."""
+    for ids, first in zip(contexts, firsts, strict=True):
+        if first < 1:
+            raise BadRequest(
+                f"scores from id {first} on", do="the first id follows none: 1 or more"
+            )
+        if len(ids) > scorer.max_context + 1:
+            raise BadRequest(
+                f"{len(ids)} ids do not fit a context of {scorer.max_context}",
+                do="the last is not read: one more than that is possible",
+            )
+        for id in (min(ids), max(ids)) if len(ids) else ():
+            if not 0 <= id < scorer.vocab_size:
+                raise BadRequest(
+                    f"a context holds the id {str(id)[:40]}",
+                    do=f"this model's ids are 0 to {scorer.vocab_size - 1}",
+                )
 
 
 class NativeScorer:
@@ -76,6 +96,8 @@ class NativeScorer:
         reference: Self | None = None,
     ) -> Iterator[tuple[int, Scores]]:
         readers = [self] if reference is None else [self, reference]
+        for reader in readers:
+            check(reader, contexts, firsts)
         given = [np.array(context, dtype=np.int32) for context in contexts]
         packed = steps(
             [len(ids) - 1 for ids in given],
