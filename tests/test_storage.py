@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from onecard.core.format import (
     Weight,
     parse_format,
 )
-from onecard.kernels import cpu, expand, storage
+from onecard.kernels import convert, cpu, expand, reference, storage
 from onecard.passes import recipe_of
 from onecard.passes.job import Settings, compress, prepare
 
@@ -110,6 +111,19 @@ def test_what_is_no_format(name: str) -> None:
 
 
 # Values -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["int2-g32-zp", "int4-g32-zp", "int8-g32-zp", "int3-g32-zp"])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_zero_points_in_a_single_word(name: str, rows: int) -> None:
+    """Of few rows, the words that hold the zero points are one per group; as they are read from a file."""
+    made = held(weights(0, (rows, 160)), parse_format(name))
+    read = {n: torch.from_numpy(storage.as_numpy(t).copy()) for n, t in made.parts.items()}
+    weight = replace(made, parts=read | {"weight_scale": made.parts["weight_scale"]})
+    parts = {part: storage.as_numpy(tensor) for part, tensor in weight.parts.items()}
+    wanted = torch.from_numpy(expand.expand(parts, weight.shape, weight.format))
+    for found in (convert.to_dense(weight), reference.to_dense(weight)):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("name", [n for n in ROUNDED if n not in ("hashed8",)])

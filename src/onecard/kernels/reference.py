@@ -99,7 +99,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """int32 [rows, words] -> codes int8 [rows, count]; the inverse of `pack`."""
     rows = packed.shape[0]
     if 8 % bits == 0:
-        bytes8 = packed.contiguous().view(torch.uint8)
+        bytes8 = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         lanes = [(bytes8 >> (lane * bits)) & (2**bits - 1) for lane in range(8 // bits)]
         q = torch.stack(lanes, -1).flatten(1)[:, :count]
         return (q.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
