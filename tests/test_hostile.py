@@ -213,6 +213,7 @@ def test_inspect_counts_whole_files_and_notes_a_long_context(tiny) -> None:
     assert sum(row.value for row in found.rows if row.what == "part_bytes") == size
     assert any("256" in text for title, text in found.notes if title == "context")
     assert len(inspect_model(str(tiny), context=256).notes) == len(found.notes) - 1
+    assert inspect_model(str(tiny)) == inspect_model(str(tiny), context=256)
 
 
 def test_models_are_called_what_they_are(tiny, capsys, monkeypatch) -> None:

@@ -40,19 +40,21 @@ PARTS = (
     ("attention", ("attn", "attention.")),
     ("feed-forward", ("mlp", "feed_forward.", "fc1", "fc2", "block_sparse_moe", "dense_")),
 )
+USUAL_CONTEXT = 2048  # tokens
 
 
 def inspect_model(
-    model: str, context: int = 2048, batch: int = 1, fused: bool = False, device: str | None = None,
-    about_to_measure: Callable[[], None] = lambda: None,
+    model: str, context: int | None = None, batch: int = 1, fused: bool = False,
+    device: str | None = None, about_to_measure: Callable[[], None] = lambda: None,
 ) -> Report:  # fmt: skip
-    """Bytes by part, formats, parameters and the KV cache for `context` tokens of `batch` sequences.
+    """Bytes by part, formats, parameters and the KV cache for `context` tokens of `batch` sequences; if none
+    are given, for 2048, or for as many as the model is made for.
 
     `fused` lists what the native engine does in one go instead. `device` ("auto" for this machine, or a name
     of core/devices.py) adds what it takes there in several formats, and how fast it can be; this machine's
     kernels are timed for that, once, and `about_to_measure` is called before.
     """
-    if context < 1 or batch < 1:
+    if batch < 1 or (context is not None and context < 1):
         raise BadRequest(
             f"a context of {context} for {batch} sequences was asked for", do="both are 1 or more"
         )
@@ -62,6 +64,7 @@ def inspect_model(
     config = read_json(folder / "config.json")
     family = family_of(config)
     spec = family.spec(config)
+    context = min(USUAL_CONTEXT, spec.max_context) if context is None else context
     if fused:
         return Report(
             tuple(Row(where, " + ".join(f.parts), f"{f.how} ({f.by})") for where, f in fusions(spec)),

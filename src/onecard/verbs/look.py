@@ -33,7 +33,7 @@ def inspect(
     model: Name,
     /,
     *,
-    context: Whole = 2048,
+    context: Whole | None = None,
     batch: Whole = 1,
     device: str | None = None,
     fusions: Annotated[bool, Flag] = False,
@@ -46,7 +46,7 @@ def inspect(
     Parameters
     ----------
     context
-        tokens of context for the KV cache
+        tokens of context for the KV cache (none: 2048, or as many as the model is made for)
     batch
         sequences at once for the KV cache
     device

@@ -5,6 +5,7 @@
 //   seek(first)               stands before another block, one that begins at a multiple of 256 columns
 //   block()                   goes on to the next block
 //   group(k)                  goes on to the columns k .. k + 31 of the block, k rising
+//   call_ahead()              calls for what few rows will read of a group like this one
 //   quad(j)                   u of the columns 4 j .. 4 j + 3 of the group, j rising; of 8 bits u - 128 where
 //                             Lanes::signed_bytes
 //

@@ -166,7 +166,7 @@ struct Attention {
   int64_t (*scratch_bytes)(const oc_layer &layer);
 };
 
-// table.cpp and sparse.cpp: what `multiply` does for matrices of those kinds.
+// table.cpp, sparse.cpp and pattern.cpp: what `multiply` does for matrices of those kinds.
 typedef void Multiply(const oc_matrix &w, const Input &input, int64_t begin, int64_t end, float *y, int64_t stride,
                       void *scratch);
 

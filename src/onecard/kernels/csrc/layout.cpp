@@ -394,6 +394,36 @@ int64_t sparse_bytes(const oc_matrix &m) {
   return whole_lines(s.first + s.tiles * (s.codes + 63) + 8 * lines + values + 64);
 }
 
+// From the same integers with their zeros: 0, or OC_BAD_ARGUMENT if there are more than slots.
+int64_t lay_sparse(const oc_matrix &m, const uint8_t *from, int threads, uint8_t *to) {
+  const Tile dense = tile_of(m);
+  const Stream s = stream_of(m);
+  std::vector<uint64_t> begins(static_cast<size_t>(s.tiles) + 1);
+  in_tiles(m, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin / tile_rows; t * tile_rows < end; t++)
+      begins[size_t(t) + 1] = lay_stream(m, from + t * dense.bytes + dense.codes, m.rows - t * tile_rows, nullptr, nullptr);
+    return 0;
+  });
+  begins[0] = uint64_t(s.first);
+  for (size_t t = 0; t < size_t(s.tiles); t++) {
+    if (begins[t + 1] > UINT32_MAX) return OC_BAD_ARGUMENT;
+    begins[t + 1] = uint64_t(whole_lines(int64_t(begins[t] + begins[t + 1]) + s.codes));
+  }
+  const int64_t bytes = sparse_bytes(m);
+  if (int64_t(begins[size_t(s.tiles)]) > bytes) return OC_BAD_ARGUMENT;
+  memset(to, 0, size_t(bytes));
+  memcpy(to, begins.data(), size_t(8 * s.tiles));
+  return in_tiles(m, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin / tile_rows; t * tile_rows < end; t++) {
+      uint8_t *const tile = to + begins[size_t(t)];
+      const uint8_t *const codes = from + t * dense.bytes;
+      memcpy(tile, codes, size_t(dense.zeros));
+      lay_stream(m, codes + dense.codes, m.rows - t * tile_rows, tile + s.marks, tile + s.codes);
+    }
+    return 0;
+  });
+}
+
 // ------------------------------------------------------------------------------------------- pattern
 
 Tile pattern_tile(const oc_matrix &m) {
@@ -426,6 +456,21 @@ bool lay_pairs(const oc_matrix &m, const uint8_t *codes, int64_t rows, uint8_t *
     }
   }
   return true;
+}
+
+// From the same integers with their zeros: 0, or OC_BAD_ARGUMENT if they are no such pattern.
+int64_t lay_pattern(const oc_matrix &m, const uint8_t *from, int threads, uint8_t *to) {
+  const Tile dense = tile_of(m), own = pattern_tile(m);
+  const int64_t wrong = in_tiles(m, threads, [&](int64_t begin, int64_t end) {
+    int64_t count = 0;
+    for (int64_t t = begin / tile_rows; t * tile_rows < end; t++) {
+      const uint8_t *const tile = from + t * dense.bytes;
+      memcpy(to + t * own.bytes, tile, size_t(dense.zeros));
+      count += !lay_pairs(m, tile + dense.codes, m.rows - t * tile_rows, to + t * own.bytes + own.codes);
+    }
+    return count;
+  });
+  return wrong ? int64_t(OC_BAD_ARGUMENT) : 0;
 }
 
 // ------------------------------------------------------------------------------------------ checksum
@@ -483,51 +528,16 @@ int64_t oc_layout_table(const oc_matrix *matrix, const uint8_t *codes, const voi
 }
 
 int64_t oc_layout_sparse(const oc_matrix *matrix, const void *integers, int threads, void *out) {
-  const bool pairs = matrix && matrix->kind == OC_PATTERN;
-  if (!sound(matrix) || !(pairs || matrix->kind == OC_SPARSE) || !runs(threads, integers, out)) return OC_BAD_ARGUMENT;
-  const oc_matrix &m = *matrix;
-  const Tile dense = tile_of(m);
+  if (!sound(matrix) || !runs(threads, integers, out)) return OC_BAD_ARGUMENT;
   const auto *const from = static_cast<const uint8_t *>(integers);
   auto *const to = static_cast<uint8_t *>(out);
-  if (pairs) {
-    const Tile own = pattern_tile(m);
-    const int64_t wrong = in_tiles(m, threads, [&](int64_t begin, int64_t end) {
-      int64_t count = 0;
-      for (int64_t t = begin / tile_rows; t * tile_rows < end; t++) {
-        const uint8_t *const tile = from + t * dense.bytes;
-        memcpy(to + t * own.bytes, tile, size_t(dense.zeros));
-        count += !lay_pairs(m, tile + dense.codes, m.rows - t * tile_rows, to + t * own.bytes + own.codes);
-      }
-      return count;
-    });
-    return wrong ? int64_t(OC_BAD_ARGUMENT) : 0;
+  if (matrix->kind == OC_PATTERN) return lay_pattern(*matrix, from, threads, to);
+  if (matrix->kind != OC_SPARSE) return OC_BAD_ARGUMENT;
+  try {
+    return lay_sparse(*matrix, from, threads, to);
+  } catch (const std::bad_alloc &) {
+    return OC_NO_MEMORY;
   }
-  const Stream s = stream_of(m);
-  std::vector<uint64_t> begins(static_cast<size_t>(s.tiles) + 1);
-  in_tiles(m, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin / tile_rows; t * tile_rows < end; t++)
-      begins[size_t(t) + 1] = lay_stream(m, from + t * dense.bytes + dense.codes, m.rows - t * tile_rows, nullptr, nullptr);
-    return 0;
-  });
-  begins[0] = uint64_t(s.first);
-  for (size_t t = 0; t < size_t(s.tiles); t++) {
-    if (begins[t + 1] > UINT32_MAX) return OC_BAD_ARGUMENT;
-    begins[t + 1] = uint64_t(whole_lines(int64_t(begins[t] + begins[t + 1]) + s.codes));
-  }
-  const int64_t bytes = sparse_bytes(m);
-  if (int64_t(begins[size_t(s.tiles)]) > bytes) return OC_BAD_ARGUMENT;
-  memset(to, 0, size_t(bytes));
-  memcpy(to, begins.data(), size_t(8 * s.tiles));
-  in_tiles(m, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin / tile_rows; t * tile_rows < end; t++) {
-      uint8_t *const tile = to + begins[size_t(t)];
-      const uint8_t *const codes = from + t * dense.bytes;
-      memcpy(tile, codes, size_t(dense.zeros));
-      lay_stream(m, codes + dense.codes, m.rows - t * tile_rows, tile + s.marks, tile + s.codes);
-    }
-    return 0;
-  });
-  return 0;
 }
 
 int64_t oc_layout_integers(const oc_matrix *matrix, const int32_t *packed, int bits, const void *scale,
