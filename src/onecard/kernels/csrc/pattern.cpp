@@ -29,15 +29,7 @@ inline Bytes eight_inputs(const int8_t *q) {
   memcpy(&x, q, 8);
   return _mm512_set1_epi64(x);
 }
-template <int bits>
-struct Slots {
-  Ints sum = Lanes::ints(0), zeros = Lanes::ints(0);
-  void add(Bytes u, Bytes x) {
-    sum = _mm512_dpbusd_epi32(sum, u, x);
-    zeros = _mm512_dpbusd_epi32(zeros, _mm512_set1_epi8(int8_t(1 << (bits - 1))), x);
-  }
-  Ints total() const { return Lanes::sub(sum, zeros); }
-};
+inline Ints dot(Ints sum, Bytes u, Bytes x) { return _mm512_dpbusd_epi32(sum, u, x); }
 #elif defined(__AVX2__)
 inline Bytes eight_inputs(const int8_t *q) {
   int64_t x;
@@ -45,16 +37,21 @@ inline Bytes eight_inputs(const int8_t *q) {
   return _mm256_set1_epi64x(x);
 }
 #if defined(__AVXVNNI__)
+inline Ints dot(Ints sum, Bytes u, Bytes x) { return _mm256_dpbusd_avx_epi32(sum, u, x); }
+#endif
+#endif
+
+#if defined(__AVXVNNI__) || (defined(__AVX512BW__) && defined(__AVX512VNNI__))
 template <int bits>
 struct Slots {
   Ints sum = Lanes::ints(0), zeros = Lanes::ints(0);
   void add(Bytes u, Bytes x) {
-    sum = _mm256_dpbusd_avx_epi32(sum, u, x);
-    zeros = _mm256_dpbusd_avx_epi32(zeros, _mm256_set1_epi8(int8_t(1 << (bits - 1))), x);
+    sum = dot(sum, u, x);
+    zeros = dot(zeros, Lanes::filled(1 << (bits - 1)), x);
   }
   Ints total() const { return Lanes::sub(sum, zeros); }
 };
-#else
+#elif defined(__AVX2__)
 template <int bits>
 struct Slots {
   Ints sum = Lanes::ints(0);
@@ -74,7 +71,6 @@ struct Slots<4> {
   }
   Ints total() const { return Lanes::widened(Lanes::ints(0), pairs); }
 };
-#endif
 #elif defined(__ARM_FEATURE_DOTPROD)
 inline Bytes eight_inputs(const int8_t *q) { return vreinterpretq_u8_s8(vcombine_s8(vld1_s8(q), vld1_s8(q))); }
 template <int bits>
